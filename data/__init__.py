@@ -1,0 +1,1 @@
+"""What is learnt from: corpora, tokenizer, shards, order and the stream a rank iterates."""

@@ -1,0 +1,1 @@
+"""Named starting points for `moray pretrain --recipe NAME`."""

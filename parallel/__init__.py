@@ -1,0 +1,1 @@
+"""Where it is computed: layouts, meshes, tensor and expert parallelism, gradients, checkpoints."""
