@@ -1,0 +1,245 @@
+"""Commits the state of a run while it trains on, and brings it back under any layout.
+
+    checkpointer = Checkpointer(run / "checkpoints", keep=3, keep_every=None, on_event=log)
+    commit = checkpointer.load(state)          # None: nothing to resume from
+    checkpointer.save(step, state, metadata)   # returns once the state is copied; a thread writes it
+    checkpointer.finish()
+
+The state is a flat dict of tensors and DTensors; what they mean is the caller's business. A checkpoint is whole or it
+does not exist: see parallel/storage.py for how one is written, parallel/commits.py for what lies in the folder.
+"""
+
+import json
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+from parallel.commits import (
+    Commit,
+    clean,
+    commit_name,
+    commit_paths,
+    discard,
+    list_commits,
+    prune,
+    read_commit,
+    read_tensors,
+    verify,
+)
+from parallel.control_plane import ControlPlane
+from parallel.manifest import Manifest
+from parallel.storage import CommitReader, CommitWriter
+
+__all__ = ["Checkpointer", "Commit", "CommitError", "Manifest", "list_commits", "read_tensors", "verify"]
+
+Event = Callable[[str, dict[str, Any]], None]
+
+
+class CommitError(RuntimeError):
+    """A save that left no commit behind; the message names the step, the ranks and what went wrong on each."""
+
+
+@dataclass
+class _Save:
+    """A save under way. `failure` is final once `thread` has ended; `transient` ones (I/O) are worth a retry."""
+
+    step: int
+    thread: threading.Thread | None = None
+    copied: threading.Event = field(default_factory=threading.Event)
+    failure: CommitError | None = None
+    transient: bool = False
+
+
+class Checkpointer:
+    """Saves to and loads from a folder that all ranks share. Every method, the constructor too, is collective.
+
+    Events, on rank 0 only and partly from the writing thread:
+    `commit` (step, seconds since save() was called, bytes), `commit_failed` (step, error), `commit_refused` (step,
+    problems), `prune` (steps removed), `prune_failed` (error).
+    """
+
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None, on_event: Event) -> None:
+        """Keeps the `keep` newest commits and every one whose step `keep_every` divides.
+
+        Removes what an interrupted save left in the folder, so only one run at a time may own it.
+        Raises ValueError for a `keep` or `keep_every` below 1, OSError when the folder can't be made.
+        """
+        if keep < 1:
+            raise ValueError(f"checkpoint keep={keep} must be at least 1, or there would be nothing to resume from")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"checkpoint keep_every={keep_every} must be at least 1 step, or None for no such commits")
+        self._folder = folder
+        self._keep = keep
+        self._keep_every = keep_every
+        self._on_event = on_event
+        self._ranks = ControlPlane()
+        self._pending: _Save | None = None
+        self._ranks.from_rank_0(lambda: clean(folder))
+
+    def save(self, step: int, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Waits for the last save, copies this rank's share of `state` to host memory, and returns; a thread writes it.
+
+        `metadata` is a JSON object; rank 0's is stored. A whole commit of the same step stays as it is. An I/O error
+        (a full disk) of the last save has been reported, and this save is the retry; any other raises CommitError.
+        """
+        failed = self._settle()
+        if failed and failed.failure and not failed.transient:
+            raise failed.failure
+        snapshot = json.loads(json.dumps(metadata, allow_nan=False))
+        if torch.accelerator.is_available():
+            # The thread copies on another stream than the one that may still be computing the state.
+            torch.accelerator.synchronize()
+        save = _Save(step)
+        save.thread = threading.Thread(target=self._run, args=(save, state, snapshot), name="commit", daemon=True)
+        self._pending = save
+        save.thread.start()
+        save.copied.wait()
+
+    def finish(self) -> None:
+        """Waits for the pending save. Raises CommitError, on all ranks, if it failed in whatever way."""
+        failed = self._settle()
+        if failed and failed.failure:
+            raise failed.failure
+
+    def load(self, state: dict[str, Tensor]) -> Commit | None:
+        """Reads the newest whole commit into the tensors of `state`, in place; None when there is no commit at all.
+
+        Before a tensor is touched, the ranks check all digests, each file being read by one of them. A damaged commit
+        is refused (`commit_refused`) by all, and the one before it tried. Values take the dtype of their target.
+        Raises ValueError when no commit is whole, and when `state` has names or shapes that the commit has not.
+        """
+        self._settle()
+        paths = self._ranks.from_rank_0(lambda: commit_paths(self._folder))
+        for path in reversed(paths):
+            commit = self._examine(path)
+            if commit:
+                _check_names_and_shapes(commit, state)
+                self._read(commit, state)
+                return commit
+        if paths:
+            names = [path.name for path in paths]
+            raise ValueError(
+                f"{self._folder} holds no whole commit, but damaged ones: {names}; move them away to start"
+            )
+        return None
+
+    def _settle(self) -> _Save | None:
+        """Waits for the pending save and returns it."""
+        save, self._pending = self._pending, None
+        if save and save.thread:
+            save.thread.join()
+        return save
+
+    def _run(self, save: _Save, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """The writing thread."""
+        began = time.perf_counter()
+        writer = CommitWriter(self._folder, save.step, metadata, save.copied.set)
+        try:
+            if self._ranks.from_rank_0(lambda: self._is_whole(save.step)):
+                return
+            self._write(writer, state)
+        except (
+            BaseException
+        ) as error:  # DCP's CheckpointException is a BaseException, and nobody is above us to see it.
+            save.failure, save.transient = _explain(save.step, self._ranks.rank, error)
+            self._after_failure(writer, save)
+        else:
+            self._after_commit(writer, save.step, time.perf_counter() - began)
+        finally:
+            save.copied.set()
+
+    def _write(self, writer: CommitWriter, state: dict[str, Tensor]) -> None:
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with _no_warning_about_one_process():
+            dcp.save(state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
+
+    def _read(self, commit: Commit, state: dict[str, Tensor]) -> None:
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            with _no_warning_about_one_process():
+                dcp.load(
+                    dict(state), storage_reader=CommitReader(commit), planner=planner, process_group=self._ranks.group
+                )
+        except CheckpointException as error:
+            raise RuntimeError(f"{commit.path} could not be read: {error}") from error
+
+    def _after_commit(self, writer: CommitWriter, step: int, seconds: float) -> None:
+        if self._ranks.rank != 0:
+            return
+        self._on_event("commit", {"step": step, "seconds": seconds, "bytes": writer.size})
+        try:
+            removed = prune(self._folder, step, self._keep, self._keep_every)
+        except OSError as error:
+            self._on_event("prune_failed", {"error": str(error)})
+        else:
+            if removed:
+                self._on_event("prune", {"steps": removed})
+
+    def _after_failure(self, writer: CommitWriter, save: _Save) -> None:
+        if self._ranks.rank != 0:
+            return
+        if writer.staging and writer.staging.exists():
+            discard(writer.staging)
+        self._on_event("commit_failed", {"step": save.step, "error": str(save.failure)})
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether this step is committed, digests included: a run that refused it must be able to replace it."""
+        path = self._folder / commit_name(step)
+        if not path.exists():
+            return False
+        try:
+            return not verify(read_commit(path))
+        except ValueError:
+            return False
+
+    def _examine(self, path: Path) -> Commit | None:
+        """The commit if it is whole in the eyes of all ranks, each of which checks its share of the files."""
+        commit = None
+        try:
+            commit = read_commit(path)
+            found = verify(commit, self._ranks.rank, self._ranks.world_size)
+        except ValueError as error:
+            found = [str(error)]
+        problems = list(dict.fromkeys(problem for of_rank in self._ranks.gather(found) for problem in of_rank))
+        if problems and self._ranks.rank == 0:
+            self._on_event("commit_refused", {"step": int(path.name.removeprefix("step-")), "problems": problems})
+        return None if problems else commit
+
+
+def _check_names_and_shapes(commit: Commit, state: dict[str, Tensor]) -> None:
+    stored = commit.manifest.tensors
+    wrong = [f"{name} is missing" for name in state if name not in stored]
+    wrong += [
+        f"{name} has shape {stored[name].shape}, not {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in stored and stored[name].shape != tuple(tensor.shape)
+    ]
+    if wrong:
+        raise ValueError(f"{commit.path} is of another model: " + "; ".join(wrong))
+
+
+def _explain(step: int, rank: int, error: BaseException) -> tuple[CommitError, bool]:
+    """The failure in words, and whether it was I/O alone."""
+    causes = {rank: error}
+    if isinstance(error, CheckpointException):
+        causes = {failed_rank: cause for failed_rank, (cause, _) in error.failures.items()}
+    text = "; ".join(f"rank {of}: {type(cause).__name__}: {cause}" for of, cause in sorted(causes.items()))
+    failure = CommitError(f"step {step} was not committed: {text}")
+    failure.__cause__ = error
+    return failure, all(isinstance(cause, OSError) for cause in causes.values())
+
+
+def _no_warning_about_one_process() -> AbstractContextManager[Any]:
+    """DCP warns when torch.distributed is not in use, which is no mistake here."""
+    return warnings.catch_warnings(category=UserWarning, action="ignore")
