@@ -1,0 +1,52 @@
+"""The device of a worker, whether it is fit to be used, and how much of its memory is."""
+
+import resource
+import sys
+
+import torch
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """The CUDA device of this local rank, or the CPU where there is none.
+
+    Raises ValueError where this machine has CUDA devices, but fewer than its workers.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    n_devices = torch.cuda.device_count()
+    if local_rank >= n_devices:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this machine shows {n_devices}; start at most {n_devices}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def check_health(device: torch.device) -> None:
+    """Raises RuntimeError where NVML counts uncorrected memory errors on this GPU since its last reset.
+
+    Such a GPU computes wrong numbers or dies in the middle of a step. CPUs pass.
+    """
+    if device.type != "cuda":
+        return
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        n_errors = pynvml.nvmlDeviceGetTotalEccErrors(
+            handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+        )
+    except pynvml.NVMLError_NotSupported:
+        return  # consumer GPUs have no ECC memory
+    finally:
+        pynvml.nvmlShutdown()
+    if n_errors:
+        raise RuntimeError(f"{device} has {n_errors} uncorrected memory errors (ECC): reset or replace this GPU")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has used so far: of the GPU by its tensors, on a CPU all that was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

@@ -1,0 +1,50 @@
+"""The one way in: run a function on every worker of a group, however the group comes to be."""
+
+from typing import Any, Literal
+
+from cluster.events import OnEvent, OnStatus
+from cluster.worker import WorkerFunction
+
+Launcher = Literal["ray", "torchrun", "local"]
+
+
+def launch(
+    function: WorkerFunction,
+    argument: Any,
+    *,
+    launcher: Launcher,
+    workers: int,
+    max_restarts: int = 3,
+    heartbeat_timeout_s: float = 300.0,
+    on_event: OnEvent = lambda kind, fields: None,
+    on_status: OnStatus = lambda rank, step, status: None,
+) -> int:
+    """Runs `function(context, argument)` on every worker and returns the exit code of the group.
+
+    ray: starts `workers` processes, watches them, and restarts the group up to `max_restarts` times.
+    torchrun: this process is one of those torchrun started, which also decides on workers and restarts.
+    local: this process is the only worker.
+    Raises ValueError for a user's mistake, the function's own included, and WorkerFailure once the restarts are spent.
+    """
+    if launcher == "local":
+        from cluster.local import run_local
+
+        if workers != 1:
+            raise ValueError(f"cluster.workers={workers} must be 1 with cluster.launcher=local; or choose ray")
+        return run_local(function, argument, on_event, on_status)
+    if launcher == "torchrun":
+        from cluster.torchrun import run_torchrun
+
+        return run_torchrun(function, argument, on_event, on_status)
+    # Ray is imported only where it is the launcher.
+    from cluster.supervisor import supervise
+
+    return supervise(
+        function,
+        argument,
+        workers=workers,
+        max_restarts=max_restarts,
+        heartbeat_timeout_s=heartbeat_timeout_s,
+        on_event=on_event,
+        on_status=on_status,
+    )

@@ -1,0 +1,43 @@
+"""SIGTERM and Ctrl-C ask a run to stop; they do not cut it off."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Becomes true at the first signal; where `impatient`, a second Ctrl-C raises KeyboardInterrupt at once."""
+
+    def __init__(self, impatient: bool) -> None:
+        self._impatient = impatient
+        self._requested = False
+
+    def __call__(self) -> bool:
+        return self._requested
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        # Only Ctrl-C escalates: schedulers repeat SIGTERM, and a repeated one asks for nothing new.
+        if self._requested and self._impatient and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._requested = True
+
+
+@contextmanager
+def stop_on_signals(impatient: bool) -> Iterator[StopRequest]:
+    """Turns SIGTERM and SIGINT into a StopRequest until the block ends.
+
+    Outside the main thread Python allows no handlers: the request then never comes.
+    """
+    request = StopRequest(impatient)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, request.handle) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,67 @@
+"""What a worker function sees of its cluster: the same under Ray, torchrun and alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+EXIT_DONE = 0
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, the same command resumes
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """One worker's place in its group. Ranks count from 0; generations count from 1 and grow with every restart."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    generation: int
+    device: torch.device
+    open_store: Callable[[], dist.Store] = field(repr=False)
+    report: Callable[[int, dict[str, Any]], None] = field(repr=False)
+    should_stop: Callable[[], bool] = field(repr=False)
+    """True once the driver or a signal asked to stop. Ranks may see it at different steps: agree before acting."""
+
+    def heartbeat(self, step: int, **status: Any) -> None:
+        """Says that `step` is done; to be called after every step, and within long work between steps.
+
+        `status` holds small JSON-able values that the driver shows; rank 0 fills it.
+        """
+        self.report(step, status)
+
+    @contextmanager
+    def process_group(self, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+        """The default process group over all workers: gloo on CPU, gloo and NCCL on CUDA.
+
+        Collectives may wait `timeout`; a peer that dies or hangs is noticed by the supervisor long before.
+        """
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore(f"generation-{self.generation}", self.open_store()),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+            device_id=self.device if on_gpu else None,
+        )
+        try:
+            yield
+        except BaseException:
+            # Peers must not see a closed connection before the supervisor has heard the reason, and destroying a
+            # group whose peers are gone can hang. The process ends with this exception anyway, unless it is alone.
+            if self.world_size == 1:
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+
+
+WorkerFunction = Callable[[WorkerContext, Any], int | None]
+"""Runs on every rank with the same argument; returns EXIT_DONE (or None) or EXIT_INTERRUPTED."""
