@@ -1,0 +1,97 @@
+"""Reads a split's tokens by byte range: only the blocks asked for, checked against the index, in an LRU cache."""
+
+import io
+import threading
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from fsspec.core import url_to_fs
+
+from data.dataset import Dataset, Extent, Sample, Shard
+
+CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of some whole documents, and a flag on each document's first token."""
+
+    tokens: np.ndarray  # uint16 or uint32 [tokens]
+    first: np.ndarray  # bool [tokens]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.first.nbytes
+
+
+class BlockReader:
+    """The shards of one split, each as one array of tokens that never stands in memory whole.
+
+    Memory: the index, and blocks up to `cache_bytes` (256 MiB by default; at least the one being read).
+    Any thread may read.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, cache_bytes: int = CACHE_BYTES) -> None:
+        self._folder = dataset.folder
+        self._shards = dataset.splits[split].shards
+        self._starts = [np.cumsum([0, *(sample.n_tokens for sample in shard.samples)]) for shard in self._shards]
+        self._fs, self._root = url_to_fs(dataset.folder)
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._cache: OrderedDict[tuple[int, int], Block] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) of a shard, cut at its end, and whether each begins a document; int64 and bool.
+
+        Raises ValueError naming shard, sample and byte where the file is not what the index says.
+        """
+        starts = self._starts[shard]
+        stop = min(stop, int(starts[-1]))
+        first_block = int(np.searchsorted(starts, start, side="right")) - 1
+        last_block = int(np.searchsorted(starts, stop, side="left")) - 1
+        tokens, first = [], []
+        for number in range(first_block, last_block + 1):
+            block = self._block(shard, number)
+            part = slice(max(start - int(starts[number]), 0), stop - int(starts[number]))
+            tokens.append(block.tokens[part])
+            first.append(block.first[part])
+        return np.concatenate(tokens).astype(np.int64), np.concatenate(first)
+
+    def _block(self, shard: int, number: int) -> Block:
+        with self._lock:
+            if (block := self._cache.get((shard, number))) is None:
+                block = self._load(self._shards[shard], self._shards[shard].samples[number])
+                self._cache[shard, number] = block
+                self._cached_bytes += block.nbytes
+                while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+                    self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+            self._cache.move_to_end((shard, number))
+            return block
+
+    def _load(self, shard: Shard, sample: Sample) -> Block:
+        tokens_npy, ends_npy = (self._member(shard, sample, extent) for extent in (sample.tokens, sample.ends))
+        if zlib.crc32(ends_npy, zlib.crc32(tokens_npy)) != sample.crc32:
+            raise self._damage(shard, sample, sample.tokens.offset, "the checksum differs from the index")
+        tokens, ends = (np.load(io.BytesIO(npy), allow_pickle=False) for npy in (tokens_npy, ends_npy))
+        first = np.zeros(len(tokens), dtype=bool)
+        first[0] = True
+        first[ends[:-1]] = True
+        return Block(tokens, first)
+
+    def _member(self, shard: Shard, sample: Sample, extent: Extent) -> bytes:
+        try:
+            data = self._fs.cat_file(f"{self._root}/{shard.name}", extent.offset, extent.offset + extent.length)
+        except FileNotFoundError:
+            raise self._damage(shard, sample, extent.offset, "the file is missing") from None
+        if len(data) < extent.length:
+            raise self._damage(shard, sample, extent.offset + len(data), "the file ends there")
+        return data
+
+    def _damage(self, shard: Shard, sample: Sample, byte: int, what: str) -> ValueError:
+        return ValueError(
+            f"{self._folder}/{shard.name}, sample {sample.key}, byte {byte}: {what}; "
+            "restore the file from a copy, or run `moray prepare` again"
+        )

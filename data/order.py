@@ -1,0 +1,101 @@
+"""Where a position of the stream lies in the data: pure functions of (seed, position), the whole of law 2.
+
+An epoch visits every sequence of a split once. Its shards are permuted by (seed, epoch); the sequences are permuted
+within each window of a few shards, so that a reader's working set stays small. No generator, no state, no memory
+beyond the list of shards: the permutations are Feistel networks over splitmix64, which no library upgrade can change.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# 4 full shards are 128 MiB of uint16 tokens, or 256 MiB of uint32: what the stream's cache holds by default.
+WINDOW_SHARDS = 4
+ROUNDS = 8
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where positions lie: int64 arrays of one value each."""
+
+    epochs: np.ndarray
+    shards: np.ndarray  # index of the shard in file order
+    sequences: np.ndarray  # index of the sequence within the shard
+
+
+def sequence_counts(shard_tokens: Sequence[int], seq_len: int) -> np.ndarray:
+    """Sequences in each shard, int64 [shards]: every token after a shard's first is the target of exactly one."""
+    return -(-(np.asarray(shard_tokens, np.int64) - 1) // seq_len)
+
+
+def locate(positions: np.ndarray, counts: np.ndarray, seed: int, window_shards: int = WINDOW_SHARDS) -> Places:
+    """Epoch, shard and sequence at each position of the stream.
+
+    Shapes: positions int64 [N], not negative; counts int64 [shards], from `sequence_counts`; the result's arrays [N].
+    """
+    epochs, within = np.divmod(positions, counts.sum())
+    shards, sequences = np.empty_like(positions), np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        shards[here], sequences[here] = _locate_in_epoch(within[here], counts, derive_key(seed, epoch), window_shards)
+    return Places(epochs, shards, sequences)
+
+
+def _locate_in_epoch(
+    within: np.ndarray, counts: np.ndarray, epoch_key: int, window_shards: int
+) -> tuple[np.ndarray, np.ndarray]:
+    order = permute(np.arange(len(counts)), len(counts), derive_key(epoch_key, 0))
+    starts = np.concatenate([[0], np.cumsum(counts[order])])  # of each shard, in the epoch's order
+    window_starts = starts[[*range(0, len(counts), window_shards), len(counts)]]
+    windows = np.searchsorted(window_starts, within, side="right") - 1
+    shuffled = np.empty_like(within)
+    for window in np.unique(windows).tolist():
+        here = windows == window
+        first, end = window_starts[window : window + 2].tolist()
+        shuffled[here] = first + permute(within[here] - first, end - first, derive_key(epoch_key, 1 + window))
+    ranks = np.searchsorted(starts, shuffled, side="right") - 1
+    return order[ranks], shuffled - starts[ranks]
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Images of indices under the bijection of range(size) that `key` chooses; int64 in and out.
+
+    A Feistel network over the next power of two, applied again to what falls outside (cycle walking: fewer than two
+    rounds on average). Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 3.
+    """
+    image = _feistel(index.astype(np.uint64), size, key)
+    while (outside := image >= size).any():
+        image[outside] = _feistel(image[outside], size, key)
+    return image.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, size: int, key: int) -> np.ndarray:
+    bits = (size - 1).bit_length()
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
+    low, high = x & low_mask, x >> low_bits
+    for number in range(ROUNDS):
+        # Alternating sides need not be of equal width: each half is only ever xored with a function of the other.
+        if number % 2:
+            low = low ^ (_mix(high ^ np.uint64(derive_key(key, number))) & low_mask)
+        else:
+            high = high ^ (_mix(low ^ np.uint64(derive_key(key, number))) & high_mask)
+    return (high << low_bits) | low
+
+
+def derive_key(*numbers: int) -> int:
+    """64 bits that depend on all the numbers and their order."""
+    state = 0
+    for number in numbers:
+        state = int(_mix(np.array([state ^ (number & _MASK)], np.uint64))[0])
+    return state
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """One step of splitmix64 on each uint64. Source: Steele, Lea and Flood, OOPSLA 2014, figure 16."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,141 @@
+"""Shuffles and deduplicates a corpus of any size on disk: one keyed hash of the text does both.
+
+Documents are scattered into buckets by hash(seed, text) and each bucket is sorted by it. The hash being uniform, sorted
+order *is* a shuffle; equal texts meet as neighbours, and all but one are dropped. The result depends on the set of
+documents and the seed alone, never on the order they were read in. Memory: one bucket (64 MiB of text, or the largest
+document); disk: twice the text.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from data.corpus import Document
+
+BUCKET_BYTES = 64 << 20
+FAN_OUT = 256  # a bucket is a value of one more byte of the digest
+MAX_DEPTH = 4  # 256^4 buckets of 64 MiB; deeper than that only equal texts can keep a bucket large
+
+_HEADER = struct.Struct("<16sQQQ")  # digest of the text, hash of the key, bytes of the key, bytes of the text
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document on its way through the shuffle."""
+
+    digest: bytes  # 16 bytes, keyed by the seed: the document's place in the shuffle
+    key_hash: int  # 64 bits, not keyed: which side of the validation split
+    key: bytes
+    text: bytes
+
+
+@dataclass(frozen=True)
+class ShuffledCorpus:
+    """The distinct documents in shuffled order, on disk; may be read any number of times."""
+
+    files: tuple[Path, ...]
+    n_documents: int
+    n_duplicates: int
+    n_bytes: int
+    key_hashes: tuple[int, int]  # the lowest and the highest
+
+    def validation_limit(self, fraction: float) -> int:
+        """Documents whose key hash is below this are for validation: `fraction` of them, but at least one on each side.
+
+        Raises ValueError if there are no two documents with different keys to tell apart.
+        """
+        low, high = self.key_hashes
+        if low >= high:
+            raise ValueError(
+                f"the sources hold {self.n_documents} distinct document(s), and a validation split needs at least 2; "
+                "give more, for example a .jsonl with one text a line"
+            )
+        return min(max(int(fraction * (1 << 64)), low + 1), high)
+
+    def __iter__(self) -> Iterator[Record]:
+        for path in self.files:
+            yield from _read(path)
+
+
+def scatter(documents: Iterable[Document], folder: Path, seed: int) -> None:
+    """Writes every document into its bucket, a file of `folder` (which is created)."""
+    salt = (seed % (1 << 64)).to_bytes(8, "little")
+    records = (
+        Record(
+            hashlib.blake2b(text, digest_size=16, key=salt).digest(),
+            int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"),
+            key,
+            text,
+        )
+        for key, text in ((document.key.encode("utf-8", "replace"), document.text.encode()) for document in documents)
+    )
+    _scatter(records, folder, depth=0)
+
+
+def sort(folder: Path) -> Iterator[ShuffledCorpus]:
+    """Sorts the buckets one after another, yielding what is done so far: the last one yielded is the whole."""
+    done = ShuffledCorpus((), 0, 0, 0, ((1 << 64) - 1, 0))
+    for path in _leaves(folder, depth=0):
+        distinct: dict[bytes, Record] = {}
+        n_read = 0
+        for record in _read(path):
+            n_read += 1
+            kept = distinct.setdefault(record.digest, record)
+            # Which copy stays must not depend on reading order, or the split would.
+            if (record.key_hash, record.key) < (kept.key_hash, kept.key):
+                distinct[record.digest] = record
+        records = [distinct[digest] for digest in sorted(distinct)]
+        with open(path, "wb") as file:
+            for record in records:
+                _write(file, record)
+        key_hashes = [*done.key_hashes, *(record.key_hash for record in records)]
+        done = ShuffledCorpus(
+            (*done.files, path),
+            done.n_documents + len(records),
+            done.n_duplicates + n_read - len(records),
+            done.n_bytes + sum(len(record.text) for record in records),
+            (min(key_hashes), max(key_hashes)),
+        )
+        yield done
+
+
+def _leaves(folder: Path, depth: int) -> Iterator[Path]:
+    """The bucket files in order of digest, after splitting those that are too large for memory."""
+    for path in sorted(folder.iterdir()):
+        if path.stat().st_size <= BUCKET_BYTES or depth + 1 == MAX_DEPTH:
+            yield path
+        else:
+            finer = path.with_suffix(".split")
+            _scatter(_read(path), finer, depth + 1)
+            path.unlink()
+            yield from _leaves(finer, depth + 1)
+
+
+def _scatter(records: Iterable[Record], folder: Path, depth: int) -> None:
+    folder.mkdir()
+    buckets: dict[int, BinaryIO] = {}
+    try:
+        for record in records:
+            number = record.digest[depth]
+            if number not in buckets:
+                buckets[number] = open(folder / f"{number:02x}", "wb")  # noqa: SIM115
+            _write(buckets[number], record)
+    finally:
+        for file in buckets.values():
+            file.close()
+
+
+def _write(file: BinaryIO, record: Record) -> None:
+    file.write(_HEADER.pack(record.digest, record.key_hash, len(record.key), len(record.text)))
+    file.write(record.key)
+    file.write(record.text)
+
+
+def _read(path: Path) -> Iterator[Record]:
+    with open(path, "rb") as file:
+        while header := file.read(_HEADER.size):
+            digest, key_hash, n_key, n_text = _HEADER.unpack(header)
+            yield Record(digest, key_hash, file.read(n_key), file.read(n_text))

@@ -1,0 +1,71 @@
+"""A folder that appears whole or not at all: built as `NAME.unfinished`, then renamed."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.dataset import INDEX, STAGING_SUFFIX
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty folder beside `out` that becomes `out` when the block ends, and vanishes if it raises.
+
+    What a killed process left there is cleared first; a process that still writes there is left in peace.
+    Raises ValueError if `out` holds a dataset (unless `overwrite`), or anything that is not a dataset.
+    """
+    out = out.expanduser().resolve()
+    _check_free(out, overwrite)
+    staging = out.with_name(out.name + STAGING_SUFFIX)
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
+        _clear(staging)
+        yield staging
+        _replace(out, staging)
+    except BlockingIOError:
+        raise ValueError(f"out={out}: another `moray prepare` is writing it; wait for it or choose another") from None
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={out} is a file; choose a folder")
+    if (out / INDEX).exists():
+        if not overwrite:
+            raise ValueError(f"out={out} already holds a finished dataset; choose another folder, or overwrite it")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"out={out} is neither empty nor a dataset; choose another folder")
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _replace(out: Path, staging: Path) -> None:
+    old = out.with_name(out.name + ".replaced")
+    if out.exists():
+        out.rename(old)
+    staging.rename(out)
+    for folder in (out, out.parent):
+        _flush(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,182 @@
+"""What a rank iterates: global batches, pure functions of (dataset, seed, batch number), prefetched by a thread.
+
+Law 2: global batch n holds positions [nB, (n+1)B) of the order in `data/order.py`, across epoch ends, and a rank reads
+the lanes it owns. Joined over the ranks, the lanes are the same for every world size and after every restart: the data state
+of a run is one integer.
+"""
+
+# Shapes: B lanes of this rank, T tokens of a sequence (seq_len).
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.blocks import CACHE_BYTES, BlockReader
+from data.dataset import Dataset
+from data.order import locate, sequence_counts
+
+IGNORE = -100  # torch's cross_entropy leaves such targets out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's lanes of global batch `step`; all tensors are int64 [B, T].
+
+    A document's first token is never a target: documents do not predict each other. Every other token of a split is a
+    target exactly once an epoch.
+    """
+
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor  # the next token; -100 where there is nothing to predict
+    positions_BT: torch.Tensor  # within the document, or within the part of it that the row holds
+    documents_BT: torch.Tensor  # which document of the row: 0, 1, 2, ...; padding is -1
+    first: int  # stream position of lane 0 of the *global* batch
+    step: int
+
+
+class Stream:
+    """An endless stream of training batches over one split.
+
+    Memory: a cache of blocks, 256 MiB by default, and `prefetch` batches. The first read of a block verifies it.
+    Raises ValueError for an unknown split, a sequence or batch without a token, or lanes outside the global batch;
+    while reading, for a damaged shard.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        seq_len: int,
+        global_batch: int,
+        seed: int,
+        lanes: range,
+        prefetch: int = 2,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        _check(dataset, split, seq_len, global_batch, lanes)
+        self.seq_len, self.global_batch, self.seed, self.lanes = seq_len, global_batch, seed, lanes
+        self._prefetch = prefetch
+        self._pad_id = dataset.pad_id
+        self._counts = _counts(dataset, split, seq_len)
+        self._reader = BlockReader(dataset, split, cache_bytes)
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        return int(self._counts.sum())
+
+    def batch(self, n: int) -> Batch:
+        """This rank's lanes of global batch n: a pure function of n."""
+        first = n * self.global_batch
+        places = locate(first + np.arange(self.lanes.start, self.lanes.stop), self._counts, self.seed)
+        rows = [
+            _row(self._reader, shard, sequence, self.seq_len, self._pad_id)
+            for shard, sequence in zip(places.shards.tolist(), places.sequences.tolist(), strict=True)
+        ]
+        return _stack(rows, first, n)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Batches start, start + 1, …, read ahead by a thread that lives as long as the iterator.
+
+        What the thread raises is raised here; closing or dropping the iterator ends the thread.
+        """
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, self._prefetch))
+        stop = threading.Event()
+
+        def put(item: Batch | BaseException) -> None:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+
+        def read() -> None:
+            try:
+                n = start
+                while not stop.is_set():
+                    put(self.batch(n))
+                    n += 1
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=read, name="moray-prefetch", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+
+def evaluation_batches(
+    dataset: Dataset, split: str, *, seq_len: int, global_batch: int, lanes: range
+) -> Iterator[Batch]:
+    """The whole split once, in file order: equally many batches for every rank; lanes beyond the end are all masked.
+
+    Raises ValueError as `Stream` does.
+    """
+    _check(dataset, split, seq_len, global_batch, lanes)
+    return _evaluation_batches(dataset, split, seq_len, global_batch, lanes)
+
+
+def _evaluation_batches(dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: range) -> Iterator[Batch]:
+    reader = BlockReader(dataset, split, cache_bytes=0)
+    ends = np.cumsum(_counts(dataset, split, seq_len))
+    for step, first in enumerate(range(0, int(ends[-1]), global_batch)):
+        rows = []
+        for position in range(first + lanes.start, first + lanes.stop):
+            if position < ends[-1]:
+                shard = int(np.searchsorted(ends, position, side="right"))
+                sequence = position - (int(ends[shard - 1]) if shard else 0)
+                rows.append(_row(reader, shard, sequence, seq_len, dataset.pad_id))
+            else:
+                rows.append(_padding(seq_len, dataset.pad_id))
+        yield _stack(rows, first, step)
+
+
+# A row is the four int64 arrays [T] of a lane: tokens, targets, positions, documents.
+def _row(reader: BlockReader, shard: int, sequence: int, seq_len: int, pad_id: int) -> np.ndarray:
+    tokens, first = reader.read(shard, sequence * seq_len, (sequence + 1) * seq_len + 1)
+    n = len(tokens) - 1  # less than seq_len only at the end of a shard
+    row = _padding(seq_len, pad_id)
+    row[0, :n] = tokens[:-1]
+    row[1, :n] = np.where(first[1:], IGNORE, tokens[1:])
+    begins = first[:-1].copy()
+    begins[0] = False  # the row's first document is number 0, whether or not it begins here
+    offsets = np.arange(n)
+    row[2, :n] = offsets - np.maximum.accumulate(np.where(begins, offsets, 0))
+    row[3, :n] = np.cumsum(begins)
+    return row
+
+
+def _padding(seq_len: int, pad_id: int) -> np.ndarray:
+    return np.repeat(np.array([[pad_id], [IGNORE], [0], [-1]], np.int64), seq_len, axis=1)
+
+
+def _stack(rows: list[np.ndarray], first: int, step: int) -> Batch:
+    tokens_BT, targets_BT, positions_BT, documents_BT = torch.from_numpy(np.stack(rows, axis=1))
+    return Batch(tokens_BT, targets_BT, positions_BT, documents_BT, first, step)
+
+
+def _counts(dataset: Dataset, split: str, seq_len: int) -> np.ndarray:
+    return sequence_counts([shard.n_tokens for shard in dataset.splits[split].shards], seq_len)
+
+
+def _check(dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: range) -> None:
+    if split not in dataset.splits:
+        raise ValueError(f"split={split!r} is not in {dataset.folder}; it holds {sorted(dataset.splits)}")
+    if seq_len < 1:
+        raise ValueError(f"seq_len={seq_len} must be at least 1")
+    if global_batch < 1:
+        raise ValueError(f"global_batch={global_batch} must be at least 1")
+    if not lanes or lanes.step != 1 or lanes.start < 0 or lanes.stop > global_batch:
+        raise ValueError(f"lanes={lanes} must be a run within range({global_batch}), the lanes of the global batch")

@@ -1,0 +1,142 @@
+"""Byte-level BPE, trained here or taken from a Hugging Face folder, and saved so that transformers agrees with it."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML
+SPECIAL_TOKENS = (BOS, EOS, PAD, IM_START, IM_END)
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# Everything that transformers.AutoTokenizer may look for beside tokenizer.json.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back; special tokens written in a text (`<|im_end|>`) are read as such by `encode`."""
+
+    backend: tokenizers.Tokenizer
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest token id plus one: what an embedding needs, even if an imported vocabulary has holes."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest of uint16 and uint32 that holds every id."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text alone, without BOS and EOS."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text, special tokens written out."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """BOS + ids + EOS of each text, on all cores.
+
+        A special token written in a *document* is plain text: a page about `<|eos|>` must not end there.
+        """
+        self.backend.encode_special_tokens = True
+        try:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = False
+        return [np.array([self.bos_id, *encoding.ids, self.eos_id], self.dtype) for encoding in encodings]
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE of at most `vocab_size` entries and saves it in `folder`, with transformers' config.
+
+    Deterministic in the texts and their order, whatever the number of threads. A small corpus gives fewer entries.
+    Raises ValueError if vocab_size has no room for the bytes and the special tokens.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        parts = f"256 bytes + {len(SPECIAL_TOKENS)} special tokens"
+        raise ValueError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} ({parts})")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": [IM_START, IM_END],
+        "clean_up_tokenization_spaces": False,
+    }
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a prepared dataset or of any Hugging Face folder with a `tokenizer.json`.
+
+    Raises ValueError naming what is missing: the file, or a BOS or EOS token. Without a PAD token, EOS pads.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"tokenizer={str(folder)!r} must be a folder that holds a tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    bos_id, eos_id = (_special_id(backend, folder, name) for name in ("bos_token", "eos_token"))
+    if bos_id is None or eos_id is None:
+        missing = "bos_token" if bos_id is None else "eos_token"
+        raise ValueError(f"tokenizer={str(folder)!r} has no {missing}; name one of its tokens in tokenizer_config.json")
+    pad_id = _special_id(backend, folder, "pad_token")
+    return Tokenizer(backend, bos_id, eos_id, eos_id if pad_id is None else pad_id)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
+    """Copies the files of an existing tokenizer into `folder` and loads it from there."""
+    load_tokenizer(source)
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return load_tokenizer(folder)
+
+
+def _special_id(backend: tokenizers.Tokenizer, folder: Path, name: str) -> int | None:
+    """The id of `bos_token`, `eos_token` or `pad_token`, as the folder's configuration names it."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / file
+        token = json.loads(path.read_text()).get(name) if path.is_file() else None
+        if isinstance(token, dict):  # an AddedToken, written out
+            token = token.get("content")
+        if token is not None:
+            return backend.token_to_id(token)
+    return None
