@@ -6,17 +6,21 @@ import torch
 from torch import Tensor
 
 
-def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """A parameter's initial fp32 value: norms are 1, everything else is normal with deviation `std`.
+def initial_tensor(name: str, shape: tuple[int, ...], std: float, seed: int, rows: slice = slice(None)) -> Tensor:
+    """Some rows of a parameter's initial fp32 value: norms are 1, everything else is normal with deviation `std`.
 
     Drawn on the CPU from a generator of its own, keyed by (seed, name): neither the device nor the order in which
-    parameters are made, nor how many ranks share them, changes a number.
+    parameters are made, nor how many ranks share them, changes a number. Stacked experts ([E, ...]) are drawn one by
+    one, so that a rank makes only those it holds.
     """
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.ones(shape)[rows]
+    if len(shape) == 3:
+        experts = range(*rows.indices(shape[0]))
+        return torch.stack([initial_tensor(f"{name}.{expert}", shape[1:], std, seed) for expert in experts])
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") & (2**63 - 1))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)[rows]
 
 
 @torch.no_grad()

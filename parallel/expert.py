@@ -1,0 +1,122 @@
+"""Expert parallelism: tokens travel to the ranks that hold their experts, by all-to-all, and back.
+
+route -> sort by expert -> exchange counts -> exchange rows -> grouped products -> exchange back -> weighted sum
+"""
+
+# Shapes: N tokens on this rank, K experts per token, M = N * K rows that leave, R rows that arrive, D model width,
+# E experts, e experts of this rank, P expert-parallel ranks.
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from model.decoder import Decoder
+from model.moe import LocalDispatcher, MoE, Permute, Sorted, invert, sort_by_expert, unsort
+from parallel.layout import Meshes
+
+
+class SequenceSlice(LocalDispatcher):
+    """Local experts, but under tensor parallelism this rank routes only a slice of each sequence's tokens."""
+
+    def __init__(self, tp: DeviceMesh) -> None:
+        self.tp = tp
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        return x_BT.chunk(self.tp.size(), dim=1)[self.tp.get_local_rank()]
+
+    def total(self, x: Tensor) -> Tensor:
+        return x if self.tp.size() == 1 else _SumForward.apply(x, self.tp.get_group())
+
+
+@dataclass(frozen=True)
+class Journey:
+    """What brings rows home: how they were sorted here, how many went where, and how they were sorted there."""
+
+    plan: Sorted
+    sent_P: list[int]
+    received_P: list[int]
+    order_R: Tensor
+    inverse_R: Tensor
+
+
+class AllToAllDispatcher(SequenceSlice):
+    """Experts spread over the `ep` mesh: rank p holds the p-th run of neighbouring experts. Dropless.
+
+    A rank that sends or receives nothing still takes part in every exchange.
+    """
+
+    def __init__(self, tp: DeviceMesh, ep: DeviceMesh) -> None:
+        super().__init__(tp)
+        self.group, self.size = ep.get_group(), ep.size()
+
+    def dispatch(self, x_ND: Tensor, chosen_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Journey]:  # type: ignore[override]
+        plan = sort_by_expert(x_ND, chosen_NK, n_experts)
+        arriving_E = torch.empty_like(plan.counts_E)
+        dist.all_to_all_single(arriving_E, plan.counts_E, group=self.group)
+        arriving_Pe = arriving_E.view(self.size, -1)
+        sent_P = plan.counts_E.view(self.size, -1).sum(1).tolist()
+        received_P = arriving_Pe.sum(1).tolist()
+        rows_RD = _Exchange.apply(plan.rows_MD, sent_P, received_P, self.group)
+        # Rows arrive ordered by (source rank, expert); the grouped product wants them by expert.
+        expert_R = torch.arange(arriving_Pe.shape[1], device=x_ND.device).repeat(self.size)
+        order_R = expert_R.repeat_interleave(arriving_E).argsort(stable=True)
+        inverse_R = invert(order_R)
+        journey = Journey(plan, sent_P, received_P, order_R, inverse_R)
+        return Permute.apply(rows_RD, order_R, inverse_R), arriving_Pe.sum(0), journey
+
+    def combine(self, rows_RD: Tensor, journey: Journey, gates_NK: Tensor) -> Tensor:  # type: ignore[override]
+        rows_RD = Permute.apply(rows_RD, journey.inverse_R, journey.order_R)
+        rows_MD = _Exchange.apply(rows_RD, journey.received_P, journey.sent_P, self.group)
+        return unsort(rows_MD, journey.plan.inverse_M, gates_NK)
+
+
+def apply_expert_parallel(decoder: Decoder, meshes: Meshes) -> None:
+    """Splits every MoE layer's experts over the `ep` mesh and gives it the dispatcher that reaches them."""
+    for module in decoder.modules():
+        if not isinstance(module, MoE):
+            continue
+        if meshes.ep.size() == 1:
+            module.dispatcher = SequenceSlice(meshes.tp)
+            continue
+        module.dispatcher = AllToAllDispatcher(meshes.tp, meshes.ep)
+        for name, weight in list(module.experts.named_parameters()):
+            split: DTensor = distribute_tensor(weight, meshes.ep, [Shard(0)], src_data_rank=None)
+            setattr(module.experts, name, nn.Parameter(split))
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to and from every rank of a group; the gradient travels the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, sent_P: list[int], received_P: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent_P, ctx.received_P, ctx.group = sent_P, received_P, group
+        out_RD = x_MD.new_empty(sum(received_P), x_MD.shape[1])
+        dist.all_to_all_single(out_RD, x_MD.contiguous(), received_P, sent_P, group=group)
+        return out_RD
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        grad_MD = grad_RD.new_empty(sum(ctx.sent_P), grad_RD.shape[1])
+        dist.all_to_all_single(grad_MD, grad_RD.contiguous(), ctx.sent_P, ctx.received_P, group=ctx.group)
+        return grad_MD, None, None, None
+
+
+class _SumForward(torch.autograd.Function):
+    """Sums over a group going forward. Backward is the identity: every peer holds the same loss of the sum, and its own
+    part of the gradient is what that loss says of its own summand; the weights' gradients are summed later.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        out = x.clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None

@@ -1,0 +1,120 @@
+"""Layout: how many ranks share the work in which way, and the device meshes that follow from it."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Two views of the same ranks. dense: (dp_replicate, dp_shard, tp); sparse: (dp_replicate, efsdp, ep).
+
+    Experts live on the sparse mesh, all other weights on the dense one. Tensor- and expert-parallel peers are
+    neighbours in rank, so that they share a node.
+    """
+
+    dense: DeviceMesh
+    sparse: DeviceMesh
+
+    @property
+    def tp(self) -> DeviceMesh:
+        return self.dense["tp"]
+
+    @property
+    def ep(self) -> DeviceMesh:
+        return self.sparse["ep"]
+
+
+class Layout(BaseModel):
+    """Degrees of parallelism; dp_replicate * dp_shard * tp is the world size, and ep splits dp_shard * tp."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dp_replicate: int = 1
+    """Copies of the model (HSDP's outer degree)."""
+    dp_shard: int | None = None
+    """Ranks that share one copy's weights (FSDP); by default what the other degrees leave of the world size."""
+    tp: int = 1
+    """Ranks that share each matrix product and each sequence's tokens (tensor and sequence parallel)."""
+    ep: int = 1
+    """Ranks that share each MoE layer's experts; tokens travel to them by all-to-all."""
+
+    def resolve(self, world_size: int) -> Self:
+        """With dp_shard filled in. Raises ValueError when the degrees do not multiply to the world size."""
+        for name in ("dp_replicate", "dp_shard", "tp", "ep"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"layout.{name}={getattr(self, name)} must be at least 1")
+        others = self.dp_replicate * self.tp
+        if self.dp_shard is None and world_size % others:
+            raise ValueError(
+                f"layout.dp_replicate={self.dp_replicate} * tp={self.tp} = {others} must divide "
+                f"the {world_size} workers; try degrees from {_divisors(world_size)}"
+            )
+        dp_shard = self.dp_shard if self.dp_shard is not None else world_size // others
+        if others * dp_shard != world_size:
+            raise ValueError(
+                f"layout.dp_replicate={self.dp_replicate} * dp_shard={dp_shard} * tp={self.tp} = {others * dp_shard} "
+                f"must equal the {world_size} workers; leave dp_shard out or ask for {others * dp_shard} workers"
+            )
+        return self.model_copy(update={"dp_shard": dp_shard})
+
+    @property
+    def shard(self) -> int:
+        """dp_shard of a resolved layout."""
+        if self.dp_shard is None:
+            raise ValueError("layout.dp_shard is not resolved yet: call resolve(world_size)")
+        return self.dp_shard
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks: those that read different sequences."""
+        return self.dp_replicate * self.shard
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp
+
+    def dp_rank(self, rank: int) -> int:
+        return rank // self.tp
+
+    def validate_for(self, model: ModelConfig, seq_len: int) -> None:
+        """Raises ValueError naming the degree to change when this (resolved) layout cannot run the model."""
+        peers = self.shard * self.tp
+        if self.ep > 1 and not model.n_experts:
+            raise ValueError(f"layout.ep={self.ep} needs experts, but model.n_experts=0; use ep=1")
+        if model.n_experts and (model.n_experts % self.ep or peers % self.ep):
+            fits = [d for d in _divisors(peers) if model.n_experts % d == 0]
+            raise ValueError(
+                f"layout.ep={self.ep} must divide n_experts={model.n_experts} and dp_shard * tp = {peers}; try {fits}"
+            )
+        split = {"n_heads": model.n_heads, "n_kv_heads": model.n_kv_heads, "vocab_size": model.vocab_size}
+        split |= {"d_ff": model.d_ff, "train.seq_len": seq_len}
+        if model.n_experts and model.n_shared_experts:
+            split["n_shared_experts * d_expert"] = model.n_shared_experts * model.d_expert
+        for name, value in split.items():
+            if value % self.tp:
+                fits = [d for d in _divisors(self.world_size) if all(v % d == 0 for v in split.values())]
+                raise ValueError(f"layout.tp={self.tp} must divide {name}={value}; try {fits}")
+
+    def meshes(self, device_type: str) -> Meshes:
+        """Collective: every rank of the world must call it."""
+        if dist.get_world_size() != self.world_size:
+            raise ValueError(f"{self} needs {self.world_size} ranks; the process group has {dist.get_world_size()}")
+        dense = (self.dp_replicate, self.shard, self.tp)
+        sparse = (self.dp_replicate, self.shard * self.tp // self.ep, self.ep)
+        return Meshes(
+            init_device_mesh(device_type, dense, mesh_dim_names=("dp_replicate", "dp_shard", "tp")),
+            init_device_mesh(device_type, sparse, mesh_dim_names=("dp_replicate", "efsdp", "ep")),
+        )
+
+    def __str__(self) -> str:
+        return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} tp={self.tp} ep={self.ep}"
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

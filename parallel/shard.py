@@ -1,0 +1,93 @@
+"""Builds a decoder over the meshes: tensor parallel, expert parallel, then FSDP2 (HSDP) around each block."""
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from model import ModelConfig
+from model.decoder import Decoder
+from model.init import initial_tensor
+from model.moe import Experts, MoE, Router, local
+from parallel.expert import apply_expert_parallel
+from parallel.layout import Meshes
+from parallel.tensor import apply_tensor_parallel
+
+
+def build_decoder(
+    config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, compute_dtype: torch.dtype, seed: int
+) -> Decoder:
+    """A decoder spread over the meshes, with the initial weights that (config, seed) define for every layout.
+
+    `dtype` is that of the weights, gradients and reductions, `compute_dtype` that of the products (bf16 or the same).
+    No rank ever holds more than its own shard and one tensor in full. Collective.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config).to(dtype)
+    if meshes.tp.size() > 1:
+        apply_tensor_parallel(decoder, meshes.tp)
+    apply_expert_parallel(decoder, meshes)
+    _shard(decoder, meshes, dtype, compute_dtype)
+    decoder.to_empty(device=meshes.dense.device_type)
+    if config.tied_embeddings:
+        # to_empty gives every module a tensor of its own.
+        decoder.head.weight = decoder.embedding.weight
+    _initialise(decoder, config.init_std, seed)
+    return decoder
+
+
+def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+    """FSDP2 with experts on the sparse mesh and routers in `dtype` whatever the products' dtype."""
+    replicated = meshes.dense["dp_replicate"].size() > 1
+    dense = meshes.dense["dp_replicate", "dp_shard"] if replicated else meshes.dense["dp_shard"]
+    sparse = meshes.sparse["dp_replicate", "efsdp"] if replicated else meshes.sparse["efsdp"]
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=dtype)
+    accurate = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
+    # Where one rank holds all the weights, freeing and copying them again would be work for nothing.
+    reshard = meshes.dense["dp_shard"].size() > 1
+    for module in decoder.modules():
+        if isinstance(module, Experts):
+            _shard_experts(module, sparse, meshes.sparse["efsdp"].size(), policy)
+        elif isinstance(module, Router):
+            fully_shard(module, mesh=dense, mp_policy=accurate, reshard_after_forward=reshard)
+    for block in decoder.blocks:
+        fully_shard(block, mesh=dense, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(decoder, mesh=dense, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(decoder, "loss")
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are already divided by the global token count: gradients are sums over all ranks, not means.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def _shard_experts(experts: Experts, mesh: DeviceMesh, ranks: int, policy: MixedPrecisionPolicy) -> None:
+    """By expert where that divides evenly, else by width, so that no rank is left without a share."""
+    held, width, d_model = local(experts.gate_EFD).shape
+    by_width = held % ranks and width % ranks == 0 and d_model % ranks == 0
+    placement = Shard(1) if by_width else Shard(0)
+    fully_shard(
+        experts,
+        mesh=mesh,
+        mp_policy=policy,
+        reshard_after_forward=ranks > 1,
+        shard_placement_fn=lambda _: placement,
+    )
+
+
+@torch.no_grad()
+def _initialise(decoder: Decoder, std: float, seed: int) -> None:
+    for name, parameter in decoder.named_parameters():
+        assert isinstance(parameter, DTensor)
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        rows, *rest = (slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        if parameter.to_local().numel():
+            values = initial_tensor(name, parameter.shape, std, seed, rows)
+            parameter.to_local().copy_(values[(slice(None), *rest)])
+    for module in decoder.modules():
+        if isinstance(module, MoE):
+            module.tokens_E.zero_()
+            module.router.bias_E.zero_()
