@@ -24,7 +24,7 @@ def launch(
     ray: starts `workers` processes, watches them, and restarts the group up to `max_restarts` times.
     torchrun: this process is one of those torchrun started, which also decides on workers and restarts.
     local: this process is the only worker.
-    Raises ValueError for a user's mistake, the function's own included, and WorkerFailure once the restarts are spent.
+    Raises ValueError for a user's mistake, the function's own included, and WorkerError once the restarts are spent.
     """
     if launcher == "local":
         from cluster.local import run_local

@@ -1,0 +1,40 @@
+"""What driver, agents and workers tell each other. Imports neither torch nor Ray, so that all of them can."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One node's part in one generation: `n_workers` ranks from `first_rank` on; rank 0's store is at host:port."""
+
+    generation: int
+    world_size: int
+    first_rank: int
+    n_workers: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker ended before its time. `time` is unix seconds; `traceback` is None where it died without a word."""
+
+    reason: str
+    time: float
+    traceback: str | None = None
+    is_users_mistake: bool = False
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What its agent knows of a worker: the last heartbeat (step None before the first), and how it ended, if so."""
+
+    rank: int
+    pid: int
+    step: int | None
+    status: dict[str, Any]
+    silent_s: float
+    is_suspended: bool
+    exit_code: int | None
+    failure: Failure | None
