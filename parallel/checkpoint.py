@@ -14,7 +14,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,17 @@ from parallel.control_plane import ControlPlane
 from parallel.manifest import Manifest
 from parallel.storage import CommitReader, CommitWriter
 
-__all__ = ["Checkpointer", "Commit", "CommitError", "Manifest", "list_commits", "read_tensors", "verify"]
+__all__ = [
+    "Checkpointer",
+    "Commit",
+    "CommitError",
+    "Manifest",
+    "commit_paths",
+    "list_commits",
+    "read_commit",
+    "read_tensors",
+    "verify",
+]
 
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -52,11 +61,11 @@ class CommitError(RuntimeError):
 
 @dataclass
 class _Save:
-    """A save under way. `failure` is final once `thread` has ended; `transient` ones (I/O) are worth a retry."""
+    """A save under way: `failure` counts once it has `ended`, and a `transient` one (I/O) is worth a retry."""
 
     step: int
-    thread: threading.Thread | None = None
     copied: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
     failure: CommitError | None = None
     transient: bool = False
 
@@ -85,6 +94,9 @@ class Checkpointer:
         self._on_event = on_event
         self._ranks = ControlPlane()
         self._pending: _Save | None = None
+        if not self._ranks.group:
+            # DCP warns when torch.distributed is not in use, which is no mistake here.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._ranks.from_rank_0(lambda: clean(folder))
 
     def save(self, step: int, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -93,24 +105,23 @@ class Checkpointer:
         `metadata` is a JSON object; rank 0's is stored. A whole commit of the same step stays as it is. An I/O error
         (a full disk) of the last save has been reported, and this save is the retry; any other raises CommitError.
         """
-        failed = self._settle()
-        if failed and failed.failure and not failed.transient:
-            raise failed.failure
+        last = self._settle()
+        if last and last.failure and not last.transient:
+            raise last.failure
         snapshot = json.loads(json.dumps(metadata, allow_nan=False))
         if torch.accelerator.is_available():
             # The thread copies on another stream than the one that may still be computing the state.
             torch.accelerator.synchronize()
-        save = _Save(step)
-        save.thread = threading.Thread(target=self._run, args=(save, state, snapshot), name="commit", daemon=True)
-        self._pending = save
-        save.thread.start()
+        self._pending = save = _Save(step)
+        # A daemon, so that a process whose peers have died can still exit.
+        threading.Thread(target=self._run, args=(save, state, snapshot), name="commit", daemon=True).start()
         save.copied.wait()
 
     def finish(self) -> None:
         """Waits for the pending save. Raises CommitError, on all ranks, if it failed in whatever way."""
-        failed = self._settle()
-        if failed and failed.failure:
-            raise failed.failure
+        last = self._settle()
+        if last and last.failure:
+            raise last.failure
 
     def load(self, state: dict[str, Tensor]) -> Commit | None:
         """Reads the newest whole commit into the tensors of `state`, in place; None when there is no commit at all.
@@ -137,8 +148,8 @@ class Checkpointer:
     def _settle(self) -> _Save | None:
         """Waits for the pending save and returns it."""
         save, self._pending = self._pending, None
-        if save and save.thread:
-            save.thread.join()
+        if save:
+            save.ended.wait()
         return save
 
     def _run(self, save: _Save, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -158,19 +169,16 @@ class Checkpointer:
             self._after_commit(writer, save.step, time.perf_counter() - began)
         finally:
             save.copied.set()
+            save.ended.set()
 
     def _write(self, writer: CommitWriter, state: dict[str, Tensor]) -> None:
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with _no_warning_about_one_process():
-            dcp.save(state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
+        dcp.save(state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
 
     def _read(self, commit: Commit, state: dict[str, Tensor]) -> None:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
-            with _no_warning_about_one_process():
-                dcp.load(
-                    dict(state), storage_reader=CommitReader(commit), planner=planner, process_group=self._ranks.group
-                )
+            dcp.load(state, storage_reader=CommitReader(commit), planner=planner, process_group=self._ranks.group)
         except CheckpointException as error:
             raise RuntimeError(f"{commit.path} could not be read: {error}") from error
 
@@ -238,8 +246,3 @@ def _explain(step: int, rank: int, error: BaseException) -> tuple[CommitError, b
     failure = CommitError(f"step {step} was not committed: {text}")
     failure.__cause__ = error
     return failure, all(isinstance(cause, OSError) for cause in causes.values())
-
-
-def _no_warning_about_one_process() -> AbstractContextManager[Any]:
-    """DCP warns when torch.distributed is not in use, which is no mistake here."""
-    return warnings.catch_warnings(category=UserWarning, action="ignore")

@@ -4,6 +4,8 @@ Every global tensor is a closed form, so that what a layout writes or reads is c
 """
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,46 @@ def test_a_damaged_commit_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     (commit,) = list_commits(tmp_path)
     assert verify(commit) == []
     assert dict(read_tensors(commit))["w"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(2, dtype=torch.complex128), r"dtype torch\.complex128"),
+        (3, r"'w' is not a tensor; put it into the"),
+    ],
+)
+def test_what_no_retry_can_mend_is_raised_by_the_next_save(tmp_path: Path, value: Any, message: str) -> None:
+    checkpointer = single(tmp_path)
+    checkpointer.save(1, {"w": value}, {})
+    with pytest.raises(CommitError, match=f"step 1 was not committed: rank 0: .*{message}"):
+        checkpointer.save(2, {"w": torch.zeros(1)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+MEMORY_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from parallel.checkpoint import Checkpointer
+def peak_kilobytes():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+checkpointer = Checkpointer(Path(sys.argv[1]), keep=2, keep_every=None, on_event=print)
+checkpointer.save(1, {"warm": torch.zeros(10)}, {})
+state = {f"w{i}": torch.ones(2**24, dtype=torch.uint8) for i in range(16)}
+before = peak_kilobytes()
+checkpointer.save(2, state, {})
+checkpointer.finish()
+print(peak_kilobytes() - before)
+"""
+
+
+def test_one_copy_of_the_state_and_no_more(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path)]
+    output = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    kilobytes = int(output.split()[-1])
+    assert 200 * 1024 < kilobytes < 300 * 1024  # the state is 256 MB
 
 
 def test_settings_that_keep_nothing_are_refused(tmp_path: Path) -> None:
