@@ -79,7 +79,7 @@ def _parse(line: bytes, place: str) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg} at character {error.pos + 1})") from None
+        raise ValueError(f"{place}: not JSON ({error.msg}, character {error.pos + 1})") from None
 
 
 def _name(record: dict[str, Any], number: int) -> str:

@@ -76,12 +76,13 @@ def _feistel(x: np.ndarray, size: int, key: int) -> np.ndarray:
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
     low, high = x & low_mask, x >> low_bits
-    for number in range(ROUNDS):
+    round_keys = _mix(_mix(np.array([key], np.uint64)) ^ np.arange(ROUNDS, dtype=np.uint64))
+    for number, round_key in enumerate(round_keys):
         # Alternating sides need not be of equal width: each half is only ever xored with a function of the other.
         if number % 2:
-            low = low ^ (_mix(high ^ np.uint64(derive_key(key, number))) & low_mask)
+            low = low ^ (_mix(high ^ round_key) & low_mask)
         else:
-            high = high ^ (_mix(low ^ np.uint64(derive_key(key, number))) & high_mask)
+            high = high ^ (_mix(low ^ round_key) & high_mask)
     return (high << low_bits) | low
 
 

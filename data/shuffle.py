@@ -91,13 +91,16 @@ def sort(folder: Path) -> Iterator[ShuffledCorpus]:
         with open(path, "wb") as file:
             for record in records:
                 _write(file, record)
-        key_hashes = [*done.key_hashes, *(record.key_hash for record in records)]
+        low, high = done.key_hashes
         done = ShuffledCorpus(
             (*done.files, path),
             done.n_documents + len(records),
             done.n_duplicates + n_read - len(records),
             done.n_bytes + sum(len(record.text) for record in records),
-            (min(key_hashes), max(key_hashes)),
+            (
+                min(low, *(record.key_hash for record in records)),
+                max(high, *(record.key_hash for record in records)),
+            ),
         )
         yield done
 

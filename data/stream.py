@@ -1,8 +1,8 @@
 """What a rank iterates: global batches, pure functions of (dataset, seed, batch number), prefetched by a thread.
 
 Law 2: global batch n holds positions [nB, (n+1)B) of the order in `data/order.py`, across epoch ends, and a rank reads
-the lanes it owns. Joined over the ranks, the lanes are the same for every world size and after every restart: the data state
-of a run is one integer.
+the lanes it owns. Joined over the ranks, the lanes are the same for every world size and after every restart: the
+data state of a run is one integer.
 """
 
 # Shapes: B lanes of this rank, T tokens of a sequence (seq_len).

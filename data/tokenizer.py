@@ -70,15 +70,20 @@ class Tokenizer:
         return [np.array([self.bos_id, *encoding.ids, self.eos_id], self.dtype) for encoding in encodings]
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError if there is no room for the 256 bytes and the special tokens."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        parts = f"256 bytes + {len(SPECIAL_TOKENS)} special tokens"
+        raise ValueError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} ({parts})")
+
+
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE of at most `vocab_size` entries and saves it in `folder`, with transformers' config.
 
     Deterministic in the texts and their order, whatever the number of threads. A small corpus gives fewer entries.
-    Raises ValueError if vocab_size has no room for the bytes and the special tokens.
+    Raises ValueError as `check_vocab_size` does.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        parts = f"256 bytes + {len(SPECIAL_TOKENS)} special tokens"
-        raise ValueError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} ({parts})")
+    check_vocab_size(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

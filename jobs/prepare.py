@@ -22,7 +22,7 @@ from data.dataset import Dataset, write_index
 from data.shards import SplitWriter
 from data.shuffle import Record, ShuffledCorpus, scatter, sort
 from data.staging import staged_folder
-from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, check_vocab_size, copy_tokenizer, load_tokenizer, train_tokenizer
 
 # The first documents of the shuffled training split are a random sample; more text than this moves few merges.
 TOKENIZER_SAMPLE_BYTES = 16 << 20
@@ -83,8 +83,11 @@ def prepare(
     if not 0 < validation < 1:
         raise ValueError(f"validation={validation} must lie between 0 and 1, for example 0.01")
     own = None if tokenizer is None else Path(tokenizer)
+    # What can be wrong is found out before the reading, not after it.
     if own:
         load_tokenizer(own)
+    else:
+        check_vocab_size(vocab_size)
     console = console or Console(stderr=True)
     documents = read_documents(sources, skipped := Skipped())
     with _disk_full_is_a_users_error(out), staged_folder(Path(out), overwrite=overwrite) as folder:

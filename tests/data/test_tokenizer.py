@@ -1,0 +1,114 @@
+"""Our ids against transformers' for trained and imported tokenizers; training against itself on other thread counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+from transformers import AutoTokenizer
+
+from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
+
+TEXTS = [Path(__file__).read_text(), Path(os.__file__).read_text(), Path(json.__file__).read_text()]
+STRANGE = "naïve Ünïcödé 三月 🙂\t\x00\r\n  indent\n\n<|im_start|>user\nhi<|im_end|> <|eos|> "
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return folder, train_tokenizer(TEXTS, folder, 600)
+
+
+def test_transformers_agrees_id_by_id(trained: tuple[Path, Tokenizer]) -> None:
+    folder, ours = trained
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in [*TEXTS, STRANGE, "", " ", "a"]:
+        ids = ours.encode(text)
+        assert theirs(text).input_ids == ids
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+    assert len(theirs) == ours.vocab_size == 600
+    assert len(theirs("<|bos|><|eos|><|pad|><|im_start|><|im_end|>").input_ids) == 5
+
+
+def test_a_document_is_bos_text_eos_and_its_text_is_only_text(trained: tuple[Path, Tokenizer]) -> None:
+    folder, ours = trained
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text, ids in zip([*TEXTS, STRANGE], ours.encode_documents([*TEXTS, STRANGE]), strict=True):
+        plain = theirs(text, split_special_tokens=True).input_ids
+        assert ids.tolist() == [ours.bos_id, *plain, ours.eos_id]
+        assert ids.dtype == np.uint16
+        assert ours.decode(ids[1:-1]) == text
+    assert ours.encode("<|eos|>") == [ours.eos_id], "outside of documents a special token is read as one"
+
+
+def test_training_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from data.tokenizer import train_tokenizer\n"
+        "texts = [path.read_text() for path in sorted(Path(sys.argv[2]).glob('*.py'))]\n"
+        "train_tokenizer(texts, Path(sys.argv[1]), 2000)"
+    )
+    for threads in ("1", "5"):
+        folder = tmp_path / threads
+        folder.mkdir()
+        environment = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", code, str(folder), str(Path(os.__file__).parent)]
+        subprocess.run(command, check=True, env=environment, timeout=50)
+    assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (tmp_path / "5" / "tokenizer.json").read_bytes()
+
+
+def test_the_vocabulary_has_the_size_asked_for_or_what_the_text_gives(tmp_path: Path) -> None:
+    assert train_tokenizer(["ab"], tmp_path, 6400).vocab_size == 256 + 5 + 1
+    with pytest.raises(ValueError, match="vocab_size=260 must be at least 261"):
+        train_tokenizer(["ab"], tmp_path, 260)
+
+
+def imported(folder: Path, config: dict, highest_id: int = 300) -> Path:
+    """A tokenizer as others ship them: its template adds BOS, truncation and padding are on, its ids have a hole."""
+    vocab = {token: n for n, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {
+        "<s>": 256,
+        "</s>": highest_id,
+    }
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
+    return folder
+
+
+def test_an_imported_tokenizer(tmp_path: Path) -> None:
+    source = imported(
+        tmp_path / "theirs", {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}}
+    )
+    (tmp_path / "ours").mkdir()
+    ours = copy_tokenizer(source, tmp_path / "ours")
+    text = "longer than four tokens"
+    assert ours.encode(text) == AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False).input_ids
+    assert ours.encode_documents([text])[0].tolist() == [256, *ours.encode(text), 300]
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (256, 300, 300, 301)
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").bos_token_id == 256
+
+
+def test_ids_beyond_16_bits_are_stored_in_32(tmp_path: Path) -> None:
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert load_tokenizer(imported(tmp_path / "a", config, highest_id=65535)).dtype == np.uint16
+    assert load_tokenizer(imported(tmp_path / "b", config, highest_id=65536)).dtype == np.uint32
+
+
+def test_what_an_imported_tokenizer_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no eos_token"):
+        load_tokenizer(imported(tmp_path / "a", {"bos_token": "<s>", "eos_token": None}))
+    with pytest.raises(ValueError, match="no bos_token"):
+        load_tokenizer(imported(tmp_path / "b", {"bos_token": "<start>", "eos_token": "</s>"}))
+    with pytest.raises(ValueError, match=r"must be a folder that holds a tokenizer.json"):
+        load_tokenizer(tmp_path)
