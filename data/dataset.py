@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 
 INDEX = "index.json"
 VERSION = 1
-STAGING_SUFFIX = ".unfinished"
+STAGING_SUFFIX = ".moray-unfinished"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: built as `NAME.unfinished`, then renamed."""
+"""A folder that appears whole or not at all: built as `NAME.moray-unfinished`, then renamed."""
 
 import fcntl
 import os
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.dataset import INDEX, STAGING_SUFFIX
+
+REPLACED_SUFFIX = ".moray-replaced"
 
 
 @contextmanager
@@ -55,7 +57,8 @@ def _clear(folder: Path) -> None:
 
 
 def _replace(out: Path, staging: Path) -> None:
-    old = out.with_name(out.name + ".replaced")
+    old = out.with_name(out.name + REPLACED_SUFFIX)
+    shutil.rmtree(old, ignore_errors=True)  # if a kill came between the renames and the removal below
     if out.exists():
         out.rename(old)
     staging.rename(out)

@@ -48,7 +48,7 @@ def test_a_dataset_behind_a_url(make_dataset: MakeDataset) -> None:
 def test_missing_and_unfinished_folders(make_dataset: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere does not exist; make it with `moray prepare SOURCE --out"):
         Dataset.open(tmp_path / "nowhere")
-    (tmp_path / "killed.unfinished").mkdir()
+    (tmp_path / "killed.moray-unfinished").mkdir()
     with pytest.raises(ValueError, match=r"killed is unfinished.*run `moray prepare` again"):
         Dataset.open(tmp_path / "killed")
     dataset = make_dataset(DOCUMENTS)
