@@ -9,7 +9,7 @@ data state of a run is one integer.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +79,7 @@ class Stream:
         ]
         return _stack(rows, first, n)
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Generator[Batch, None, None]:
         """Batches start, start + 1, …, read ahead by a thread that lives as long as the iterator.
 
         What the thread raises is raised here; closing or dropping the iterator ends the thread.

@@ -1,6 +1,6 @@
 """`moray prepare`: text in, a dataset out. Read and scatter, shuffle, make the tokenizer, encode into shards, commit.
 
-All of it happens in `OUT.moray-unfinished`, which a killed run leaves behind and the next one clears; OUT appears whole.
+All of it happens in `OUT.moray-unfinished`, which a killed run leaves and the next one clears; OUT appears whole.
 """
 
 import errno
