@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +22,8 @@ class EventLog:
 
     def write(self, kind: str, **fields: Any) -> None:
         """Appends one event with its time, in unix seconds and ISO 8601 (UTC). `fields` hold JSON-able values."""
-        now = time.time()
-        event = {"time": now, "iso": datetime.fromtimestamp(now, UTC).isoformat(), "kind": kind, **fields}
+        now = datetime.now(UTC)
+        event = {"time": now.timestamp(), "iso": now.isoformat(), "kind": kind, **fields}
         line = json.dumps(event, ensure_ascii=False).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)

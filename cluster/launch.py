@@ -36,6 +36,8 @@ def launch(
         from cluster.torchrun import run_torchrun
 
         return run_torchrun(function, argument, on_event, on_status)
+    if launcher != "ray":
+        raise ValueError(f"cluster.launcher={launcher!r} is unknown; choose ray, torchrun or local")
     # Ray is imported only where it is the launcher.
     from cluster.supervisor import supervise
 

@@ -1,7 +1,9 @@
 """One worker in this very process, without Ray and without torchrun."""
 
 import os
+import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -32,16 +34,23 @@ def run_local(function: WorkerFunction, argument: Any, on_event: OnEvent, on_sta
 
 
 def run_here(function: WorkerFunction, argument: Any, context: WorkerContext, on_event: OnEvent) -> int:
-    """Calls the function between a start and an end event."""
+    """Calls the function in this process and tells of its start, first heartbeat and end as the supervisor would."""
     began = time.monotonic()
-    on_event(
-        "start",
-        {
-            "generation": context.generation,
-            "workers": context.world_size,
-            "ranks": [{"rank": context.rank, "pid": os.getpid()}],
-        },
-    )
-    code = function(context, argument) or EXIT_DONE
-    on_event("end", {"generation": context.generation, "code": code, "seconds": time.monotonic() - began})
+    generation = context.generation
+    is_ready = False
+
+    def report(step: int, status: dict[str, Any]) -> None:
+        nonlocal is_ready
+        if not is_ready:
+            is_ready = True
+            kind = "ready" if generation == 1 else "recovered"
+            on_event(kind, {"generation": generation, "seconds": time.monotonic() - began})
+        context.report(step, status)
+
+    ranks = [{"rank": context.rank, "pid": os.getpid(), "node": socket.gethostname()}]
+    on_event("start", {"generation": generation, "workers": context.world_size, "ranks": ranks})
+    code = function(replace(context, report=report), argument) or EXIT_DONE
+    if context.should_stop():
+        on_event("stop", {"generation": generation})
+    on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code

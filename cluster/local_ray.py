@@ -22,11 +22,10 @@ OBJECT_STORE_BYTES = 100 * 2**20  # hardly used: workers exchange tensors throug
 ANNOUNCEMENT = "Ray is at "
 
 
-@contextmanager
-def local_ray(workers: int) -> Iterator[str]:
-    """Starts a Ray with at least `workers` CPU slots, and stops it at the end; yields its address.
+def slots_for(workers: int) -> int:
+    """The CPU slots of a local Ray for so many workers: at least the cores; more where workers share them.
 
-    Raises ValueError where the machine is far too small, RuntimeError with Ray's last words where it does not start.
+    Raises ValueError where this machine is far too small.
     """
     cores = os.cpu_count() or 1
     if workers > MAX_WORKERS_PER_CORE * cores:
@@ -34,10 +33,19 @@ def local_ray(workers: int) -> Iterator[str]:
             f"cluster.workers={workers} is too many for a local Ray on {cores} cores; "
             f"choose at most {MAX_WORKERS_PER_CORE * cores}, or set RAY_ADDRESS to a cluster"
         )
+    return max(cores, workers)
+
+
+@contextmanager
+def local_ray(slots: int) -> Iterator[str]:
+    """Starts a Ray with so many CPU slots, and stops it at the end; yields its address.
+
+    Raises RuntimeError with Ray's last words where it does not start.
+    """
     _share_token()
     with tempfile.TemporaryFile("w+") as words:
         keeper = subprocess.Popen(
-            [sys.executable, "-m", "cluster.local_ray", str(max(cores, workers))],
+            [sys.executable, "-m", "cluster.local_ray", str(slots)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

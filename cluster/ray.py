@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.agent import AgentProcess
 from cluster.events import OnEvent
-from cluster.local_ray import local_ray
+from cluster.local_ray import local_ray, slots_for
 
 AGENT_START_S = 120.0
 RETRY_S = 0.2
@@ -60,7 +60,7 @@ def connected(workers: int) -> Iterator[bool]:
         yield False
         return
     address = os.environ.get("RAY_ADDRESS")
-    with local_ray(workers) if not address else nullcontext(address) as where:
+    with nullcontext(address) if address else local_ray(slots_for(workers)) as where:
         ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
         try:
             yield not address

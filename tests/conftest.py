@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from pool import Pool
 
+from cluster.local_ray import local_ray
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
@@ -18,3 +20,12 @@ def pool() -> Iterator[Pool]:
     pool = Pool(8)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A real Ray with eight CPU slots; this process and its subprocesses find it through RAY_ADDRESS."""
+    with local_ray(8) as address:
+        os.environ["RAY_ADDRESS"] = address
+        yield address
+        del os.environ["RAY_ADDRESS"]

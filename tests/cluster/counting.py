@@ -1,0 +1,95 @@
+"""A worker function that counts, and the marks by which a test finds its processes.
+
+Run as a script it is a driver: python counting.py LAUNCHER WORKERS FOLDER STEPS PAUSE_S.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cluster.events import EventLog
+from cluster.launch import launch
+from cluster.worker import EXIT_INTERRUPTED, WorkerContext
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Count to `steps`; on rank 1, from step `trouble_at` on, raise the exception named `trouble`, if any."""
+
+    folder: str
+    steps: int
+    pause_s: float = 0.0
+    trouble: str = ""
+    trouble_at: int = 0
+
+
+def history(folder: str | Path) -> list[tuple[int, int]]:
+    """The committed steps, each with its generation."""
+    path = Path(folder) / "steps"
+    rows = path.read_text().splitlines() if path.exists() else []
+    return [(int(step), int(generation)) for step, generation in map(str.split, rows)]
+
+
+def count(context: WorkerContext, plan: Plan) -> int:
+    """Counts together with the other ranks, commits every step, and goes on from the last one committed."""
+    Path(plan.folder, f"rank-{context.rank}-of-{context.world_size}").touch()
+    with context.process_group():
+        done = history(plan.folder)
+        step = done[-1][0] if done else 0
+        dist.barrier()
+        while step < plan.steps:
+            votes = torch.tensor([1, int(context.should_stop())])
+            dist.all_reduce(votes)
+            assert votes[0] == context.world_size
+            step += 1
+            if plan.trouble and context.rank == 1 and step >= plan.trouble_at:
+                raise {"RuntimeError": RuntimeError, "ValueError": ValueError}[plan.trouble]("one too many apples")
+            if context.rank == 0:
+                with open(Path(plan.folder, "steps"), "a") as steps:
+                    steps.write(f"{step} {context.generation}\n")
+            context.heartbeat(step, apples=step)
+            if votes[1]:
+                Path(plan.folder, f"stopped-{context.rank}").touch()
+                return EXIT_INTERRUPTED
+            time.sleep(plan.pause_s)
+    return 0
+
+
+def never_begin(context: WorkerContext, plan: Plan) -> int:
+    """Hangs before its first heartbeat in generation 1."""
+    if context.generation == 1:
+        time.sleep(1000)
+    return count(context, plan)
+
+
+def marked_processes(mark: str) -> list[int]:
+    """The living processes that were started with MARK=mark in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            is_marked = f"MARK={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            if is_marked and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    from counting import Plan, count  # the workers import it under this name
+
+    launcher, workers, folder, steps, pause_s = sys.argv[1:]
+    code = launch(
+        count,
+        Plan(folder, int(steps), float(pause_s)),
+        launcher=launcher,
+        workers=int(workers),
+        on_event=lambda kind, fields: EventLog(Path(folder, "events.jsonl")).write(kind, **fields),
+        on_status=lambda rank, step, status: print(f"{os.getpid()} rank {rank} step {step} {status}", flush=True),
+    )
+    sys.exit(code)

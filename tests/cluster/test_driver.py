@@ -1,0 +1,101 @@
+"""Drivers that are interrupted, terminated and killed, with a Ray of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from counting import history, marked_processes
+
+from cluster.events import read_events
+
+SCRIPT = Path(__file__).parent / "counting.py"
+GONE_WITHIN_S = 15
+
+Start = Callable[[Path, int, float], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def mark() -> str:
+    return uuid.uuid4().hex
+
+
+@pytest.fixture
+def start(mark: str) -> Iterator[Start]:
+    """Starts a driver in a process group of its own, as a terminal would; kills all that it left behind."""
+    drivers = []
+
+    def start(folder: Path, steps: int, pause_s: float) -> subprocess.Popen[str]:
+        command = [sys.executable, str(SCRIPT), "ray", "2", str(folder), str(steps), str(pause_s)]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"MARK": mark}
+        driver = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        drivers.append(driver)
+        return driver
+
+    yield start
+    for driver in drivers:
+        driver.kill()
+        driver.communicate()
+    for pid in marked_processes(mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+def read_until(driver: subprocess.Popen[str], words: str) -> None:
+    assert driver.stdout
+    assert any(words in line for line in driver.stdout), driver.stderr and driver.stderr.read()
+
+
+def survivors(mark: str) -> list[int]:
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while (pids := marked_processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return pids
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["SIGTERM to the driver", "Ctrl-C in its terminal"])
+def test_asked_to_stop_all_workers_commit_and_leave(
+    start: Start, mark: str, tmp_path: Path, send: Callable[[int, int], None]
+) -> None:
+    driver = start(tmp_path, 100000, 0.02)
+    read_until(driver, "step 5")
+    send(driver.pid, signal.SIGTERM if send is os.kill else signal.SIGINT)
+    _, errors = driver.communicate(timeout=40)
+    assert driver.returncode == 75, errors
+    assert errors == ""
+    assert (tmp_path / "stopped-0").exists()
+    assert (tmp_path / "stopped-1").exists()
+    steps = [step for step, _ in history(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert [event["kind"] for event in read_events(tmp_path / "events.jsonl")] == ["start", "ready", "stop", "end"]
+    assert survivors(mark) == []
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(start: Start, mark: str, tmp_path: Path) -> None:
+    driver = start(tmp_path, 100000, 1000.0)
+    read_until(driver, "step 1")
+    os.killpg(driver.pid, signal.SIGINT)
+    time.sleep(1)
+    assert driver.poll() is None
+    os.killpg(driver.pid, signal.SIGINT)
+    _, errors = driver.communicate(timeout=40)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert survivors(mark) == []
+
+
+def test_a_killed_driver_leaves_nothing_and_the_same_command_resumes(start: Start, mark: str, tmp_path: Path) -> None:
+    driver = start(tmp_path, 60, 0.02)
+    read_until(driver, "step 10")
+    driver.kill()
+    driver.wait()
+    again = start(tmp_path, 60, 0.02)
+    _, errors = again.communicate(timeout=50)
+    assert again.returncode == 0, errors
+    assert [step for step, _ in history(tmp_path)] == list(range(1, 61))
+    assert survivors(mark) == []

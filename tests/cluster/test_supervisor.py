@@ -1,0 +1,170 @@
+"""Real workers on a real Ray, killed, suspended and misled while they count."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from counting import Plan, count, history, never_begin
+
+from cluster.supervisor import WorkerError, supervise
+
+EIGHT_SLOTS = 8
+
+
+class Observer:
+    """Keeps all events, and does `act(pid of rank 2)` when rank 0 of generation 1 is at step 10."""
+
+    def __init__(self, act: Callable[[int], None] = lambda pid: None) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.statuses: list[tuple[int, int, dict[str, Any]]] = []
+        self._act = act
+        self._has_acted = False
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        self.events.append((kind, fields))
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        self.statuses.append((rank, step, status))
+        if not self._has_acted and step >= 10:
+            self._has_acted = True
+            self._act(self.pids(1)[2])
+
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self.events]
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        return next(fields for each, fields in self.events if each == kind)
+
+    def pids(self, generation: int) -> list[int]:
+        starts = [fields for kind, fields in self.events if kind == "start"]
+        return [rank["pid"] for rank in starts[generation - 1]["ranks"]]
+
+
+@pytest.fixture
+def connection(ray_cluster: str) -> Iterator[None]:
+    """This process as a driver of the cluster, so that a test can look at what supervise() left there."""
+    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def counted_once(folder: Path, steps: int) -> bool:
+    return [step for step, _ in history(folder)] == list(range(1, steps + 1))
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_every_rank_runs_and_nothing_stays_behind(connection: None, tmp_path: Path) -> None:
+    for n_run in range(1, 4):
+        observer = Observer()
+        folder = tmp_path / str(n_run)
+        folder.mkdir()
+        code = supervise(
+            count, Plan(str(folder), 5), workers=4, on_event=observer.on_event, on_status=observer.on_status
+        )
+        assert code == 0
+        assert counted_once(folder, 5)
+        assert sorted(path.name for path in folder.glob("rank-*")) == [f"rank-{rank}-of-4" for rank in range(4)]
+        assert observer.kinds() == ["start", "ready", "end"]
+        assert (0, 5, {"apples": 5}) in observer.statuses
+        assert all(is_gone(pid) for pid in observer.pids(1))
+        groups = ray.util.placement_group_table().values()
+        assert [group["state"] for group in groups] == ["REMOVED"] * n_run
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "its process is suspended")],
+    ids=["killed", "suspended"],
+)
+def test_a_lost_worker_costs_one_generation(ray_cluster: str, tmp_path: Path, number: int, reason: str) -> None:
+    observer = Observer(lambda pid: os.kill(pid, number))
+    code = supervise(
+        count,
+        Plan(str(tmp_path), 60, pause_s=0.02),
+        workers=4,
+        heartbeat_timeout_s=2.0,
+        on_event=observer.on_event,
+        on_status=observer.on_status,
+    )
+    assert code == 0
+    assert counted_once(tmp_path, 60)
+    assert {generation for _, generation in history(tmp_path)} == {1, 2}
+    assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
+    fault = observer.fields("fault")
+    assert (fault["rank"], fault["pid"], fault["generation"]) == (2, observer.pids(1)[2], 1)
+    assert reason in fault["reason"]
+    assert all(is_gone(pid) for pid in observer.pids(1) + observer.pids(2))
+
+
+@pytest.mark.parametrize("ancestor", [1, 2], ids=["agent", "actor"])
+def test_a_lost_node_is_replaced(ray_cluster: str, tmp_path: Path, ancestor: int) -> None:
+    def kill_ancestor(pid: int) -> None:
+        for _ in range(ancestor):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(pid, signal.SIGKILL)
+
+    observer = Observer(kill_ancestor)
+    plan = Plan(str(tmp_path), 60, pause_s=0.02)
+    assert supervise(count, plan, workers=4, on_event=observer.on_event, on_status=observer.on_status) == 0
+    assert counted_once(tmp_path, 60)
+    assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
+    assert "was lost" in observer.fields("fault")["reason"]
+    assert all(is_gone(pid) for pid in observer.pids(1))
+
+
+def test_a_worker_that_never_begins_is_restarted(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 3)
+    assert supervise(never_begin, plan, workers=2, startup_timeout_s=1.0, on_event=observer.on_event) == 0
+    assert "before its first step" in observer.fields("fault")["reason"]
+
+
+def test_a_spent_budget_shows_the_first_failure(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
+    with pytest.raises(WorkerError) as raised:
+        supervise(count, plan, workers=4, max_restarts=1, on_event=observer.on_event)
+    message = str(raised.value)
+    assert "rank 1 (pid" in message
+    assert "RuntimeError: one too many apples" in message
+    assert "counting.py" in message
+    assert "max_restarts=1" in message
+    assert observer.kinds().count("start") == 2
+    assert observer.kinds()[-1] == "fault"
+
+
+def test_a_users_mistake_is_not_retried(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 10, trouble="ValueError", trouble_at=5)
+    with pytest.raises(ValueError, match=r"^one too many apples$"):
+        supervise(count, plan, workers=4, on_event=observer.on_event)
+    assert observer.kinds() == ["start", "ready", "fault"]
+
+
+def test_more_workers_than_the_cluster_has(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 1)
+    with pytest.raises(ValueError, match=r"cluster.workers=9.* after 0\.5 s .*8 CPU slots.*at most 8"):
+        supervise(count, plan, workers=9, placement_timeout_s=0.5, on_event=observer.on_event)
+    assert observer.kinds() == ["wait"]
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_less_than_one_worker(workers: int) -> None:
+    with pytest.raises(ValueError, match=f"cluster.workers={workers} must be at least 1"):
+        supervise(count, Plan("", 1), workers=workers)
+
+
+def test_a_function_that_no_other_process_can_import() -> None:
+    with pytest.raises(ValueError, match="top level of a module"):
+        supervise(lambda context, argument: 0, None, workers=1)

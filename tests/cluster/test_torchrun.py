@@ -1,0 +1,70 @@
+"""The same worker function under a real torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from counting import Plan, count, history
+
+from cluster.events import read_events
+from cluster.launch import launch
+
+SCRIPT = Path(__file__).parent / "counting.py"
+
+
+@contextmanager
+def torchrun(folder: Path, steps: int, pause_s: float, max_restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(max_restarts), "--monitor-interval", "0.1"]
+    command += [str(SCRIPT), "torchrun", "2", str(folder), str(steps), str(pause_s)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_two_ranks_count_together(tmp_path: Path) -> None:
+    with torchrun(tmp_path, 5, 0.0) as process:
+        output, _ = process.communicate(timeout=50)
+        assert process.returncode == 0
+    assert history(tmp_path) == [(step, 1) for step in range(1, 6)]
+    assert (tmp_path / "rank-1-of-2").exists()
+    assert "rank 0 step 5" in output
+    assert "rank 1" not in output
+    assert [event["kind"] for event in read_events(tmp_path / "events.jsonl")] == ["start", "ready", "end"]
+
+
+def test_torchrun_restarts_a_killed_rank_as_the_next_generation(tmp_path: Path) -> None:
+    with torchrun(tmp_path, 40, 0.02, max_restarts=1) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if "rank 0 step 10 " in line:
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+                break
+        process.communicate(timeout=50)
+        assert process.returncode == 0
+    assert [step for step, _ in history(tmp_path)] == list(range(1, 41))
+    assert {generation for _, generation in history(tmp_path)} == {1, 2}
+
+
+def test_torchrun_passes_sigterm_on(tmp_path: Path) -> None:
+    with torchrun(tmp_path, 100000, 0.02) as process:
+        assert process.stdout
+        assert "step 1 " in process.stdout.readline()
+        process.terminate()
+        process.communicate(timeout=50)
+    assert (tmp_path / "stopped-0").exists()
+    assert (tmp_path / "stopped-1").exists()
+
+
+def test_without_torchrun() -> None:
+    with pytest.raises(ValueError, match=r"cluster.launcher=torchrun needs processes that torchrun started"):
+        launch(count, Plan("", 1), launcher="torchrun", workers=2)
