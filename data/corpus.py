@@ -112,7 +112,9 @@ def _raw(source: str | Path, label: str) -> Iterator[Raw]:
 def _text_files(folder: Path, leave_out: frozenset[str]) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in leave_out and not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(files) if Path(name).suffix.lower() in TEXT_SUFFIXES)
+        paths = (Path(parent, name) for name in sorted(files))
+        # A broken link, such as an editor's lock file, is no document.
+        yield from (path for path in paths if path.suffix.lower() in TEXT_SUFFIXES and path.is_file())
 
 
 def _decode(raw: str | bytes) -> str | None:

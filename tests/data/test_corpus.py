@@ -32,6 +32,7 @@ def test_a_folder(tmp_path: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"text of " + name.encode() + b"\r\n")
+    (folder / "broken.md").symlink_to("nowhere")
     expected = {f"notes/{name}": f"text of {name}\r\n" for name in ("a.txt", "b.md", "sub/c.rst", "sub/d.py")}
     assert read(folder) == expected
 
