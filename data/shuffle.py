@@ -3,7 +3,7 @@
 Documents are scattered into buckets by hash(seed, text) and each bucket is sorted by it. The hash being uniform, sorted
 order *is* a shuffle; equal texts meet as neighbours, and all but one are dropped. The result depends on the set of
 documents and the seed alone, never on the order they were read in. Memory: one bucket (64 MiB of text, or the largest
-document); disk: twice the text.
+document); disk: the text once, and one bucket more.
 """
 
 import hashlib

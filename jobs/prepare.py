@@ -77,7 +77,7 @@ def prepare(
     A tokenizer of `vocab_size` entries is trained on the training split, or taken from the folder `tokenizer`.
     `validation` is the share of documents held out, by hash of their key. The same documents, seed and settings give
     the same bytes. Memory: 64 MiB of text, the encoding of the largest document (about 150 bytes a token), and the
-    tokenizer's training on 16 MiB (0.2 GB; 1 GB for scripts without spaces); disk: three times the text.
+    tokenizer's training on 16 MiB (0.2 GB; 1 GB for scripts without spaces); disk: twice the text.
     Raises ValueError for a bad setting, source or folder, a damaged source, and a full disk.
     """
     started = time.monotonic()
