@@ -19,11 +19,9 @@ class KVCache:
     Shapes: keys and values are [layers, B, G, capacity, d].
     """
 
-    def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
+        """`like` is any weight of the model: the cache has its dtype and device."""
+        self.keys = like.new_empty(config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
         self.values = torch.empty_like(self.keys)
         self.length = 0
 

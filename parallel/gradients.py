@@ -43,7 +43,7 @@ def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], 
     config = decoder.config
     sequences = sum(len(batch.tokens_BT) for batch in micro_batches)
     valid = sum(int((batch.targets_BT != IGNORED).sum()) for batch in micro_batches)
-    tokens, all_sequences = (int(x) // tp for x in _world_sum([valid, sequences], decoder))
+    tokens, all_sequences = (int(x) // tp for x in world_sum([valid, sequences], decoder))
     # A batch without a single target has loss 0, not 0/0.
     per_token, per_balance = 1 / max(tokens, 1), 1 / all_sequences
     sums = torch.zeros(2, dtype=torch.float64)
@@ -56,11 +56,25 @@ def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], 
             loss = loss + losses.balance * (config.balance_loss * per_balance)
         loss.backward()
         sums += torch.stack((losses.cross_entropy.detach(), losses.balance.detach())).double().cpu()
-    cross_entropy, balance = (_world_sum(sums.tolist(), decoder) / tp).tolist()
+    cross_entropy, balance = (world_sum(sums.tolist(), decoder) / tp).tolist()
     return GlobalLosses(cross_entropy * per_token, balance * per_balance, tokens)
 
 
-def _world_sum(values: Sequence[float], decoder: Decoder) -> Tensor:
+@torch.no_grad()
+def evaluate(decoder: Decoder, micro_batches: Iterable[MicroBatch]) -> float:
+    """Mean cross-entropy per valid token of all ranks' micro-batches, which must be equally many. Collective."""
+    decoder.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in micro_batches:
+        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT)
+        sums += torch.stack((losses.cross_entropy, (batch.targets_BT != IGNORED).sum())).double().cpu()
+    # Tensor-parallel peers count the same tokens, above and below the line.
+    cross_entropy, tokens = world_sum(sums.tolist(), decoder).tolist()
+    return cross_entropy / max(tokens, 1)
+
+
+def world_sum(values: Sequence[float], decoder: Decoder) -> Tensor:
+    """The sum of each value over all ranks, in float64 on the CPU. Collective."""
     device = next(decoder.parameters()).device
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():

@@ -11,8 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from pool import Pool
 
-from cluster.local_ray import local_ray
-
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
@@ -25,6 +23,8 @@ def pool() -> Iterator[Pool]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A real Ray with eight CPU slots; this process and its subprocesses find it through RAY_ADDRESS."""
+    from cluster.local_ray import local_ray  # importing Ray takes long, and few tests need it
+
     with local_ray(8) as address:
         os.environ["RAY_ADDRESS"] = address
         yield address

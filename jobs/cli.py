@@ -1,0 +1,178 @@
+"""The command `moray VERB …`. A user's mistake is one line on standard error and exit code 2, never a traceback."""
+
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+# The modules behind the verbs import torch and more: each is loaded only when its verb is asked for.
+
+
+def prepare(
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("stdlib",),
+    *,
+    out: Path,
+    vocab_size: int = 6400,
+    tokenizer: Path | None = None,
+    validation: float = 0.01,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> int:
+    """Turn text into a dataset: tokenizer, shuffled WebDataset shards and their index.
+
+    Args:
+        sources: stdlib, folders (.py .md .rst .txt), .txt, .jsonl[.gz|.zst], .parquet or WebDataset .tar files.
+        out: The folder to make.
+        vocab_size: Entries of the byte-level BPE that is trained.
+        tokenizer: A folder with an existing tokenizer to use instead.
+        validation: Share of the documents held out for validation, by hash of their key.
+        seed: Decides on the documents' order.
+        overwrite: Replace a finished dataset in `out`.
+    """
+    from jobs.prepare import prepare as run
+
+    run(
+        sources,
+        out,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        validation=validation,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    return 0
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Train from scratch, or resume: `[--recipe NAME|FILE.toml] --data.path DIR --run.dir RUN [--section.key value …]`.
+
+    `--model.preset` (minimind-3, minimind-3-moe, demo-dense, demo-moe) is where the architecture's fields start from.
+    The command line wins over the recipe, the recipe over the preset. A recipe is TOML with the sections below.
+    """
+    from jobs.config import RunConfig, load_config
+
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(RunConfig, args=["--help"], prog="moray pretrain", description=pretrain.__doc__)
+    recipe, overrides = parse_settings(arguments)
+    config = load_config(recipe, overrides)
+    from jobs.pretrain import pretrain as run
+
+    return run(config)
+
+
+def parse_settings(arguments: list[str]) -> tuple[str | None, dict[str, str]]:
+    """`--recipe R --section.key value --section.key=value` -> (R, {"section.key": "value"}); dashes are underscores."""
+    recipe, overrides = None, {}
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ValueError(f"{flag} was not expected; settings are written --section.key value")
+        name, equals, value = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{name} needs a value")
+            value = rest.pop(0)
+        if name == "recipe":
+            recipe = value
+        else:
+            overrides[name] = value
+    return recipe, overrides
+
+
+def generate(
+    run: tyro.conf.Positional[Path],
+    *,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> int:
+    """Continue a prompt with a run's newest commit.
+
+    Args:
+        run: The run's folder.
+        prompt: The text to continue.
+        max_new_tokens: The most tokens to add.
+        temperature: 0 always takes the likeliest token.
+        top_k: Draw among the k likeliest; 0: among all.
+        top_p: Draw among the fewest likeliest whose probabilities reach p.
+        seed: Decides on the draws.
+    """
+    from jobs.generate import Sampling, generate_tokens, load_run, stream_text
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    decoder, tokenizer = load_run(run)
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    print(prompt, end="", flush=True)
+    for text in stream_text(tokenizer, generate_tokens(decoder, tokens, max_new_tokens, sampling)):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def checkpoints(run: tyro.conf.Positional[Path], *, verify: bool = False) -> int:
+    """List a run's commits.
+
+    Args:
+        run: The run's folder.
+        verify: Read every byte and compare it with the manifest.
+    """
+    from jobs.checkpoints import show_checkpoints
+
+    return show_checkpoints(run, verify, Console())
+
+
+def demo(*, dir: Annotated[Path, tyro.conf.arg(name="dir")] = Path("moray-demo")) -> int:
+    """Prepare the standard library, train a small MoE on 4 workers, kill one, recover, and generate text.
+
+    Args:
+        dir: Where everything is put.
+    """
+    from jobs.demo import demo as run
+
+    return run(dir)
+
+
+VERBS: dict[str, Callable[..., int]] = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "generate": generate,
+    "checkpoints": checkpoints,
+    "demo": demo,
+}
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Runs a verb and returns its exit code. Raises ValueError for a user's mistake."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:<12} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+        print("\n".join(["usage: moray VERB …    (moray VERB --help says more)", "", *lines]))
+        return 0
+    name, *rest = arguments
+    if name not in VERBS:
+        raise ValueError(f"{name} is not a verb of moray; there are {', '.join(VERBS)}")
+    if name == "pretrain":
+        return pretrain(rest)
+    return tyro.cli(VERBS[name], args=rest, prog=f"moray {name}")
+
+
+def main() -> None:
+    try:
+        code = dispatch(sys.argv[1:])
+    except ValueError as error:
+        print(f"moray: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"moray: the disk is full: {error}; free space and give the same command again", file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -1,0 +1,235 @@
+"""RunConfig: everything a training run depends on. Command line over recipe over preset over default."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model import ModelConfig
+from model.presets import preset_fields
+from parallel.layout import Layout
+
+DEFAULT_PRESET = "demo-moe"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSection(Section):
+    path: str = ""
+    """A folder made by `moray prepare`."""
+
+
+class TrainSection(Section):
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run; the learning rate's schedule ends here."""
+    global_batch: int = Field(32, ge=1)
+    """Sequences of one optimizer step, over all workers."""
+    micro_batch: int = Field(8, ge=1)
+    """Most sequences of one forward pass on one worker; the rest of its share is accumulated."""
+    seq_len: int = Field(512, ge=1)
+    """Tokens of a sequence."""
+    seed: int = Field(0, ge=0)
+    """Decides on the initial weights and on the order of the data."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the matrix products; weights, gradients' reduction and optimizer are float32 either way."""
+    eval_every: int = Field(100, ge=0)
+    """Steps between two passes over the validation split; 0: only at the end."""
+
+
+class OptimizerSection(Section):
+    """AdamW."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Highest learning rate."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Last learning rate over the highest."""
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After warm-up: a cosine to the end, or stable until a linear decay (warmup-stable-decay)."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in which wsd decays."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Of matrices alone, not of norms."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Highest norm of the gradient of the global batch."""
+
+
+class CheckpointSection(Section):
+    every: int = Field(100, ge=1)
+    """Steps between two commits; the last step is always committed."""
+    keep: int = Field(3, ge=1)
+    """Newest commits that are kept."""
+    keep_every: int | None = Field(None, ge=1)
+    """Commits at multiples of this step are kept for good."""
+
+
+def _default_launcher() -> Literal["ray", "torchrun"]:
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "ray"
+
+
+class ClusterSection(Section):
+    launcher: Literal["ray", "torchrun", "local"] = Field(default_factory=_default_launcher)
+    """ray starts and watches the workers; under torchrun this process is one of them; local is this process alone."""
+    workers: int = Field(1, ge=1)
+    """Worker processes under ray: one for each GPU or CPU slot."""
+    max_restarts: int = Field(3, ge=0)
+    """How often the group may start again after a fault."""
+    heartbeat_timeout_s: float = Field(300.0, gt=0)
+    """Seconds without a finished step after which a worker counts as lost."""
+
+    @property
+    def world_size(self) -> int:
+        if self.launcher == "torchrun":
+            return int(os.environ.get("WORLD_SIZE", "1"))
+        return 1 if self.launcher == "local" else self.workers
+
+
+class RunSection(Section):
+    dir: str = ""
+    """The folder that the run lives in; the same command resumes what it holds."""
+
+
+class RunConfig(Section):
+    """Everything a training run depends on."""
+
+    model: ModelConfig = ModelConfig.preset(DEFAULT_PRESET)
+    data: DataSection = DataSection()
+    layout: Layout = Layout()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data.path:
+            raise ValueError("data.path is missing: the folder that `moray prepare` made")
+        if not self.run.dir:
+            raise ValueError("run.dir is missing: the folder that the run shall live in")
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"train.seq_len={self.train.seq_len} must be at most model.max_seq_len={self.model.max_seq_len}"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most train.steps={self.train.steps}"
+            )
+        layout = self.resolved_layout
+        layout.validate_for(self.model, self.train.seq_len)
+        if self.train.global_batch % layout.dp:
+            nearest = round(self.train.global_batch / layout.dp) * layout.dp or layout.dp
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} must be a multiple of the {layout.dp} data-parallel "
+                f"ranks of layout {layout}; try {nearest}"
+            )
+        return self
+
+    @property
+    def resolved_layout(self) -> Layout:
+        return self.layout.resolve(self.cluster.world_size)
+
+
+def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
+    """The validated config of a recipe (a name or a .toml file) and `section.key` -> value pairs that override it.
+
+    Raises ValueError of one line that names the setting, its value and what would be right.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in [*_flatten(read_recipe(recipe) if recipe else {}), *overrides.items()]:
+        section, _, key = check_name(name).partition(".")
+        is_none = isinstance(value, str) and value.lower() == "none"
+        sections.setdefault(section, {})[key] = None if is_none else value
+    model = sections.setdefault("model", {})
+    # The preset is where the architecture's fields start from; what they end as is the config.
+    sections["model"] = {**preset_fields(str(model.pop("preset", DEFAULT_PRESET))), **model}
+    try:
+        return RunConfig.model_validate(sections)
+    except ValidationError as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The tables of a recipe. Raises ValueError where there is none of that name, or where it is not TOML."""
+    if recipe.endswith(".toml"):
+        path: Any = Path(recipe)
+        if not path.is_file():
+            raise ValueError(f"--recipe {recipe} does not exist")
+    else:
+        folder = resources.files("jobs.recipes")
+        path = folder / f"{recipe}.toml"
+        known = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+        if recipe not in known:
+            raise ValueError(f"--recipe {recipe} is not known; {_nearest(recipe, known)}")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--recipe {recipe} is not TOML: {error}") from None
+
+
+def check_name(name: str) -> str:
+    """The name of a setting, or ValueError with the nearest one that exists."""
+    known = [
+        f"{section}.{key}"
+        for section, field in RunConfig.model_fields.items()
+        for key in field.annotation.model_fields  # type: ignore[union-attr]
+    ]
+    known.append("model.preset")
+    if name not in known:
+        raise ValueError(f"{name} is not a setting; {_nearest(name, known)}")
+    return name
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def _flatten(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, table in tables.items():
+        if not isinstance(table, Mapping):
+            yield section, table
+            continue
+        for key, value in table.items():
+            yield f"{section}.{key}", value
+
+
+def _one_line(error: ValidationError) -> str:
+    found = []
+    for problem in error.errors():
+        if problem["type"] == "value_error":
+            found.append(str(problem["ctx"]["error"]))
+        else:
+            name = ".".join(str(part) for part in problem["loc"])
+            message = problem["msg"]
+            found.append(f"{name}={problem['input']}: {message[0].lower()}{message[1:]}")
+    return "; ".join(found)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as a recipe that gives the same one again. Settings that are None are left out."""
+    lines = []
+    for section, values in config.model_dump().items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

@@ -1,0 +1,249 @@
+"""The training loop, as one worker runs it: read it from top to bottom as the story of a step."""
+
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.devices import peak_memory_bytes
+from cluster.events import EventLog
+from cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, WorkerContext
+from data.dataset import Dataset
+from data.stream import Batch, Stream, evaluation_batches
+from jobs.config import RunConfig
+from jobs.metrics import MetricsLog, expert_balance, matmul_peak
+from jobs.optimizer import build_optimizer, set_learning_rate, training_state
+from jobs.schedule import learning_rate
+from model import Decoder
+from model.cost import train_flops_per_token
+from parallel.checkpoint import Checkpointer
+from parallel.gradients import (
+    GlobalLosses,
+    MicroBatch,
+    accumulate_gradients,
+    clip_gradients,
+    evaluate,
+    update_routing_bias,
+    world_sum,
+)
+from parallel.layout import Layout
+from parallel.shard import build_decoder
+
+
+@dataclass
+class Training:
+    """What the loop works on. `step` counts the optimizer steps done; all else but it keeps its identity."""
+
+    context: WorkerContext
+    config: RunConfig
+    layout: Layout
+    dataset: Dataset
+    decoder: Decoder
+    optimizer: torch.optim.AdamW
+    checkpointer: Checkpointer
+    lanes: range
+    peak_flops: float
+    step: int = 0
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.context.rank == 0
+
+
+def train(context: WorkerContext, config: RunConfig) -> int:
+    """Trains from the newest commit (or the start) to the last step, or until asked to stop. Every rank runs it."""
+    with context.process_group():
+        training = set_up(context, config)
+        stream = Stream(
+            training.dataset,
+            "train",
+            seq_len=config.train.seq_len,
+            global_batch=config.train.global_batch,
+            seed=config.train.seed,
+            lanes=training.lanes,
+        )
+        with metrics_log(training) as log, closing(stream.batches(training.step)) as batches:
+            while training.step < config.train.steps:
+                began = time.perf_counter()
+                row = take_step(training, next(batches))
+                row |= speed(training, row["tokens"], time.perf_counter() - began)
+                last = training.step == config.train.steps
+                if last or (config.train.eval_every and training.step % config.train.eval_every == 0):
+                    row["validation_loss"] = validation_loss(training)
+                if log:
+                    log.write(row)
+                stopping = agree_to_stop(training)
+                if last or stopping or training.step % config.checkpoint.every == 0:
+                    commit(training, row, log)
+                context.heartbeat(**(row if training.is_first_rank else {"step": training.step}))
+                if stopping:
+                    break
+        training.checkpointer.finish()
+    return EXIT_DONE if training.step == config.train.steps else EXIT_INTERRUPTED
+
+
+def take_step(training: Training, batch: Batch) -> dict[str, Any]:
+    """One optimizer step on one global batch: forward, backward, combine, check, clip, update."""
+    config, decoder = training.config, training.decoder
+    decoder.train()
+    losses = accumulate_gradients(decoder, micro_batches(training, batch), training.layout.tp)
+    norm = clip_gradients(decoder.parameters(), config.optimizer.clip_norm)
+    check_finite(training.step, losses, norm)
+    rate = learning_rate(training.step, config.train.steps, config.optimizer)
+    set_learning_rate(training.optimizer, rate)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    balance = expert_balance(update_routing_bias(decoder))
+    training.step += 1
+    return {
+        "step": training.step,
+        "loss": losses.cross_entropy,
+        "balance_loss": losses.balance,
+        "tokens": losses.tokens,
+        "positions": [batch.first, batch.first + config.train.global_batch],
+        "grad_norm": norm,
+        "lr": rate,
+        "expert_balance": balance,
+        "generation": training.context.generation,
+        "layout": str(training.layout),
+    }
+
+
+def set_up(context: WorkerContext, config: RunConfig) -> Training:
+    """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
+    layout = config.layout.resolve(context.world_size)
+    dataset = Dataset.open(config.data.path)
+    compute_dtype = getattr(torch, config.train.dtype)
+    decoder = build_decoder(
+        config.model,
+        layout.meshes(context.device.type),
+        dtype=torch.float32,
+        compute_dtype=compute_dtype,
+        seed=config.train.seed,
+    )
+    share = config.train.global_batch // layout.dp
+    dp_rank = layout.dp_rank(context.rank)
+    events = EventLog(Path(config.run.dir) / "events.jsonl")
+    training = Training(
+        context=context,
+        config=config,
+        layout=layout,
+        dataset=dataset,
+        decoder=decoder,
+        optimizer=build_optimizer(decoder, config.optimizer),
+        checkpointer=Checkpointer(
+            Path(config.run.dir) / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            on_event=lambda kind, fields: events.write(kind, generation=context.generation, **fields),
+        ),
+        lanes=range(dp_rank * share, (dp_rank + 1) * share),
+        peak_flops=float(world_sum([matmul_peak(context.device, compute_dtype)], decoder)[0]),
+    )
+    resume(training, events)
+    return training
+
+
+def resume(training: Training, events: EventLog) -> None:
+    """Puts the newest whole commit into place. Raises ValueError if it was trained on other data."""
+    commit = training.checkpointer.load(training_state(training.decoder, training.optimizer))
+    position = 0
+    if commit:
+        metadata = commit.manifest.metadata
+        training.dataset.check_fingerprint(metadata["data"]["fingerprint"])
+        training.step, position = commit.step, metadata["data"]["position"]
+    if training.is_first_rank:
+        found = {"step": training.step, "position": position, "layout": str(training.layout)}
+        events.write("resume" if commit else "begin", generation=training.context.generation, **found)
+
+
+def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> None:
+    """Commits weights, optimizer, routing bias, data position and all else a resume needs, as one."""
+    config = training.config
+    if log:
+        log.flush_to_disk()
+    metadata = {
+        "config": config.model_dump(),
+        "layout": training.layout.model_dump(),
+        "data": {"position": training.step * config.train.global_batch, "fingerprint": training.dataset.fingerprint},
+        "schedule": {"step": training.step, "lr": row["lr"]},
+        # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
+        "rng": {"seed": config.train.seed},
+        "loss": row["loss"],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    training.checkpointer.save(training.step, training_state(training.decoder, training.optimizer), metadata)
+
+
+def check_finite(step: int, losses: GlobalLosses, norm: float) -> None:
+    """Raises FloatingPointError before a bad gradient can reach the weights."""
+    if not (math.isfinite(losses.cross_entropy) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"step {step + 1}: loss {losses.cross_entropy}, gradient norm {norm}; the weights are as step {step} left "
+            "them. Try a lower optimizer.lr, more warm-up, or train.dtype=float32"
+        )
+
+
+def validation_loss(training: Training) -> float:
+    """Mean cross-entropy per token over the whole validation split."""
+    config = training.config
+    batches = evaluation_batches(
+        training.dataset,
+        "validation",
+        seq_len=config.train.seq_len,
+        global_batch=config.train.global_batch,
+        lanes=training.lanes,
+    )
+    pieces = (piece for batch in batches for piece in micro_batches(training, batch))
+    return evaluate(training.decoder, pieces)
+
+
+def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
+    """This rank's lanes in pieces of at most micro_batch sequences, on its device."""
+    device, size = training.context.device, training.config.train.micro_batch
+    parts = zip(
+        *(tensor.split(size) for tensor in (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT)),
+        strict=True,
+    )
+    # Document ids stay on the CPU: attention cuts by them, and would otherwise wait for the device.
+    return [
+        MicroBatch(tokens.to(device), targets.to(device), positions.to(device), documents)
+        for tokens, targets, positions, documents in parts
+    ]
+
+
+def speed(training: Training, tokens: int, seconds: float) -> dict[str, Any]:
+    """Tokens a second, the share of the measured matmul peak of all workers together (MFU), and memory."""
+    config = training.config
+    processed = config.train.global_batch * config.train.seq_len
+    flops = train_flops_per_token(config.model, config.train.seq_len) * processed
+    return {
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": flops / seconds / training.peak_flops,
+        "memory_bytes": peak_memory_bytes(training.context.device),
+    }
+
+
+def agree_to_stop(training: Training) -> bool:
+    """Whether any rank was asked to stop: all leave after the same step."""
+    asked: Tensor = world_sum([float(training.context.should_stop())], training.decoder)
+    return bool(asked.item())
+
+
+@contextmanager
+def metrics_log(training: Training) -> Iterator[MetricsLog | None]:
+    """The log on rank 0, None elsewhere."""
+    if not training.is_first_rank:
+        yield None
+        return
+    log = MetricsLog(Path(training.config.run.dir), training.step + 1)
+    with closing(log):
+        yield log

@@ -1,0 +1,30 @@
+"""What a model costs: parameters, and floating-point operations a token."""
+
+import torch
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(total, active): active counts, of each layer's routed experts, the top_k that one token passes."""
+    with torch.device("meta"):
+        sizes = {name: parameter.numel() for name, parameter in Decoder(config).named_parameters()}
+    total = sum(sizes.values())
+    routed = sum(size for name, size in sizes.items() if ".experts." in name)
+    if not routed:
+        return total, total
+    return total, total - routed + routed * config.top_k // config.n_experts
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations of forward and backward for one token, matrix products alone.
+
+    6 for each weight that multiplies the token (2 forward, 4 backward), so the embedding's lookup counts nothing, and
+    the scores and sums of causal attention over seq_len tokens, half of which the mask hides.
+    """
+    _, active = count_parameters(config)
+    norms = 2 * config.n_layers * (config.d_model + config.head_dim * config.qk_norm) + config.d_model
+    lookup = 0 if config.tied_embeddings else config.vocab_size * config.d_model
+    attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len / 2
+    return 6 * (active - norms - lookup) + attention
