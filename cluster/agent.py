@@ -115,7 +115,8 @@ class _Worker:
 class Agent:
     """Starts, watches and ends the workers of one node. Single-threaded, so that its forks are clean."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Connection) -> None:
+        self._owner = owner
         self._workers: list[_Worker] = []
         self._listener: socket.socket | None = None
 
@@ -159,6 +160,7 @@ class Agent:
         code = 1
         try:
             ours.close()
+            self._owner.close()  # a helper that outlives this worker must not keep the owner waiting for the agent
             os.setpgid(0, 0)
             listener = self._listener if rank == 0 else None
             work(self._function, self._argument, assignment, local_rank, self._host, theirs, listener)
@@ -213,7 +215,10 @@ def _is_suspended(pid: int) -> bool:
 
 def main() -> None:
     pipe = Connection(int(sys.argv[1]))
-    agent = Agent()
+    agent = Agent(pipe)
+    # A scheduler may send SIGTERM to every process of a node: it is for the workers, which unblock it when they can
+    # act on it. The agent ends with its owner.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     while True:
         try:
             method, arguments = pipe.recv()

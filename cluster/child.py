@@ -39,6 +39,7 @@ def work(
     _die_with_parent()
     _choose_interface(own_host)
     with stop_on_signals(impatient=False) as should_stop:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         try:
             device = pick_device(local_rank)
             check_health(device)

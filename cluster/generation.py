@@ -68,9 +68,11 @@ class Generation:
         except BaseException:
             self._kill()
             raise
-        if isinstance(outcome, Fault):
-            self._kill()
-        return outcome
+        if isinstance(outcome, int):
+            return outcome
+        self._kill()
+        # Ranks feel the end of a node's connections before Ray knows that the node is gone.
+        return self._loss() if self.lost and outcome.traceback and not outcome.is_users_mistake else outcome
 
     def _start(self) -> Fault | None:
         n_workers = len(self._node_of)
@@ -144,7 +146,7 @@ class Generation:
             self._receive(0)
         self.lost += [node for node, at in self._replied.items() if self._is_overdue(node, at)]
         if self.lost:
-            return Fault("the node or its agent was lost", node=", ".join(node.host for node in self.lost))
+            return self._loss()
         failed = [state for state in self._states.values() if state.failure]
         if failed:
             return self._describe(min(failed, key=_precedence))
@@ -152,6 +154,9 @@ class Generation:
         if silent:
             return self._describe(min(silent, key=_suspicion))
         return None
+
+    def _loss(self) -> Fault:
+        return Fault("the node or its agent was lost", node=", ".join(node.host for node in self.lost))
 
     def _is_overdue(self, node: Node, replied: float) -> bool:
         return node not in self.lost and time.monotonic() - replied > max(self._watch.heartbeat_s, KILL_S)

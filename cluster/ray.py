@@ -126,13 +126,11 @@ class Gang:
         self.nodes = []
 
     def _slots(self) -> tuple[dict[str, int], dict[str, int]]:
-        """All slots and the free ones of every node that is alive, by its address."""
+        """All slots and the free ones of every node that is alive, by its id."""
         available = available_resources_per_node()
         alive = [node for node in ray.nodes() if node["Alive"]]
-        total = {node["NodeManagerAddress"]: int(node["Resources"].get(self._resource, 0)) for node in alive}
-        free = {
-            node["NodeManagerAddress"]: int(available.get(node["NodeID"], {}).get(self._resource, 0)) for node in alive
-        }
+        total = {node["NodeID"]: int(node["Resources"].get(self._resource, 0)) for node in alive}
+        free = {node: int(available.get(node, {}).get(self._resource, 0)) for node in total}
         return total, free
 
     def _too_few(self, total: int, free: int, patience_s: float) -> str:
@@ -147,7 +145,8 @@ class Gang:
 
     def _place(self, shares: Mapping[str, int]) -> None:
         """Reserves each node's share and starts its agent; raises RayError where one does not start."""
-        started = [self._reserve(host, slots) for host, slots in shares.items()]
+        hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        started = [self._reserve(node_id, hosts[node_id], slots) for node_id, slots in shares.items()]
         self.nodes += started
         for node in started:
             try:
@@ -156,9 +155,12 @@ class Gang:
                 self.drop(node)
                 raise
 
-    def _reserve(self, host: str, slots: int) -> Node:
-        # A sliver of the node's own resource pins the group to that node.
-        group = placement_group([{self._resource: float(slots), f"node:{host}": 0.001}], strategy="STRICT_PACK")
+    def _reserve(self, node_id: str, host: str, slots: int) -> Node:
+        group = placement_group(
+            [{self._resource: float(slots)}],
+            strategy="STRICT_PACK",
+            bundle_label_selector=[{"ray.io/node-id": node_id}],
+        )
         actor = (
             ray.remote(AgentActor)
             .options(

@@ -4,6 +4,7 @@ Run as a script it is a driver: python counting.py LAUNCHER WORKERS FOLDER STEPS
 """
 
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -65,6 +66,17 @@ def never_begin(context: WorkerContext, plan: Plan) -> int:
     if context.generation == 1:
         time.sleep(1000)
     return count(context, plan)
+
+
+def end_silently(context: WorkerContext, argument: None) -> int:
+    os._exit(3)
+
+
+def leave_a_helper(context: WorkerContext, path: str) -> int:
+    """Ends well, but leaves a process behind, whose pid it writes to `path`."""
+    helper = subprocess.Popen(["sleep", "1000"])
+    Path(path).write_text(str(helper.pid))
+    return 0
 
 
 def marked_processes(mark: str) -> list[int]:

@@ -1,6 +1,14 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
+from counting import Plan, count, history
+from ray.cluster_utils import Cluster
 
 from cluster.ray import split
+from cluster.supervisor import supervise
 
 
 @pytest.mark.parametrize(
@@ -17,3 +25,41 @@ from cluster.ray import split
 )
 def test_workers_are_shared_out_evenly(missing: int, free: dict[str, int], shares: dict[str, int]) -> None:
     assert split(missing, free) == shares
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Two Ray nodes of two CPU slots each, on this machine."""
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=2)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: Path) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    has_acted = False
+
+    def replace_node(rank: int, step: int, status: dict[str, Any]) -> None:
+        nonlocal has_acted
+        if step >= 10 and not has_acted:
+            has_acted = True
+            two_nodes.remove_node(two_nodes.list_all_nodes()[1], allow_graceful=False)
+            two_nodes.add_node(num_cpus=2)
+
+    code = supervise(
+        count,
+        Plan(str(tmp_path), 60, pause_s=0.02),
+        workers=4,
+        on_event=lambda kind, fields: events.append((kind, fields)),
+        on_status=replace_node,
+    )
+    assert code == 0
+    assert [step for step, _ in history(tmp_path)] == list(range(1, 61))
+    (fault,) = [fields for kind, fields in events if kind == "fault"]
+    assert "was lost" in fault["reason"]
+    assert len({output for kind, fields in events if kind == "start" for output in fields["output"]}) == 3
