@@ -1,6 +1,7 @@
 """Builds a decoder over the meshes: tensor parallel, expert parallel, then FSDP2 (HSDP) around each block."""
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
@@ -39,6 +40,8 @@ def build_decoder(
 
 def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
     """FSDP2 with experts on the sparse mesh and routers in `dtype` whatever the products' dtype."""
+    if meshes.dense.size() == 1 and compute_dtype == dtype:
+        return  # nothing to share and nothing to cast: FSDP would only copy the gradients
     replicated = meshes.dense["dp_replicate"].size() > 1
     dense = meshes.dense["dp_replicate", "dp_shard"] if replicated else meshes.dense["dp_shard"]
     sparse = meshes.sparse["dp_replicate", "efsdp"] if replicated else meshes.sparse["efsdp"]
@@ -56,7 +59,8 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
     fully_shard(decoder, mesh=dense, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(decoder, "loss")
     for module in decoder.modules():
-        if isinstance(module, FSDPModule):
+        # A lone rank's sum is its mean, and dividing by 1 would be a pass over all gradients.
+        if isinstance(module, FSDPModule) and meshes.dense.size() > 1:
             # Losses are already divided by the global token count: gradients are sums over all ranks, not means.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
@@ -79,15 +83,19 @@ def _shard_experts(experts: Experts, mesh: DeviceMesh, ranks: int, policy: Mixed
 @torch.no_grad()
 def _initialise(decoder: Decoder, std: float, seed: int) -> None:
     for name, parameter in decoder.named_parameters():
-        assert isinstance(parameter, DTensor)
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        rows, *rest = (slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-        if parameter.to_local().numel():
+        rows, *rest = _held_box(parameter)
+        if local(parameter).numel():
             values = initial_tensor(name, parameter.shape, std, seed, rows)
-            parameter.to_local().copy_(values[(slice(None), *rest)])
+            local(parameter).copy_(values[(slice(None), *rest)])
     for module in decoder.modules():
         if isinstance(module, MoE):
             module.tokens_E.zero_()
             module.router.bias_E.zero_()
+
+
+def _held_box(parameter: Tensor) -> list[slice]:
+    """Which part of the whole tensor this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return [slice(0, size) for size in parameter.shape]
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return [slice(start, start + size) for start, size in zip(offset, shape, strict=True)]
