@@ -93,7 +93,7 @@ class _Worker:
                 if isinstance(message, Failure):
                     self.failure, is_news = message, True
                 elif isinstance(message, int):
-                    self.exit_code, is_news = message, True
+                    self.exit_code = message
                 else:
                     is_news |= self.step is None
                     self.step, self.status = message
@@ -107,7 +107,7 @@ class _Worker:
             status=self.status,
             silent_s=time.monotonic() - self.heard,
             is_suspended=not self.is_gone and _is_suspended(self.pid),
-            exit_code=self.exit_code,
+            exit_code=self.exit_code if self.is_gone else None,
             failure=self.failure,
         )
 

@@ -98,6 +98,7 @@ class Gang:
         Returns without them where asked to stop. Raises ValueError where the cluster stays too small or too busy.
         """
         began = time.monotonic()
+        has_told = False
         while missing := self._workers - sum(node.slots for node in self.nodes):
             if should_stop():
                 return
@@ -107,10 +108,10 @@ class Gang:
                 continue
             # A cluster may still be growing; a machine is not.
             patience_s = 0.0 if self._is_local and sum(total.values()) < self._workers else self._patience_s
-            waited_s = time.monotonic() - began
-            if waited_s >= patience_s:
+            if time.monotonic() - began >= patience_s:
                 raise ValueError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
-            if waited_s < RETRY_S:
+            if not has_told:
+                has_told = True
                 self._on_event("wait", {"workers": missing, "free": sum(free.values()), "patience_s": patience_s})
             time.sleep(RETRY_S)
 
@@ -134,13 +135,15 @@ class Gang:
         return total, free
 
     def _too_few(self, total: int, free: int, patience_s: float) -> str:
+        asked = f"cluster.workers={self._workers}, but"
+        if total < self._workers and self._is_local:  # only GPUs can be too few here: CPU slots were made to fit
+            return f"{asked} this machine has {total} GPUs; choose at most {total}, or CUDA_VISIBLE_DEVICES= for CPUs"
         slots = f"{total} {self._resource} slots"
         if total < self._workers:
-            right = f"choose at most {total}, or add nodes" if total else "add nodes"
-            return f"cluster.workers={self._workers}, but after {patience_s:g} s the cluster has {slots}; {right}"
+            return f"{asked} after {patience_s:g} s the cluster has {slots}; choose at most {total}, or add nodes"
         return (
-            f"cluster.workers={self._workers}, but after {patience_s:g} s only {free} of the cluster's {slots} "
-            f"are free; choose at most {free}, or wait until others have finished"
+            f"{asked} after {patience_s:g} s only {free} of the cluster's {slots} are free; "
+            f"choose at most {free}, or wait until others have finished"
         )
 
     def _place(self, shares: Mapping[str, int]) -> None:

@@ -25,7 +25,8 @@ def ray_cluster() -> Iterator[str]:
     """A real Ray with eight CPU slots; this process and its subprocesses find it through RAY_ADDRESS."""
     from cluster.local_ray import local_ray  # importing Ray takes long, and few tests need it
 
-    with local_ray(8) as address:
-        os.environ["RAY_ADDRESS"] = address
-        yield address
-        del os.environ["RAY_ADDRESS"]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")  # with a GPU in it, Ray would count GPUs for slots
+        with local_ray(8) as address:
+            environment.setenv("RAY_ADDRESS", address)
+            yield address

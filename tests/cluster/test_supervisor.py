@@ -12,8 +12,6 @@ from counting import Plan, count, history, never_begin
 
 from cluster.supervisor import WorkerError, supervise
 
-EIGHT_SLOTS = 8
-
 
 class Observer:
     """Keeps all events, and does `act(pid of rank 2)` when rank 0 of generation 1 is at step 10."""
@@ -157,6 +155,19 @@ def test_more_workers_than_the_cluster_has(ray_cluster: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"cluster.workers=9.* after 0\.5 s .*8 CPU slots.*at most 8"):
         supervise(count, plan, workers=9, placement_timeout_s=0.5, on_event=observer.on_event)
     assert observer.kinds() == ["wait"]
+
+
+def test_more_workers_than_others_leave_free(ray_cluster: str, tmp_path: Path) -> None:
+    messages: list[str] = []
+
+    def start_another(pid: int) -> None:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is looked at below
+            supervise(count, Plan(str(tmp_path), 1), workers=6, placement_timeout_s=0.5)
+        messages.append(str(raised.value))
+
+    observer = Observer(start_another)
+    supervise(count, Plan(str(tmp_path), 12), workers=4, on_event=observer.on_event, on_status=observer.on_status)
+    assert "only 4 of the cluster's 8 CPU slots are free" in messages[0]
 
 
 @pytest.mark.parametrize("workers", [0, -1])
