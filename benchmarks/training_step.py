@@ -2,8 +2,8 @@
 
     python benchmarks/training_step.py [--rounds 5] [--batch 4] [--tokens 512]
 
-Both sides take turns, step by step, so that a drifting machine slows both; the ratio is the median over rounds of the pairs.
-moray runs what `moray pretrain` runs on one worker: FSDP2 over one rank, fp32 weights, packed rows without padding.
+Both sides take turns, step by step, so that a drifting machine slows both; the ratio is the median over the pairs.
+moray runs what `moray pretrain` runs on one worker: fp32 weights, packed rows without padding.
 transformers runs with SDPA and the fused AdamW; in bf16 once under autocast (fp32 weights, as moray has) and once with
 bf16 weights and optimizer (which loses updates, and is faster). The peak is a 1024 x 1024 matrix product here and now.
 """

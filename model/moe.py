@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.feedforward import SwiGLU
+from model.grouped import grouped_linear
 
 
 class Routing(NamedTuple):
@@ -187,18 +188,6 @@ class Experts(nn.Module):
         gate_EFD, up_EFD, down_EDF = local(self.gate_EFD), local(self.up_EFD), local(self.down_EDF)
         hidden_MF = F.silu(grouped_linear(rows_MD, gate_EFD, counts_E)) * grouped_linear(rows_MD, up_EFD, counts_E)
         return grouped_linear(hidden_MF, down_EDF, counts_E)
-
-
-def grouped_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """Each expert's linear map over its own run of rows. Shapes: [M, I], [E, O, I], [E] -> [M, O].
-
-    An expert without rows still takes part: its gradient is zero, not missing. The kernel has no fp64, for which
-    (parity tests) a loop over the experts stands in.
-    """
-    if x_MI.dtype == torch.float64:
-        runs = zip(x_MI.split(counts_E.tolist()), w_EOI.unbind(), strict=True)
-        return torch.cat([F.linear(x, w) for x, w in runs])
-    return F.grouped_mm(x_MI, w_EOI.transpose(-2, -1), offs=counts_E.cumsum(0).to(torch.int32))
 
 
 def sequence_balance(

@@ -1,0 +1,54 @@
+"""The grouped matrix product: each expert's linear map over its own run of rows."""
+
+# Shapes: M rows ordered by expert, E experts, I inputs, O outputs.
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """x w^T of each expert and its rows. Shapes: [M, I], [E, O, I], counts [E] (int64, summing to M) -> [M, O].
+
+    An expert without rows still takes part: its gradient is zero, not missing.
+    """
+    # On the CPU, torch's kernel has no fp64, and its fp32 backward builds the weights' gradient twice.
+    if x_MI.device.type == "cpu" and x_MI.dtype in (torch.float32, torch.float64):
+        return _Loop.apply(x_MI, w_EOI, counts_E)
+    return grouped_mm_linear(x_MI, w_EOI, counts_E)
+
+
+def grouped_mm_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """The same by torch's grouped kernel, one launch for all experts. Needs rows of a multiple of 16 bytes."""
+    return F.grouped_mm(x_MI, w_EOI.transpose(-2, -1), offs=counts_E.cumsum(0).to(torch.int32))
+
+
+class _Loop(torch.autograd.Function):
+    """The same by one product an expert, each written straight to its place in the output or the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MI, w_EOI, counts_E)
+        out_MO = x_MI.new_empty(x_MI.shape[0], w_EOI.shape[1])
+        for x, w, out in _runs(counts_E, x_MI, w_EOI, out_MO):
+            torch.mm(x, w.t(), out=out)
+        return out_MO
+
+    @staticmethod
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x_MI, w_EOI, counts_E = ctx.saved_tensors
+        grad_x_MI, grad_w_EOI = torch.empty_like(x_MI), torch.empty_like(w_EOI)
+        for grad, w, grad_x in _runs(counts_E, grad_MO, w_EOI, grad_x_MI):
+            torch.mm(grad, w, out=grad_x)
+        for grad, grad_w, x in _runs(counts_E, grad_MO, grad_w_EOI, x_MI):
+            # Without rows this is a product over nothing, which is zero.
+            torch.mm(grad.t(), x, out=grad_w)
+        return grad_x_MI, grad_w_EOI, None
+
+
+def _runs(counts_E: Tensor, a_MX: Tensor, b_EXY: Tensor, c_MY: Tensor) -> Any:
+    """Each expert's rows of the first, its matrix of the second, its rows of the third."""
+    counts = counts_E.tolist()
+    return zip(a_MX.split(counts), b_EXY.unbind(), c_MY.split(counts), strict=True)
