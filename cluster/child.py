@@ -54,7 +54,7 @@ def work(
                 report=lambda step, status: pipe.send((step, status)),
                 should_stop=should_stop,
             )
-            pipe.send(function(context, argument) or EXIT_DONE)
+            pipe.send(int(function(context, argument) or EXIT_DONE))
         except BaseException as error:
             pipe.send(_describe(error))
             while True:
