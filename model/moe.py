@@ -15,6 +15,10 @@ from model.feedforward import SwiGLU
 from model.grouped import grouped_linear
 
 
+TINY = 1e-20
+"""Added to sums of scores that are divided by: sigmoids can underflow to 0, all of them."""
+
+
 class Routing(NamedTuple):
     """chosen_NK: expert ids, int64. gates_NK: how much each counts. scores_NE: every expert's score, at least fp32."""
 
@@ -52,8 +56,7 @@ class Router(nn.Module):
         chosen_NK = ranking_NE.topk(config.top_k, dim=-1).indices
         gates_NK = scores_NE.gather(-1, chosen_NK)
         if config.normalise_gates:
-            # A sigmoid can underflow to 0 for every chosen expert.
-            gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
+            gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + TINY)
         return Routing(chosen_NK, gates_NK * config.gate_scale, scores_NE)
 
 
@@ -208,7 +211,7 @@ def sequence_balance(
     counts_E = counts_BE.sum(0).to(torch.int64)
     counts_BE = dispatcher.total(counts_BE)
     tokens_B1 = dispatcher.total(weight_BT1.sum(1)).clamp(min=1)
-    shares_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
+    shares_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + TINY)
     mean_share_BE = dispatcher.total((shares_BTE * weight_BT1).sum(1)) / tokens_B1
     frequency_BE = counts_BE * n_experts / (k * tokens_B1)
     return (frequency_BE * mean_share_BE).sum(), counts_E
