@@ -1,0 +1,52 @@
+"""A small dataset, and the command line in this process; makes tiny.py importable."""
+
+import io
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import jobs.cli
+from jobs.prepare import prepare
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind in its shell."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def moray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`moray VERB …` in this process, on the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["moray", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            jobs.cli.main()
+        written = capfd.readouterr()
+        assert isinstance(end.value.code, int)
+        return Outcome(end.value.code, written.out, written.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real source text with a tokenizer of 400 entries."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    folder = tmp_path_factory.mktemp("data") / "stdlib"
+    quiet = Console(file=io.StringIO())
+    prepare([stdlib / "json", stdlib / "wsgiref"], folder, vocab_size=400, validation=0.1, console=quiet)
+    return folder

@@ -1,0 +1,189 @@
+"""Where a run's settings come from, what is said when they are wrong, and that they can be written down and read."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import parse_settings
+from jobs.config import RunConfig, check_name, load_config, to_toml
+from model import ModelConfig
+
+NEEDED = {"data.path": "d", "run.dir": "r", "cluster.launcher": "local"}
+# What the issue promises to those who build on it.
+CONTRACT = {
+    "model": ["preset"],
+    "data": ["path"],
+    "layout": ["dp_replicate", "dp_shard", "tp", "ep"],
+    "train": ["steps", "global_batch", "micro_batch", "seq_len", "seed", "dtype", "eval_every"],
+    "checkpoint": ["every", "keep"],
+    "cluster": ["launcher", "workers", "max_restarts"],
+    "run": ["dir"],
+}
+
+
+def load(recipe: str | Path | None = None, **settings: str) -> RunConfig:
+    named = {name.replace("__", "."): value for name, value in settings.items()}
+    return load_config(None if recipe is None else str(recipe), {**NEEDED, **named})
+
+
+def refusal(**settings: str) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - every caller looks at the message
+        load(**settings)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_command_line_wins_over_the_recipe_over_the_preset_over_the_default(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[model]\npreset = "minimind-3"\nn_layers = 3\nd_ff = 64\n[train]\nsteps = 50\nseq_len = 128\n')
+    config = load(recipe, model__d_ff="96", train__steps="70")
+    assert (config.model.d_ff, config.train.steps) == (96, 70), "the command line"
+    assert (config.model.n_layers, config.train.seq_len) == (3, 128), "the recipe"
+    assert config.model.d_model == ModelConfig.preset("minimind-3").d_model, "the preset"
+    assert config.train.global_batch == RunConfig.model_fields["train"].default.global_batch, "the default"
+    other = load(recipe, model__preset="demo-dense")
+    assert (other.model.d_model, other.model.n_layers) == (256, 3), "the preset can be changed on the command line"
+
+
+def test_without_a_recipe_and_a_preset_it_is_demo_moe() -> None:
+    assert load().model == ModelConfig.preset("demo-moe")
+
+
+def test_a_named_recipe_comes_with_the_package() -> None:
+    assert load("demo", cluster__launcher="ray").model.n_experts > 0
+
+
+def test_every_setting_of_the_contract_is_known() -> None:
+    for section, keys in CONTRACT.items():
+        for key in keys:
+            assert check_name(f"{section}.{key}") == f"{section}.{key}"
+
+
+@pytest.mark.parametrize("name", ModelConfig.model_fields)
+def test_every_field_of_the_model_is_a_setting(name: str) -> None:
+    value = getattr(ModelConfig(), name)
+    config = load(**{"model__preset": "minimind-3", f"model__{name}": str(value)})
+    assert getattr(config.model, name) == value
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train.step": "3"}, "train.step is not a setting; did you mean train.steps?"),
+        ({"trian.steps": "3"}, "trian.steps is not a setting; did you mean train.steps?"),
+        ({"model.n_expert": "3"}, "model.n_expert is not a setting; did you mean model.n_experts?"),
+        ({"steps": "3"}, "steps is not a setting; "),
+        ({"model.preset": "demo-mo"}, "model.preset=demo-mo is not known; did you mean demo-moe?"),
+        ({"data.path": ""}, "data.path is missing"),
+        ({"run.dir": ""}, "run.dir is missing"),
+        ({"train.steps": "many"}, "train.steps=many: input should be a valid integer"),
+        ({"train.steps": "0"}, "train.steps=0: input should be greater than or equal to 1"),
+        ({"train.dtype": "fp8"}, "train.dtype=fp8: input should be 'bfloat16' or 'float32'"),
+        ({"optimizer.lr": "-1"}, "optimizer.lr=-1: input should be greater than 0"),
+        ({"optimizer.lr": "nan"}, "optimizer.lr=nan: input should be greater than 0"),
+        ({"cluster.launcher": "slurm"}, "cluster.launcher=slurm: input should be 'ray', 'torchrun' or 'local'"),
+        ({"model.qk_norm": "perhaps"}, "model.qk_norm=perhaps: input should be a valid boolean"),
+        ({"model.n_heads": "3"}, "model.n_kv_heads=2 must divide n_heads=3; try one of [1, 3]"),
+        ({"train.seq_len": "4096"}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
+        ({"train.steps": "5"}, "optimizer.warmup_steps=20 must be at most train.steps=5"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_with_its_name_value_and_remedy(settings: dict[str, str], message: str) -> None:
+    assert message in refusal(**{name.replace(".", "__"): value for name, value in settings.items()})
+
+
+ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layout__tp": "3"}, "layout.dp_replicate=1 * tp=3 = 3 must divide the 4 workers; try degrees from [1, 2, 4]"),
+        ({"layout__dp_shard": "2"}, "= 2 must equal the 4 workers; leave dp_shard out or ask for 2 workers"),
+        ({"layout__ep": "3"}, "layout.ep=3 must divide n_experts=16 and dp_shard * tp = 4; try [1, 2, 4]"),
+        ({"layout__ep": "8"}, "layout.ep=8 must divide n_experts=16 and dp_shard * tp = 4; try [1, 2, 4]"),
+        ({"layout__ep": "2", "model__preset": "demo-dense"}, "layout.ep=2 needs experts, but model.n_experts=0"),
+        ({"layout__tp": "4"}, "layout.tp=4 must divide n_kv_heads=2; try [1, 2]"),
+        ({"layout__tp": "0"}, "layout.tp=0 must be at least 1"),
+        ({"train__global_batch": "30"}, "train.global_batch=30 must be a multiple of the 4 data-parallel ranks"),
+        ({"train__global_batch": "30"}, "; try 32"),
+        ({"train__global_batch": "1"}, "; try 4"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused(settings: dict[str, str], message: str) -> None:
+    assert message in refusal(**ON_4, **settings)
+
+
+def test_several_mistakes_are_told_in_one_line() -> None:
+    message = refusal(train__steps="many", optimizer__lr="0")
+    assert "train.steps=many" in message
+    assert "optimizer.lr=0" in message
+
+
+def test_dp_shard_is_what_is_left_of_the_world() -> None:
+    assert str(load(**ON_4, layout__tp="2").resolved_layout) == "dp_replicate=1 dp_shard=2 tp=2 ep=1"
+    assert str(load(**ON_4, layout__dp_replicate="2").resolved_layout) == "dp_replicate=2 dp_shard=2 tp=1 ep=1"
+
+
+def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--recipe dem is not known; did you mean demo\?$"):
+        load("dem")
+    with pytest.raises(ValueError, match=r"nowhere\.toml does not exist"):
+        load(tmp_path / "nowhere.toml")
+    broken = tmp_path / "broken.toml"
+    for text, message in (
+        ("[train]\nsteps = \n", r"broken\.toml is not TOML: .*line 2"),
+        ("steps = 3\n", "steps is not a setting"),
+        ("[train]\nstep = 3\n", r"train\.step is not a setting; did you mean train\.steps"),
+        ("[train.steps]\nx = 3\n", r"train\.steps"),
+    ):
+        broken.write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            load(broken)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"model__preset": "minimind-3-moe", "optimizer__lr": "3e-7", "optimizer__eps": "1e-12"},
+        {"checkpoint__keep_every": "50", "layout__dp_shard": "1", "model__qk_norm": "false"},
+        {"run__dir": 'a "quoted" C:\\folder\twith é and 🐟\nlines'},
+    ],
+    ids=["defaults", "small numbers", "optional ones", "a strange name"],
+)
+def test_a_config_written_as_toml_is_read_as_the_same(tmp_path: Path, settings: dict[str, str]) -> None:
+    config = load(**settings)
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    assert load_config(str(path), {}) == config
+
+
+def test_none_unsets_what_a_recipe_sets(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[checkpoint]\nkeep_every = 10\n")
+    assert load(recipe).checkpoint.keep_every == 10
+    assert load(recipe, checkpoint__keep_every="none").checkpoint.keep_every is None
+
+
+def test_arguments_with_dashes_and_equal_signs() -> None:
+    arguments = ["--train.seq-len", "64", "--optimizer.lr=1e-3", "--recipe=r.toml", "--run.dir", "a=b"]
+    expected = {"train.seq_len": "64", "optimizer.lr": "1e-3", "run.dir": "a=b"}
+    assert parse_settings(arguments) == ("r.toml", expected)
+    assert parse_settings([]) == (None, {})
+    assert parse_settings(["--train.steps", "1", "--train.steps", "2"])[1] == {"train.steps": "2"}
+
+
+def test_arguments_that_are_no_settings() -> None:
+    with pytest.raises(ValueError, match=r"^DATA was not expected; settings are written --section\.key value$"):
+        parse_settings(["--train.steps", "3", "DATA"])
+    with pytest.raises(ValueError, match=r"^--train\.steps needs a value$"):
+        parse_settings(["--train.steps"])
+
+
+def test_a_forgotten_value_does_not_swallow_the_next_setting() -> None:
+    with pytest.raises(ValueError, match=r"^--train\.steps needs a value$"):
+        parse_settings(["--train.steps", "--run.dir", "r"])
+    assert parse_settings(["--optimizer.lr", "-1"])[1] == {"optimizer.lr": "-1"}

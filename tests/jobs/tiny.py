@@ -1,0 +1,30 @@
+"""The arguments of a run of milliseconds a step that still has everything: experts, groups, a dense layer."""
+
+from pathlib import Path
+
+TINY: dict[str, object] = {
+    "model.preset": "demo-moe",
+    "model.vocab_size": 400,
+    "model.n_layers": 2,
+    "model.d_model": 32,
+    "model.n_heads": 4,
+    "model.n_kv_heads": 2,
+    "model.head_dim": 8,
+    "model.d_ff": 48,
+    "model.n_experts": 8,
+    "model.d_expert": 16,
+    "model.top_k": 2,
+    "train.dtype": "float32",
+    "train.global_batch": 4,
+    "train.micro_batch": 2,
+    "train.seq_len": 64,
+    "optimizer.warmup_steps": 2,
+    "cluster.launcher": "local",
+}
+
+
+def tiny(data: Path, run: Path, **changes: object) -> list[str]:
+    """The arguments of `moray pretrain`; `train__steps=3` sets train.steps and wins over what stands above."""
+    changed = {name.replace("__", "."): value for name, value in changes.items()}
+    found = {**TINY, "data.path": data, "run.dir": run, **changed}
+    return [word for name, value in found.items() for word in (f"--{name}", str(value))]
