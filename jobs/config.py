@@ -1,6 +1,7 @@
 """RunConfig: everything a training run depends on. Command line over recipe over preset over default."""
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -230,6 +231,6 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        # A JSON string is a TOML one, control characters and all.
+        return json.dumps(value, ensure_ascii=False)
     return repr(value)
