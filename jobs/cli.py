@@ -75,7 +75,7 @@ def parse_settings(arguments: list[str]) -> tuple[str | None, dict[str, str]]:
         name, equals, value = flag[2:].partition("=")
         name = name.replace("-", "_")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value")
             value = rest.pop(0)
         if name == "recipe":
