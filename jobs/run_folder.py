@@ -1,13 +1,16 @@
 """The folder of a run: what may go on in it, and what lies there."""
 
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from data.tokenizer import copy_tokenizer
-from jobs.config import RunConfig, load_config, to_toml
+from jobs.config import RunConfig, TrainSection, to_toml
+from model import ModelConfig
 from parallel.checkpoint import Commit, list_commits
 
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
-_FIXED = ("train.seed", "train.global_batch", "train.seq_len")
+_FIXED = ("seed", "global_batch", "seq_len")
 
 
 def claim(config: RunConfig) -> None:
@@ -20,7 +23,7 @@ def claim(config: RunConfig) -> None:
         raise ValueError(f"run.dir={folder} is a file; name a folder")
     path = folder / "config.toml"
     if path.exists():
-        _check_same_run(load_config(str(path), {}), config, folder)
+        _check_same_run(path, config)
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     copy_tokenizer(Path(config.data.path), folder / "tokenizer")
     partial = path.with_suffix(".partial")
@@ -28,17 +31,26 @@ def claim(config: RunConfig) -> None:
     partial.replace(path)
 
 
-def _check_same_run(before: RunConfig, now: RunConfig, folder: Path) -> None:
-    old = {f"model.{name}": value for name, value in before.model}
-    new = {f"model.{name}": value for name, value in now.model}
-    for name in _FIXED:
-        section, key = name.split(".")
-        old[name], new[name] = (getattr(getattr(config, section), key) for config in (before, now))
-    differing = [f"{name}={new[name]} (there: {old[name]})" for name in new if new[name] != old[name]]
+def _check_same_run(path: Path, now: RunConfig) -> None:
+    """Only what decides is read: the file's layout is history, and need not fit the workers there are today."""
+    try:
+        tables = tomllib.loads(path.read_text())
+        before = _deciding(ModelConfig(**tables["model"]), TrainSection(**tables["train"]))
+    except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged: {reason}; restore it or choose another run.dir") from None
+    wanted = _deciding(now.model, now.train)
+    differing = [f"{name}={wanted[name]} (there: {before[name]})" for name in wanted if wanted[name] != before[name]]
     if differing:
         raise ValueError(
-            f"run.dir={folder} holds a different run: {', '.join(differing)}; choose another run.dir or these settings"
+            f"run.dir={path.parent} holds a different run: {', '.join(differing)}; "
+            "choose another run.dir or these settings"
         )
+
+
+def _deciding(model: ModelConfig, train: TrainSection) -> dict[str, Any]:
+    fixed = {f"train.{name}": getattr(train, name) for name in _FIXED}
+    return {f"model.{name}": value for name, value in model} | fixed
 
 
 def newest_commit(run: Path) -> Commit:
