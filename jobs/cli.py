@@ -110,9 +110,10 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     decoder, tokenizer = load_run(run)
-    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    tokens = generate_tokens(decoder, ids, max_new_tokens, sampling)
     print(prompt, end="", flush=True)
-    for text in stream_text(tokenizer, generate_tokens(decoder, tokens, max_new_tokens, sampling)):
+    for text in stream_text(tokenizer, tokens):
         print(text, end="", flush=True)
     print()
     return 0

@@ -49,21 +49,27 @@ def load_run(run: Path) -> tuple[Decoder, Tokenizer]:
     return decoder, load_tokenizer(run / "tokenizer")
 
 
-@torch.inference_mode()
 def generate_tokens(decoder: Decoder, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
-    """Yields token after token. The prompt is computed once; each token after it costs one token's pass.
+    """Token after token. The prompt is computed once; each token after it costs one token's pass.
 
-    Raises ValueError when prompt and new tokens exceed the model's longest sequence.
+    Raises ValueError, before the first token, when prompt and new tokens exceed the model's longest sequence.
     """
-    config, weight = decoder.config, decoder.embedding.weight
-    length = len(prompt) + max_new_tokens
+    longest = decoder.config.max_seq_len
     if not prompt:
         raise ValueError("the prompt is empty; it needs one token at least")
-    if length > config.max_seq_len:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if len(prompt) + max_new_tokens > longest:
         raise ValueError(
-            f"{len(prompt)} prompt tokens and max_new_tokens={max_new_tokens} exceed max_seq_len={config.max_seq_len}"
+            f"{len(prompt)} prompt tokens and max_new_tokens={max_new_tokens} exceed max_seq_len={longest}"
         )
-    cache = KVCache(config, 1, length, weight)
+    return _generate(decoder, prompt, max_new_tokens, sampling)
+
+
+@torch.inference_mode()
+def _generate(decoder: Decoder, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+    weight = decoder.embedding.weight
+    cache = KVCache(decoder.config, 1, len(prompt) + max_new_tokens, weight)
     generator = torch.Generator().manual_seed(sampling.seed)
     new = torch.tensor([prompt], device=weight.device)
     for _ in range(max_new_tokens):
