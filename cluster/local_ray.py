@@ -46,7 +46,12 @@ def local_ray(slots: int) -> Iterator[str]:
     with tempfile.TemporaryFile("w+") as words:
         keeper = subprocess.Popen(
             [sys.executable, "-m", "cluster.local_ray", str(slots)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                # Ray's own 15 would let whatever else runs on this machine starve the training.
+                "RAY_worker_niceness": "0",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=words,

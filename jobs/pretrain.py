@@ -17,7 +17,17 @@ from jobs.trainer import train
 from parallel.checkpoint import list_commits
 
 
-def pretrain(config: RunConfig, console: Console | None = None) -> int:
+class Listener:
+    """Hears of everything that happens while a run goes on; `moray demo` is one that interferes."""
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        """An event of the cluster, as `cluster.events` lists them."""
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        """A rank's newest heartbeat."""
+
+
+def pretrain(config: RunConfig, console: Console | None = None, listener: Listener | None = None) -> int:
     """Runs to the last step, or until asked to stop; returns the exit code. Raises ValueError for a user's mistake."""
     dataset = Dataset.open(config.data.path)
     dataset.check_vocabulary(config.model.vocab_size)
@@ -28,7 +38,7 @@ def pretrain(config: RunConfig, console: Console | None = None) -> int:
     if is_first:
         claim(config)
     console = console or Console(stderr=True, quiet=not is_first)
-    with Watcher(config, console) as watcher:
+    with Watcher(config, console, listener or Listener()) as watcher:
         code = launch(
             train,
             config,
@@ -44,11 +54,11 @@ def pretrain(config: RunConfig, console: Console | None = None) -> int:
     return code
 
 
-class Watcher:
+class Watcher(Listener):
     """Writes the cluster's events to the run's log and shows the newest step as one line."""
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
-        self._console = console
+    def __init__(self, config: RunConfig, console: Console, next_listener: Listener) -> None:
+        self._console, self._next = console, next_listener
         self._events = EventLog(Path(config.run.dir) / "events.jsonl")
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn(), TimeRemainingColumn(),
@@ -68,10 +78,12 @@ class Watcher:
         line = describe(kind, fields)
         if line:
             self._console.print(line, highlight=False)
+        self._next.on_event(kind, fields)
 
     def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
         if rank == 0 and "loss" in status:
             self._progress.update(self._task, completed=step, line=progress_line(status))
+        self._next.on_status(rank, step, status)
 
 
 def progress_line(row: dict[str, Any]) -> str:

@@ -1,0 +1,108 @@
+"""`moray demo`: the whole road in minutes, on any machine: prepare, train, lose a worker, recover, generate."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.events import read_events
+from data.dataset import Dataset
+from jobs.config import RunConfig, load_config
+from jobs.generate import Sampling, generate_tokens, load_run, stream_text
+from jobs.metrics import read_metrics
+from jobs.prepare import prepare
+from jobs.pretrain import Listener, pretrain
+
+PROMPT = "def read("
+
+
+def demo(folder: Path) -> int:
+    """Runs the demo in `folder`; given again after an interruption, it goes on. Returns the exit code of the training."""
+    console = Console(highlight=False)
+    data, run = folder / "data", folder / "run"
+    _phase(console, 1, "prepare", "the Python standard library becomes tokens in checked shards")
+    if (data / "index.json").exists():
+        console.print(f"{data} is already there: {Dataset.open(data).splits['train'].n_tokens:,} training tokens")
+    else:
+        prepare(["stdlib"], data, console=console)
+    config = load_config("demo", {"data.path": str(data), "run.dir": str(run)})
+    _phase(console, 2, "train", _what(config))
+    code = pretrain(config, console, Saboteur(config.train.steps // 2, console))
+    if code:
+        return code
+    _phase(console, 3, "look", "what the run's own log says")
+    _report(run, console)
+    _phase(console, 4, "generate", f"the newest commit continues {PROMPT!r}")
+    decoder, tokenizer = load_run(run)
+    tokens = generate_tokens(decoder, [tokenizer.bos_id, *tokenizer.encode(PROMPT)], 120, Sampling(0.7, top_p=0.9))
+    console.print(PROMPT + "".join(stream_text(tokenizer, tokens)), markup=False, style="cyan")
+    console.print()
+    for name, what in (
+        ("data/", "tokenizer, WebDataset shards, index.json"),
+        ("run/metrics.jsonl", "one line a step"),
+        ("run/events.jsonl", "starts, commits, the fault and the recovery"),
+        ("run/checkpoints/", f"moray checkpoints {run} --verify"),
+        ("run/tensorboard/", f"tensorboard --logdir {run}"),
+    ):
+        console.print(f"  {folder / name!s:<32} {what}", markup=False)
+    return 0
+
+
+class Saboteur(Listener):
+    """Kills a worker with SIGKILL once the run is half-way, unless an earlier try already went past that."""
+
+    def __init__(self, step: int, console: Console) -> None:
+        self._step, self._console = step, console
+        self._victim: tuple[int, int] | None = None
+        self._first_step: int | None = None
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "start" and fields["generation"] == 1:
+            last = fields["ranks"][-1]
+            self._victim = (last["rank"], last["pid"])
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        self._first_step = self._first_step or step
+        if self._victim and step >= self._step >= self._first_step:
+            (rank, pid), self._victim = self._victim, None
+            self._console.print(f"[bold red]kill -9 {pid}[/]: rank {rank} dies in the middle of step {step + 1}")
+            os.kill(pid, signal.SIGKILL)
+
+
+def _phase(console: Console, number: int, name: str, what: str) -> None:
+    console.print(f"\n[bold]{number}/4 {name}[/]  {what}", soft_wrap=True)
+
+
+def _what(config: RunConfig) -> str:
+    from model.cost import count_parameters
+
+    total, active = count_parameters(config.model)
+    model, layout = config.model, config.resolved_layout
+    return (
+        f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active: {model.n_experts} experts, top-{model.top_k}, "
+        f"{model.n_shared_experts} shared; {layout.world_size} workers, expert parallel {layout.ep} x data parallel "
+        f"{layout.world_size // layout.ep}"
+    )
+
+
+def _report(run: Path, console: Console) -> None:
+    rows = read_metrics(run)
+    first, last = rows[0], rows[-1]
+    console.print(f"loss       {first['loss']:.3f} -> {last['loss']:.3f}, validation {last['validation_loss']:.3f}")
+    balances = [" ".join(f"{value:.2f}" for value in row["expert_balance"]) for row in (first, last)]
+    console.print(f"experts    busiest over mean, by layer: {balances[0]} -> {balances[1]}")
+    tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
+    console.print(f"speed      {tokens / seconds:,.0f} tokens/s over {tokens:,} tokens")
+    ends = [row["positions"] for row in rows]
+    unbroken = all(left[1] == right[0] for left, right in zip(ends, ends[1:], strict=False)) and ends[0][0] == 0
+    ledger = "without a gap or a repeat" if unbroken else "BROKEN"
+    console.print(f"ledger     sequences 0 to {ends[-1][1]:,}, {ledger}")
+    for event in read_events(run / "events.jsonl"):
+        moment = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        if event["kind"] == "fault":
+            console.print(f"fault      {moment} rank {event['rank']}: {event['reason']}", markup=False)
+        elif event["kind"] == "recovered":
+            console.print(f"recovery   {moment} all workers back at work after {event['seconds']:.2f} s")

@@ -1,0 +1,155 @@
+"""Laws 2 to 4 on a real Ray: workers and drivers are killed with SIGKILL, and no later step can tell."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny import tiny
+
+from cluster.events import read_events
+from jobs.cli import parse_settings
+from jobs.config import RunConfig, load_config
+from jobs.metrics import read_metrics
+from jobs.pretrain import Listener, pretrain
+
+STEPS, EVERY = 12, 3
+ON_FOUR = {
+    "cluster__launcher": "ray",
+    "cluster__workers": 4,
+    "layout__ep": 2,
+    "train__steps": STEPS,
+    "train__eval_every": 6,
+    "checkpoint__every": EVERY,
+    "train__global_batch": 8,
+}
+
+
+def arguments(data: Path, run: Path, **changes: object) -> list[str]:
+    return tiny(data, run, **{**ON_FOUR, **changes})
+
+
+def config(data: Path, run: Path, **changes: object) -> RunConfig:
+    return load_config(*parse_settings(arguments(data, run, **changes)))
+
+
+def ledger_is_whole(run: Path) -> None:
+    """The positions trained on in committed history: from 0 to the end, each once, in order."""
+    spans = [row["positions"] for row in read_metrics(run)]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == STEPS * 8
+    assert all(left[1] == right[0] for left, right in pairwise(spans))
+    committed = 0
+    for event in read_events(run / "events.jsonl"):
+        if event["kind"] in ("begin", "resume"):
+            # Every attempt goes on exactly where the last commit ended.
+            assert event["position"] == committed
+            assert event["step"] * 8 == committed
+        elif event["kind"] == "commit":
+            assert event["step"] * 8 > committed
+            committed = event["step"] * 8
+    assert committed == STEPS * 8
+
+
+def computed(run: Path) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "grad_norm", "validation_loss", "expert_balance", "tokens", "positions")
+    return [tuple(row.get(key) for key in keys) for row in read_metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def untouched(ray_cluster: str, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("untouched") / "run"
+    assert pretrain(config(dataset, run), Console(quiet=True)) == 0
+    return run
+
+
+class KillOneWorker(Listener):
+    def __init__(self) -> None:
+        self.pids: dict[int, int] = {}
+        self.killed = False
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "start" and not self.pids:
+            self.pids = {entry["rank"]: entry["pid"] for entry in fields["ranks"]}
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        if step >= 5 and not self.killed:
+            self.killed = True
+            os.kill(self.pids[1], signal.SIGKILL)
+
+
+def test_a_killed_worker_changes_no_later_step(untouched: Path, dataset: Path, tmp_path: Path) -> None:
+    run, killer = tmp_path / "run", KillOneWorker()
+    assert pretrain(config(dataset, run), Console(quiet=True), killer) == 0
+    assert killer.killed
+    events = list(read_events(run / "events.jsonl"))
+    kinds = [event["kind"] for event in events]
+    assert kinds.count("fault") == kinds.count("recovered") == kinds.count("resume") == 1
+    (fault,) = (event for event in events if event["kind"] == "fault")
+    assert (fault["rank"], fault["pid"]) == (1, killer.pids[1])
+    assert computed(run) == computed(untouched)
+    ledger_is_whole(run)
+    ledger_is_whole(untouched)
+
+
+def test_a_killed_driver_and_the_same_command_again(untouched: Path, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "jobs", "pretrain", *arguments(dataset, run)]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 50
+        while len(read_metrics(run)) < 5:
+            assert driver.poll() is None, driver.stderr and driver.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        driver.kill()
+        driver.communicate()
+    assert len(read_metrics(run)) < STEPS
+    again = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert again.returncode == 0, again.stderr
+    assert computed(run) == computed(untouched)
+    ledger_is_whole(run)
+
+
+def test_another_layout_resumes_and_computes_the_same(untouched: Path, dataset: Path, tmp_path: Path) -> None:
+    """Four workers with ep=2 train half-way; two with tp=2 take over: rounding is all that differs."""
+    run = tmp_path / "run"
+    half = StopAt(STEPS // 2)
+    assert pretrain(config(dataset, run), Console(quiet=True), half) == 75
+    stopped = read_metrics(run)[-1]["step"]
+    assert STEPS // 2 <= stopped < STEPS
+    assert pretrain(config(dataset, run, cluster__workers=2, layout__ep=1, layout__tp=2), Console(quiet=True)) == 0
+    assert computed(run)[:stopped] == computed(untouched)[:stopped]
+    for row, expected in zip(read_metrics(run)[stopped:], read_metrics(untouched)[stopped:], strict=True):
+        assert row["layout"] != expected["layout"]
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["positions"] == expected["positions"]
+    ledger_is_whole(run)
+
+
+class StopAt(Listener):
+    """Ctrl-C of a person, once a step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step: int | None = step
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        if self.step and step >= self.step:
+            self.step = None
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_more_workers_than_there_will_ever_be(ray_cluster: str, dataset: Path, tmp_path: Path) -> None:
+    from cluster.supervisor import supervise
+    from jobs.trainer import train
+
+    settings = config(dataset, tmp_path / "run", cluster__workers=16, train__global_batch=16)
+    with pytest.raises(ValueError, match=r"cluster\.workers=16"):
+        supervise(train, settings, workers=16, placement_timeout_s=1)
