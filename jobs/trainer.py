@@ -86,7 +86,7 @@ def train(context: WorkerContext, config: RunConfig) -> int:
                 if stopping:
                     break
         training.checkpointer.finish()
-    return EXIT_DONE if training.step == config.train.steps else EXIT_INTERRUPTED
+    return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
 
 
 def take_step(training: Training, batch: Batch) -> dict[str, Any]:
