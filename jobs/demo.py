@@ -12,7 +12,7 @@ from cluster.events import read_events
 from data.dataset import Dataset
 from jobs.config import RunConfig, load_config
 from jobs.generate import Sampling, generate_tokens, load_run, stream_text
-from jobs.metrics import read_metrics
+from jobs.metrics import ledger_is_whole, read_metrics
 from jobs.prepare import prepare
 from jobs.pretrain import Listener, pretrain
 
@@ -20,7 +20,7 @@ PROMPT = "def read("
 
 
 def demo(folder: Path) -> int:
-    """Runs the demo in `folder`; given again after an interruption, it goes on. Returns the exit code of the training."""
+    """Runs the demo in `folder`; given again after an interruption, it goes on. Returns the training's exit code."""
     console = Console(highlight=False)
     data, run = folder / "data", folder / "run"
     _phase(console, 1, "prepare", "the Python standard library becomes tokens in checked shards")
@@ -30,7 +30,7 @@ def demo(folder: Path) -> int:
         prepare(["stdlib"], data, console=console)
     config = load_config("demo", {"data.path": str(data), "run.dir": str(run)})
     _phase(console, 2, "train", _what(config))
-    code = pretrain(config, console, Saboteur(config.train.steps // 2, console))
+    code = pretrain(config, console, Saboteur(config.train.steps // 2 + 10, console))
     if code:
         return code
     _phase(console, 3, "look", "what the run's own log says")
@@ -96,13 +96,13 @@ def _report(run: Path, console: Console) -> None:
     console.print(f"experts    busiest over mean, by layer: {balances[0]} -> {balances[1]}")
     tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
     console.print(f"speed      {tokens / seconds:,.0f} tokens/s over {tokens:,} tokens")
-    ends = [row["positions"] for row in rows]
-    unbroken = all(left[1] == right[0] for left, right in zip(ends, ends[1:], strict=False)) and ends[0][0] == 0
-    ledger = "without a gap or a repeat" if unbroken else "BROKEN"
-    console.print(f"ledger     sequences 0 to {ends[-1][1]:,}, {ledger}")
+    ledger = "without a gap or a repeat" if ledger_is_whole(rows) else "BROKEN"
+    console.print(f"ledger     sequences 0 to {last['positions'][1]:,}, {ledger}")
     for event in read_events(run / "events.jsonl"):
         moment = time.strftime("%H:%M:%S", time.localtime(event["time"]))
         if event["kind"] == "fault":
             console.print(f"fault      {moment} rank {event['rank']}: {event['reason']}", markup=False)
         elif event["kind"] == "recovered":
             console.print(f"recovery   {moment} all workers back at work after {event['seconds']:.2f} s")
+        elif event["kind"] == "resume":
+            console.print(f"resume     {moment} from the commit of step {event['step']}")

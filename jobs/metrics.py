@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             continue
         rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def ledger_is_whole(rows: list[dict[str, Any]]) -> bool:
+    """Whether these steps, a run's from its first, trained on every stream position from 0 on, each once, in order."""
+    spans = [row["positions"] for row in rows]
+    return not spans or (spans[0][0] == 0 and all(left[1] == right[0] for left, right in pairwise(spans)))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
