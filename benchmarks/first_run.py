@@ -128,7 +128,8 @@ def report(settings: dict[str, str], runs: dict[str, Rows], folders: dict[str, P
     last = main[-1]
     lines = [
         f"`minimind-3-moe` narrowed to {narrowed}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active, "
-        f"4 experts, top-1. {len(main)} steps of {settings['train.global_batch']} x {settings['train.seq_len']} tokens, "
+        "4 experts, top-1. "
+        f"{len(main)} steps of {settings['train.global_batch']} x {settings['train.seq_len']} tokens, "
         f"{settings['train.dtype']}, on `{Path(source).name}`.",
         "",
         "| step | loss | validation loss | busiest expert / mean, by layer | gradient norm |",
