@@ -1,0 +1,259 @@
+"""Bad input gets exit code 2 and one line that names the setting, its value and what would be right. Real commands."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny import tiny
+
+from jobs.metrics import read_metrics
+from parallel.checkpoint import list_commits
+
+Moray = Callable[..., "Outcome"]  # noqa: F821 - of conftest.py
+ROOT = Path(__file__).parents[2]
+
+
+def line_of(outcome) -> str:  # type: ignore[no-untyped-def]
+    """The one line of a refusal."""
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("moray: ")
+    return line
+
+
+def refusal_of_pretrain(moray: Moray, data: Path, run: Path, **changes: object) -> str:
+    """The refusal, given before a worker could leave a trace."""
+    line = line_of(moray("pretrain", *tiny(data, run, **changes)))
+    assert not (run / "events.jsonl").exists()
+    assert not (run / "metrics.jsonl").exists()
+    return line
+
+
+def test_an_unknown_verb_names_those_there_are(moray: Moray) -> None:
+    line = line_of(moray("pretrian", "--run.dir", "x"))
+    assert line == "moray: pretrian is not a verb of moray; there are prepare, pretrain, generate, checkpoints, demo"
+
+
+def test_help_is_no_mistake(moray: Moray) -> None:
+    for words in ([], ["--help"], ["pretrain", "--help"], ["generate", "--help"]):
+        outcome = moray(*words)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "moray" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__stepz": 3}, "train.stepz is not a setting; did you mean train.steps?"),
+        ({"model__preset": "demo-moo"}, "model.preset=demo-moo is not known; did you mean demo-moe?"),
+        ({"recipe": "dmo"}, "--recipe dmo is not known; did you mean demo?"),
+        ({"train__steps": "many"}, "train.steps=many: input should be a valid integer"),
+        ({"model__n_heads": 5}, "model.n_kv_heads=2 must divide n_heads=5; try one of [1, 5]"),
+        ({"train__seq_len": 4096}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
+        ({"data__path": "nowhere"}, "data.path=nowhere does not exist; make it with `moray prepare"),
+        ({"model__vocab_size": 300}, "entries, more than the model's vocab_size=300; set model.vocab_size=400"),
+    ],
+)
+def test_settings_that_are_wrong(
+    moray: Moray, dataset: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    assert message in refusal_of_pretrain(moray, dataset, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout__tp": 4}, "layout.tp=4 must divide n_kv_heads=2; try [1, 2]"),
+        ({"layout__ep": 3}, "layout.ep=3 must divide n_experts=8 and dp_shard * tp = 4; try [1, 2, 4]"),
+        ({"layout__dp_shard": 3}, "layout.dp_replicate=1 * dp_shard=3 * tp=1 = 3 must equal the 4 workers"),
+        ({"train__global_batch": 6}, "train.global_batch=6 must be a multiple of the 4 data-parallel ranks"),
+    ],
+)
+def test_layouts_that_do_not_fit_four_workers(
+    moray: Moray, dataset: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    four = {"cluster__launcher": "ray", "cluster__workers": 4}
+    assert message in refusal_of_pretrain(moray, dataset, tmp_path / "run", **four, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def copied(dataset: Path, tmp_path: Path) -> Path:
+    """A dataset to damage."""
+    return Path(shutil.copytree(dataset, tmp_path / "data"))
+
+
+def test_data_that_is_not_finished(moray: Moray, copied: Path, tmp_path: Path) -> None:
+    copied.rename(copied.with_name("data.moray-unfinished"))
+    line = refusal_of_pretrain(moray, copied, tmp_path / "run")
+    assert f"data.path={copied} is unfinished" in line
+    assert "run `moray prepare` again" in line
+
+
+def test_a_truncated_shard_is_named_with_the_byte_where_it_ends(moray: Moray, copied: Path, tmp_path: Path) -> None:
+    shard = copied / "train-00000.tar"
+    size = shard.stat().st_size
+    os.truncate(shard, 1000)
+    line = refusal_of_pretrain(moray, copied, tmp_path / "run")
+    assert f"{shard} ends at byte 1000 of {size}" in line
+
+
+def test_an_altered_shard_is_named_with_sample_and_byte(moray: Moray, copied: Path, tmp_path: Path) -> None:
+    """Only reading it can tell: the run ends with the one line, and what came before is committed history."""
+    shard, index = copied / "train-00000.tar", json.loads((copied / "index.json").read_text())
+    content = bytearray(shard.read_bytes())
+    (samples,) = [entry["samples"] for entry in index["splits"]["train"]]
+    for sample in samples:
+        content[sample["tokens"]["offset"] + sample["tokens"]["length"] // 2] ^= 1
+    shard.write_bytes(content)
+    outcome = moray("pretrain", *tiny(copied, tmp_path / "run", train__steps=3))
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith(f"moray: {shard}, sample ")
+    assert any(f"sample {s['key']}, byte {s['tokens']['offset']}: " in last for s in samples)
+    assert "restore the file from a copy, or run `moray prepare` again" in last
+
+
+def test_a_run_folder_of_another_model(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert moray("pretrain", *tiny(dataset, run, train__steps=2)).code == 0
+    line = line_of(moray("pretrain", *tiny(dataset, run, train__steps=2, model__d_ff=64)))
+    assert line.startswith(f"moray: run.dir={run} holds a different run: model.d_ff=64 (there: 48); choose another")
+
+
+def test_a_run_trained_on_other_data(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert moray("pretrain", *tiny(dataset, run, train__steps=2)).code == 0
+    source = Path(json.__file__).parent
+    assert moray("prepare", source, "--out", other, "--tokenizer", dataset, "--validation", "0.3").code == 0
+    line = line_of(moray("pretrain", *tiny(other, run, train__steps=3)))
+    fingerprints = [json.loads((folder / "index.json").read_text())["fingerprint"] for folder in (other, dataset)]
+    assert f"data.path={other} has fingerprint {fingerprints[0]}, but this run was trained on {fingerprints[1]}" in line
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of the given size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip("may not mount a tmpfs here")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("size", ["8k", "300k"])
+def test_a_disk_without_room_for_one_commit(
+    moray: Moray, dataset: Path, disk: Callable[[str], Path], size: str
+) -> None:
+    run = disk(size) / "run"
+    line = refusal_of_pretrain(moray, dataset, run)
+    assert f"run.dir={run}: a commit takes at least 0.4 MiB, but its disk has 0." in line
+    assert line.endswith("MiB left; free some or choose another")
+
+
+def test_a_disk_that_fills_before_the_workers_start(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    """/dev/full answers every write with ENOSPC; config.toml is made to land there."""
+    (tmp_path / "run").mkdir()
+    os.symlink("/dev/full", tmp_path / "run" / "config.partial")
+    line = refusal_of_pretrain(moray, dataset, tmp_path / "run")
+    assert line.startswith("moray: the disk is full: ")
+    assert line.endswith("free space and give the same command again")
+
+
+def test_a_disk_that_fills_while_training(moray: Moray, dataset: Path, disk: Callable[[str], Path]) -> None:
+    """There is room for one commit, which stays whole; the second fails, and the third, which is its retry."""
+    run = disk("900k") / "run"
+    arguments = tiny(dataset, run, train__steps=6, checkpoint__every=2, checkpoint__keep=5)
+    outcome = moray("pretrain", *arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith(f"moray: run.dir={run}: the disk is full: step 6 was not committed: ")
+    assert "No space left on device" in last
+    assert [commit.step for commit in list_commits(run / "checkpoints")] == [2]
+    subprocess.run(["mount", "-o", "remount,size=9m", run.parent], check=True)
+    assert moray("pretrain", *arguments).code == 0, "the same command goes on once there is room"
+    assert [commit.step for commit in list_commits(run / "checkpoints")] == [2, 4, 6]
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from jobs.cli import dispatch
+
+    run = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        words = tiny(dataset, run, train__steps=4, checkpoint__every=2, model__max_seq_len=128)
+        assert dispatch(["pretrain", *words]) == 0
+    return run
+
+
+def test_generate_continues_the_prompt_and_the_seed_decides(moray: Moray, finished: Path) -> None:
+    first, again, other = (
+        moray("generate", finished, "--prompt", "def é(", "--max-new-tokens", "20", "--seed", seed)
+        for seed in (1, 1, 2)
+    )
+    assert (first.code, first.err) == (0, "")
+    assert first.out.startswith("def é(")
+    assert first.out.endswith("\n")
+    assert len(first.out) > len("def é(\n")
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-new-tokens", "128"], "prompt tokens and max_new_tokens=128 exceed max_seq_len=128"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--temperature", "-1"], "temperature=-1.0 must be 0 (greedy) or more"),
+        (["--top-p", "0"], "top_p=0.0 must lie above 0 and at most at 1"),
+        (["--top-k", "-3"], "top_k=-3 must be 0 (all) or more"),
+    ],
+)
+def test_generation_that_cannot_be(moray: Moray, finished: Path, options: list[str], message: str) -> None:
+    assert message in line_of(moray("generate", finished, "--prompt", "def", *options))
+
+
+def test_a_prompt_longer_than_the_model_can_take(moray: Moray, finished: Path) -> None:
+    line = line_of(moray("generate", finished, "--prompt", "x = 1; " * 200))
+    assert "prompt tokens and max_new_tokens=200 exceed max_seq_len=128" in line
+
+
+def test_folders_that_are_no_runs(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    assert "nowhere is not a run: there is no such folder" in line_of(moray("generate", "nowhere", "--prompt", "x"))
+    assert f"{dataset} holds no commit yet" in line_of(moray("generate", dataset, "--prompt", "x"))
+    assert f"{dataset} holds no checkpoints" in line_of(moray("checkpoints", dataset))
+
+
+def test_generate_refuses_a_damaged_commit(moray: Moray, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (file,) = (run / "checkpoints" / "step-000000004").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert f"{file}: its sha256 is" in line_of(moray("generate", run, "--prompt", "x"))
+
+
+def test_the_module_is_the_command(finished: Path) -> None:
+    """`python -m jobs` in a shell of its own: nothing but the answer, and nothing on standard error."""
+    command = [sys.executable, "-m", "jobs", "checkpoints", str(finished)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "whole by its manifest" in done.stdout
