@@ -1,5 +1,6 @@
 """The folder of a run: what may go on in it, and what lies there."""
 
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from data.tokenizer import copy_tokenizer
 from jobs.config import RunConfig, TrainSection, to_toml
 from model import ModelConfig
+from model.cost import count_parameters
 from parallel.checkpoint import Commit, list_commits
 
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
@@ -16,7 +18,8 @@ _FIXED = ("seed", "global_batch", "seq_len")
 def claim(config: RunConfig) -> None:
     """Makes the run's folder, or checks that what it holds is this run; writes config.toml and tokenizer/.
 
-    Raises ValueError naming what differs when the folder holds a different model, seed, batch or sequence length.
+    Raises ValueError naming what differs when the folder holds a different model, seed, batch or sequence length, and
+    when its disk has no room for a commit.
     """
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
@@ -25,6 +28,7 @@ def claim(config: RunConfig) -> None:
     if path.exists():
         _check_same_run(path, config)
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    _check_space(config.model, folder)
     copy_tokenizer(Path(config.data.path), folder / "tokenizer")
     partial = path.with_suffix(".partial")
     partial.write_text(to_toml(config))
@@ -51,6 +55,16 @@ def _check_same_run(path: Path, now: RunConfig) -> None:
 def _deciding(model: ModelConfig, train: TrainSection) -> dict[str, Any]:
     fixed = {f"train.{name}": getattr(train, name) for name in _FIXED}
     return {f"model.{name}": value for name, value in model} | fixed
+
+
+def _check_space(model: ModelConfig, folder: Path) -> None:
+    parameters, _ = count_parameters(model)
+    needed, free = 12 * parameters, shutil.disk_usage(folder).free  # fp32 weights and two moments
+    if free < needed:
+        raise ValueError(
+            f"run.dir={folder}: a commit takes at least {needed / 2**20:,.1f} MiB, but its disk has "
+            f"{free / 2**20:,.1f} MiB left; free some or choose another"
+        )
 
 
 def newest_commit(run: Path) -> Commit:

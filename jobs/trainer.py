@@ -23,7 +23,7 @@ from jobs.optimizer import build_optimizer, set_learning_rate, training_state
 from jobs.schedule import learning_rate
 from model import Decoder
 from model.cost import train_flops_per_token
-from parallel.checkpoint import Checkpointer
+from parallel.checkpoint import Checkpointer, DiskFullError
 from parallel.gradients import (
     GlobalLosses,
     MicroBatch,
@@ -85,7 +85,7 @@ def train(context: WorkerContext, config: RunConfig) -> int:
                 context.heartbeat(**(row if training.is_first_rank else {"step": training.step}))
                 if stopping:
                     break
-        training.checkpointer.finish()
+        finish_commits(training)
     return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
 
 
@@ -180,6 +180,17 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     training.checkpointer.save(training.step, training_state(training.decoder, training.optimizer), metadata)
+
+
+def finish_commits(training: Training) -> None:
+    """Waits for the last commit. Raises ValueError if the disk is full: to start again would not help."""
+    try:
+        training.checkpointer.finish()
+    except DiskFullError as error:
+        run = training.config.run.dir
+        raise ValueError(
+            f"run.dir={run}: the disk is full: {error}; free space and give the same command again"
+        ) from None
 
 
 def check_finite(step: int, losses: GlobalLosses, norm: float) -> None:

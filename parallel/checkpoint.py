@@ -9,6 +9,7 @@ The state is a flat dict of tensors and DTensors; what they mean is the caller's
 does not exist: see parallel/storage.py for how one is written, parallel/commits.py for what lies in the folder.
 """
 
+import errno
 import json
 import threading
 import time
@@ -44,6 +45,7 @@ __all__ = [
     "Checkpointer",
     "Commit",
     "CommitError",
+    "DiskFullError",
     "Manifest",
     "commit_paths",
     "list_commits",
@@ -57,6 +59,10 @@ Event = Callable[[str, dict[str, Any]], None]
 
 class CommitError(RuntimeError):
     """A save that left no commit behind; the message names the step, the ranks and what went wrong on each."""
+
+
+class DiskFullError(CommitError):
+    """A save for which only room was missing."""
 
 
 @dataclass
@@ -243,6 +249,8 @@ def _explain(step: int, rank: int, error: BaseException) -> tuple[CommitError, b
     if isinstance(error, CheckpointException):
         causes = {failed_rank: cause for failed_rank, (cause, _) in error.failures.items()}
     text = "; ".join(f"rank {of}: {type(cause).__name__}: {cause}" for of, cause in sorted(causes.items()))
-    failure = CommitError(f"step {step} was not committed: {text}")
+    numbers = [cause.errno if isinstance(cause, OSError) else None for cause in causes.values()]
+    kind = DiskFullError if all(number in (errno.ENOSPC, errno.EDQUOT) for number in numbers) else CommitError
+    failure = kind(f"step {step} was not committed: {text}")
     failure.__cause__ = error
     return failure, all(isinstance(cause, OSError) for cause in causes.values())
