@@ -13,38 +13,67 @@ import json
 import os
 import tarfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from webdataset.writer import TarWriter
 
 from data.dataset import Extent, Sample, Shard, Split
 
 BLOCK_TOKENS = 1 << 16
 SHARD_TOKENS = 16 << 20
-_TAR_BLOCK = 512
 
 
-class TarWriter:
-    """A tar file written front to back, hashed on the way."""
+class ShardFile:
+    """A tar file written front to back by webdataset's own writer, hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _HashedFile(path)
+        # Fixed times and owners: the bytes depend on the content alone.
+        self._tar = TarWriter(self._file, user="", group="", mtime=0, compress=False, encoder=False)
+
+    @property
+    def size(self) -> int:
+        return self._file.size
+
+    def add(self, key: str, members: dict[str, bytes]) -> dict[str, Extent]:
+        """Appends a sample; returns where each member's data lies."""
+        extents, offset = {}, self._tar.tarstream.offset
+        for name in sorted(members):  # the order in which TarWriter writes them
+            extents[name] = Extent(offset + tarfile.BLOCKSIZE, len(members[name]))
+            n_blocks = 1 + -(-len(members[name]) // tarfile.BLOCKSIZE)
+            offset += n_blocks * tarfile.BLOCKSIZE
+        self._tar.write({"__key__": key, **members})
+        return extents
+
+    def finish(self) -> str:
+        """Ends the archive and flushes it to disk; returns its sha256."""
+        self._tar.close()
+        return self._file.finish()
+
+    def close(self) -> None:
+        """Gives the file up where it stands."""
+        with suppress(OSError):  # a full disk is why it is given up: it cannot take the archive's end either
+            self._tar.close()
+        self._file.close()
+
+
+class _HashedFile:
+    """A file that knows the digest of what was written to it."""
 
     def __init__(self, path: Path) -> None:
         self.size = 0
         self._file = open(path, "wb")  # noqa: SIM115
         self._sha256 = hashlib.sha256()
 
-    def add(self, name: str, data: bytes) -> Extent:
-        """Appends a member; returns where its data lies."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        extent = Extent(self.size, len(data))
-        self._write(data)
-        self._write(bytes(-len(data) % _TAR_BLOCK))
-        return extent
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.size += len(data)
+        return len(data)
 
     def finish(self) -> str:
-        """Ends the archive and flushes it to disk; returns its sha256."""
-        self._write(bytes(2 * _TAR_BLOCK))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
@@ -52,11 +81,6 @@ class TarWriter:
 
     def close(self) -> None:
         self._file.close()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
-        self.size += len(data)
 
 
 class SplitWriter:
@@ -71,7 +95,7 @@ class SplitWriter:
     ) -> None:
         self._folder, self._split = folder, split
         self._block_tokens, self._shard_tokens = block_tokens, shard_tokens
-        self._tar: TarWriter | None = None
+        self._shard: ShardFile | None = None
         self._keys: list[str] = []
         self._block: list[np.ndarray] = []
         self._n_block = 0
@@ -90,41 +114,43 @@ class SplitWriter:
         """Writes what is left and describes all of it."""
         if self._block:
             self._end_block()
-        if self._tar:
-            self._end_shard(self._tar)
+        if self._shard:
+            self._end_shard(self._shard)
         return Split(tuple(self._shards))
 
     def close(self) -> None:
         """Lets go of the open file, if writing was given up."""
-        if self._tar:
-            self._tar.close()
+        if self._shard:
+            self._shard.close()
 
     def _end_block(self) -> None:
         tokens = np.concatenate(self._block)
         ends = np.cumsum([len(document) for document in self._block], dtype=np.int64)
-        if self._tar and sum(sample.n_tokens for sample in self._samples) + len(tokens) > self._shard_tokens:
-            self._end_shard(self._tar)
-        if self._tar is None:
-            self._tar = TarWriter(self._folder / self._shard_name)
+        if self._shard and sum(sample.n_tokens for sample in self._samples) + len(tokens) > self._shard_tokens:
+            self._end_shard(self._shard)
+        if self._shard is None:
+            self._shard = ShardFile(self._folder / self._shard_name)
         key = f"{self._split}-{len(self._shards):05d}-{len(self._samples):06d}"
         tokens_npy, ends_npy = _npy(tokens), _npy(ends)
+        names = json.dumps({"documents": self._keys}).encode()
+        extents = self._shard.add(key, {"tokens.npy": tokens_npy, "ends.npy": ends_npy, "json": names})
         sample = Sample(
             key=key,
             n_tokens=len(tokens),
             n_documents=len(ends),
-            tokens=self._tar.add(f"{key}.tokens.npy", tokens_npy),
-            ends=self._tar.add(f"{key}.ends.npy", ends_npy),
-            json=self._tar.add(f"{key}.json", json.dumps({"documents": self._keys}).encode()),
+            tokens=extents["tokens.npy"],
+            ends=extents["ends.npy"],
+            json=extents["json"],
             crc32=zlib.crc32(ends_npy, zlib.crc32(tokens_npy)),
         )
         self._samples.append(sample)
         self._keys, self._block, self._n_block = [], [], 0
 
-    def _end_shard(self, tar: TarWriter) -> None:
-        sha256 = tar.finish()
+    def _end_shard(self, shard: ShardFile) -> None:
+        sha256 = shard.finish()
         n_tokens, n_documents = sum(s.n_tokens for s in self._samples), sum(s.n_documents for s in self._samples)
-        self._shards.append(Shard(self._shard_name, tar.size, sha256, n_tokens, n_documents, tuple(self._samples)))
-        self._tar, self._samples = None, []
+        self._shards.append(Shard(self._shard_name, shard.size, sha256, n_tokens, n_documents, tuple(self._samples)))
+        self._shard, self._samples = None, []
 
     @property
     def _shard_name(self) -> str:

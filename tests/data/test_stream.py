@@ -148,7 +148,7 @@ def test_an_altered_shard_is_named_from_the_prefetching_thread_too(make_dataset:
 def test_a_shard_cut_short_while_training_is_named(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(DOCUMENTS)
     shard = dataset.splits["train"].shards[0]
-    cut = shard.samples[-1].ends.offset + 3
+    cut = shard.samples[-1].tokens.offset + 3
     path = Path(dataset.folder, shard.name)
     path.write_bytes(path.read_bytes()[:cut])
     stream = Stream(dataset, "train", seq_len=3, global_batch=2, seed=1, lanes=range(2))
