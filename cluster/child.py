@@ -11,6 +11,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from cluster.devices import check_health, pick_device
@@ -43,6 +44,8 @@ def work(
         try:
             device = pick_device(local_rank)
             check_health(device)
+            # The agent imported torch for one thread, so as to fork; the cores of this node are its workers' to share.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // assignment.n_workers))
             context = WorkerContext(
                 rank=assignment.first_rank + local_rank,
                 world_size=assignment.world_size,
