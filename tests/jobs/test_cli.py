@@ -182,6 +182,7 @@ def test_a_disk_that_fills_while_training(moray: Moray, dataset: Path, disk: Cal
     outcome = moray("pretrain", *arguments)
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
+    assert "step 4 was not committed" in " ".join(outcome.err.split()), "it is said while there is time to act"
     last = outcome.err.splitlines()[-1]
     assert last.startswith(f"moray: run.dir={run}: the disk is full: step 6 was not committed: ")
     assert "No space left on device" in last

@@ -163,7 +163,7 @@ main()
 
 def run_signalled(number: signal.Signals, at: int, words: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", SIGNALLED, str(int(number)), str(at), *words]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=50)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def environment() -> dict[str, str]:
@@ -204,7 +204,7 @@ def torchrun(words: list[str]) -> None:
         [*command, *words], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        _, complaints = process.communicate(timeout=55)
+        _, complaints = process.communicate(timeout=120)
         assert process.returncode == 0, complaints
     finally:
         if process.poll() is None:
@@ -237,6 +237,24 @@ def test_a_run_goes_on_under_other_layouts(dataset: Path, untouched: Path, tmp_p
     assert_close_history(run, untouched)
     resumes: list[dict[str, Any]] = [e for e in read_events(run / "events.jsonl") if e["kind"] == "resume"]
     assert [(event["step"], event["layout"][-4:]) for event in resumes] == [(4, "ep=2"), (6, "ep=1")]
+
+
+def test_a_damaged_commit_is_refused_loudly_and_the_one_before_it_taken(
+    dataset: Path, untouched: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(untouched, run)
+    (file,) = (run / "checkpoints" / "step-000000008").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert dispatch(arguments(dataset, run)) == 0
+    told = " ".join(capfd.readouterr().err.split())
+    assert "refused the damaged commit of step 8" in told
+    assert file.name in told
+    assert_same_history(run, untouched)
+    resumes = [event["step"] for event in read_events(run / "events.jsonl") if event["kind"] == "resume"]
+    assert resumes == [6]
 
 
 def test_a_finished_run_has_nothing_left_to_do(dataset: Path, untouched: Path, tmp_path: Path) -> None:
