@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from cluster.events import EventLog
+from cluster.events import EventLog, read_events
 from cluster.launch import launch
 from cluster.worker import EXIT_INTERRUPTED
 from data.dataset import Dataset
@@ -55,11 +55,15 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
 
 
 class Watcher(Listener):
-    """Writes the cluster's events to the run's log and shows the newest step as one line."""
+    """Writes the cluster's events to the run's log, and shows the newest step as one line.
+
+    What the workers themselves have to say (a damaged or failed commit) comes by way of the log, too.
+    """
 
     def __init__(self, config: RunConfig, console: Console, next_listener: Listener) -> None:
         self._console, self._next = console, next_listener
         self._events = EventLog(Path(config.run.dir) / "events.jsonl")
+        self._shown = len(self._read_events())
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[line]}"), console=console,
@@ -71,19 +75,30 @@ class Watcher(Listener):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._show_new_events()
         self._progress.stop()
 
     def on_event(self, kind: str, fields: dict[str, Any]) -> None:
         self._events.write(kind, **fields)
-        line = describe(kind, fields)
-        if line:
-            self._console.print(line, highlight=False)
+        self._show_new_events()
         self._next.on_event(kind, fields)
 
     def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
         if rank == 0 and "loss" in status:
             self._progress.update(self._task, completed=step, line=progress_line(status))
+            self._show_new_events()
         self._next.on_status(rank, step, status)
+
+    def _show_new_events(self) -> None:
+        events = self._read_events()
+        for event in events[self._shown :]:
+            line = describe(event["kind"], event)
+            if line:
+                self._console.print(line, highlight=False, soft_wrap=True)
+        self._shown = len(events)
+
+    def _read_events(self) -> list[dict[str, Any]]:
+        return list(read_events(self._events.path)) if self._events.path.exists() else []
 
 
 def progress_line(row: dict[str, Any]) -> str:
@@ -107,6 +122,10 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         return f"fault: rank {fields.get('rank')} (pid {fields.get('pid')}): {fields.get('reason')}"
     if kind == "recovered":
         return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
+    if kind == "commit_refused":
+        return f"refused the damaged commit of step {fields.get('step')}: {'; '.join(fields.get('problems', []))}"
+    if kind == "commit_failed":
+        return f"{fields.get('error')}; the next commit tries again"
     if kind == "stop":
         return "stopping: the workers finish their step and commit"
     return None
