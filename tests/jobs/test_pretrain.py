@@ -232,6 +232,10 @@ def test_a_run_goes_on_under_other_layouts(dataset: Path, untouched: Path, tmp_p
     forget(run, after=4)
     torchrun(arguments(dataset, run, cluster__launcher="torchrun", layout__ep=2))
     assert_close_history(run, untouched)
+    (ours, _), (theirs, _) = load_run(run), load_run(untouched)  # what `moray generate` reads, of two ranks and of one
+    prompt = torch.arange(300, 340)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(prompt), theirs(prompt), rtol=0, atol=1e-3)
     forget(run, after=6)
     assert dispatch(arguments(dataset, run)) == 0
     assert_close_history(run, untouched)
