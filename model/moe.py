@@ -14,7 +14,6 @@ from model.config import ModelConfig
 from model.feedforward import SwiGLU
 from model.grouped import grouped_linear
 
-
 TINY = 1e-20
 """Added to sums of scores that are divided by: sigmoids can underflow to 0, all of them."""
 
