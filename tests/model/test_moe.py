@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import ModelConfig, initialise
-from model.moe import Experts, LocalDispatcher, MoE, Router, grouped_linear, limit_to_groups
+from model.grouped import grouped_linear
+from model.moe import Experts, LocalDispatcher, MoE, Router, limit_to_groups
 
 SMALL = {"n_layers": 1, "d_model": 24, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "d_ff": 16, "vocab_size": 16}
 
