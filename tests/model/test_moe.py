@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import ModelConfig, initialise
-from model.grouped import grouped_linear
-from model.moe import Experts, LocalDispatcher, MoE, Router, limit_to_groups
+from model.moe import LocalDispatcher, MoE, Router, limit_to_groups
 
 SMALL = {"n_layers": 1, "d_model": 24, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "d_ff": 16, "vocab_size": 16}
 
@@ -155,44 +154,6 @@ def test_the_layer_equals_a_dense_loop_over_all_experts(top_k: int, shared: int)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for ours, truth in zip(gradients(out), gradients(expected), strict=True):
         torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
-
-
-COUNTS = {"empty first, middle and last": [0, 5, 0, 1, 26, 0], "even": [4] * 6, "all on one": [0, 0, 40, 0, 0, 0]}
-
-
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_grouped_products_equal_a_loop(dtype: torch.dtype, tolerance: float, counts: list[int]) -> None:
-    """Forward and backward; an expert without rows has a gradient, and it is zero."""
-    torch.manual_seed(0)
-    x = torch.randn(sum(counts), 16).to(dtype).requires_grad_()
-    w = torch.randn(6, 24, 16).to(dtype).requires_grad_()
-    direction = torch.randn(sum(counts), 24).to(dtype)
-    out = grouped_linear(x, w, torch.tensor(counts))
-    grad_x, grad_w = torch.autograd.grad((out * direction).sum(), [x, w])
-
-    exact_x, exact_w, exact_direction = (t.detach().double() for t in (x, w, direction))
-    for e, rows in enumerate(torch.arange(sum(counts)).split(counts)):
-        mine, w_OI = exact_x[rows], exact_w[e]
-        for ours, truth in (
-            (out[rows], mine @ w_OI.T),
-            (grad_x[rows], exact_direction[rows] @ w_OI),
-            (grad_w[e], exact_direction[rows].T @ mine),
-        ):
-            scale = truth.abs().max() if truth.numel() and truth.any() else 1.0
-            assert ours.dtype == dtype
-            torch.testing.assert_close(ours.double() / scale, truth / scale, rtol=0, atol=tolerance)
-
-
-def test_experts_in_fp32_equal_themselves_in_fp64() -> None:
-    """The kernel and the loop that stands in for it where it has no fp64."""
-    torch.manual_seed(0)
-    experts = Experts(5, 16, 32)
-    initialise(experts, 0.2, seed=0)
-    rows, counts = torch.randn(20, 16), torch.tensor([7, 0, 0, 12, 1])
-    in_fp32 = experts(rows, counts)
-    in_fp64 = experts.double()(rows.double(), counts)
-    torch.testing.assert_close(in_fp32.double(), in_fp64, rtol=0, atol=1e-5)
 
 
 def test_dispatch_sorts_by_expert_and_combine_brings_back() -> None:
