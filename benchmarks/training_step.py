@@ -24,18 +24,19 @@ from model import ModelConfig
 from model.cost import train_flops_per_token
 from parallel.gradients import MicroBatch, accumulate_gradients
 from parallel.layout import Layout
-from parallel.shard import build_decoder
+from parallel.shard import build_decoder, initialise_shards
 
 Step = Callable[[], None]
 
 
 def moray_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor) -> Step:
     meshes = Layout(dp_shard=1).meshes("cpu")
-    decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=dtype, seed=0)
+    decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=dtype)
+    initialise_shards(decoder, seed=0)
     optimizer = build_optimizer(decoder, OptimizerSection())
     inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    batch = MicroBatch(inputs, targets, positions, torch.zeros_like(inputs))
+    batch = MicroBatch.of(inputs, targets, positions, torch.zeros_like(inputs), torch.device("cpu"))
 
     def step() -> None:
         accumulate_gradients(decoder, [batch], tp=1)

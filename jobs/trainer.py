@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cluster.devices import peak_memory_bytes
 from cluster.events import EventLog
@@ -34,7 +33,7 @@ from parallel.gradients import (
     world_sum,
 )
 from parallel.layout import Layout
-from parallel.shard import build_decoder
+from parallel.shard import build_decoder, initialise_shards
 
 
 @dataclass
@@ -49,6 +48,7 @@ class Training:
     optimizer: torch.optim.AdamW
     checkpointer: Checkpointer
     lanes: range
+    flops_per_token: float
     peak_flops: float
     step: int = 0
 
@@ -126,7 +126,6 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         layout.meshes(context.device.type),
         dtype=torch.float32,
         compute_dtype=compute_dtype,
-        seed=config.train.seed,
     )
     share = config.train.global_batch // layout.dp
     dp_rank = layout.dp_rank(context.rank)
@@ -145,7 +144,8 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
             on_event=lambda kind, fields: events.write(kind, generation=context.generation, **fields),
         ),
         lanes=range(dp_rank * share, (dp_rank + 1) * share),
-        peak_flops=float(world_sum([matmul_peak(context.device, compute_dtype)], decoder)[0]),
+        flops_per_token=train_flops_per_token(config.model, config.train.seq_len),
+        peak_flops=world_sum(torch.tensor(matmul_peak(context.device, compute_dtype))).item(),
     )
     resume(training, events)
     return training
@@ -154,6 +154,8 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
 def resume(training: Training, events: EventLog) -> None:
     """Puts the newest whole commit into place. Raises ValueError if it was trained on other data."""
     commit = training.checkpointer.load(training_state(training.decoder, training.optimizer))
+    if commit is None:
+        initialise_shards(training.decoder, training.config.train.seed)
     position = 0
     if commit:
         metadata = commit.manifest.metadata
@@ -218,14 +220,13 @@ def validation_loss(training: Training) -> float:
 
 def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
     """This rank's lanes in pieces of at most micro_batch sequences, on its device."""
-    device, size = training.context.device, training.config.train.micro_batch
+    size = training.config.train.micro_batch
     parts = zip(
         *(tensor.split(size) for tensor in (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT)),
         strict=True,
     )
-    # Document ids stay on the CPU: attention cuts by them, and would otherwise wait for the device.
     return [
-        MicroBatch(tokens.to(device), targets.to(device), positions.to(device), documents)
+        MicroBatch.of(tokens, targets, positions, documents, training.context.device)
         for tokens, targets, positions, documents in parts
     ]
 
@@ -234,7 +235,7 @@ def speed(training: Training, tokens: int, seconds: float) -> dict[str, Any]:
     """Tokens a second, the share of the measured matmul peak of all workers together (MFU), and memory."""
     config = training.config
     processed = config.train.global_batch * config.train.seq_len
-    flops = train_flops_per_token(config.model, config.train.seq_len) * processed
+    flops = training.flops_per_token * processed
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -245,8 +246,7 @@ def speed(training: Training, tokens: int, seconds: float) -> dict[str, Any]:
 
 def agree_to_stop(training: Training) -> bool:
     """Whether any rank was asked to stop: all leave after the same step."""
-    asked: Tensor = world_sum([float(training.context.should_stop())], training.decoder)
-    return bool(asked.item())
+    return world_sum(torch.tensor(float(training.context.should_stop()))).item() > 0
 
 
 @contextmanager

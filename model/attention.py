@@ -3,6 +3,7 @@
 # Shapes: B batch, T tokens, H query heads, G key and value heads, d channels of a head, D model width.
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,22 @@ class Positions:
     cos_BT1d: Tensor
     sin_BT1d: Tensor
     lengths: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Which tokens of a packed batch belong together, found once on the CPU: no device has to be waited for.
+
+    lengths: as in Positions. valid_BT (bool, on the model's device): False for padding.
+    """
+
+    lengths: list[int] | None
+    valid_BT: Tensor
+
+    @classmethod
+    def of(cls, ids_BT: Tensor, device: torch.device) -> Self:
+        """From each token's document id, [B, T]; -1 is padding."""
+        return cls(document_lengths(ids_BT), (ids_BT >= 0).to(device, non_blocking=True))
 
 
 def document_lengths(documents_BT: Tensor) -> list[int] | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import KVCache, Positions, document_lengths
+from model.attention import Documents, KVCache, Positions
 from model.block import Block
 from model.config import ModelConfig
 from model.loss import IGNORED, WholeVocabulary, cross_entropy_sum
@@ -44,13 +44,13 @@ class Decoder(nn.Module):
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        documents_BT: Tensor | Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits of the next token, [B, T, V].
 
         positions_BT: place of each token in its document; by default 0 … T-1, behind what the cache holds.
-        documents_BT: document of each token (-1: padding), best left on the CPU; attention stays within a document.
+        documents_BT: document of each token (-1: padding), as ids or as Documents; attention stays within a document.
         """
         x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache)
         return F.linear(self.vocabulary.gather(x_BTD), self.vocabulary.weight(self.head.weight))
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         targets_BT: Tensor,
         positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        documents_BT: Tensor | Documents | None = None,
     ) -> Losses:
         """Summed losses of a batch, without ever holding its logits. Targets of -100 are not counted."""
         x_BTD, balance = self._hidden(tokens_BT, positions_BT, documents_BT, None)
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None,
-        documents_BT: Tensor | None,
+        documents_BT: Tensor | Documents | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -81,14 +81,14 @@ class Decoder(nn.Module):
             positions_BT = torch.arange(seen, seen + tokens_BT.shape[1], device=tokens_BT.device)[None]
         x_BTD = self.embedding(tokens_BT)
         cos, sin = rope_angles(positions_BT, config.head_dim, config.rope_theta, x_BTD.dtype)
-        lengths = None if documents_BT is None else document_lengths(documents_BT)
-        positions = Positions(cos, sin, lengths)
-        valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        if documents_BT is not None:
-            valid_BT = (documents_BT >= 0).to(tokens_BT.device)
+        if documents_BT is None:
+            documents_BT = Documents(None, torch.ones_like(tokens_BT, dtype=torch.bool))
+        elif isinstance(documents_BT, Tensor):
+            documents_BT = Documents.of(documents_BT, tokens_BT.device)
+        positions = Positions(cos, sin, documents_BT.lengths)
         balance = torch.zeros((), device=tokens_BT.device)
         for block in self.blocks:
-            x_BTD, layer_balance = block(x_BTD, positions, valid_BT, cache)
+            x_BTD, layer_balance = block(x_BTD, positions, documents_BT.valid_BT, cache)
             balance = balance + layer_balance
         if cache is not None:
             cache.length += tokens_BT.shape[1]

@@ -59,8 +59,8 @@ class AllToAllDispatcher(SequenceSlice):
         arriving_E = torch.empty_like(plan.counts_E)
         dist.all_to_all_single(arriving_E, plan.counts_E, group=self.group)
         arriving_Pe = arriving_E.view(self.size, -1)
-        sent_P = plan.counts_E.view(self.size, -1).sum(1).tolist()
-        received_P = arriving_Pe.sum(1).tolist()
+        # The only wait for the device: the exchange needs its sizes on the host.
+        sent_P, received_P = torch.stack((plan.counts_E.view(self.size, -1).sum(1), arriving_Pe.sum(1))).tolist()
         rows_RD = _Exchange.apply(plan.rows_MD, sent_P, received_P, self.group)
         # Rows arrive ordered by (source rank, expert); the grouped product wants them by expert.
         expert_R = torch.arange(arriving_Pe.shape[1], device=x_ND.device).repeat(self.size)

@@ -1,8 +1,9 @@
 """Gradients of the global batch: sums divided by global counts, and their norm over mixed meshes (law 1)."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -10,18 +11,33 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from model import Documents
 from model.decoder import IGNORED, Decoder
-from model.moe import MoE, updated_bias
+from model.moe import MoE, local, updated_bias
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Tensors [B, T] of one forward pass, as Decoder.loss takes them."""
+    """Tensors [B, T] of one forward pass on the model's device, and what the host must know of them."""
 
     tokens_BT: Tensor
     targets_BT: Tensor
     positions_BT: Tensor
-    documents_BT: Tensor
+    documents: Documents
+    n_targets: int
+
+    @classmethod
+    def of(
+        cls, tokens_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor, documents_BT: Tensor, device: torch.device
+    ) -> Self:
+        """From tensors on the CPU: what is counted here costs no wait for the device later."""
+        return cls(
+            tokens_BT.to(device, non_blocking=True),
+            targets_BT.to(device, non_blocking=True),
+            positions_BT.to(device, non_blocking=True),
+            Documents.of(documents_BT, device),
+            int((targets_BT != IGNORED).sum()),
+        )
 
 
 @dataclass(frozen=True)
@@ -37,26 +53,29 @@ def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], 
     """Adds the gradient of the global batch's loss to every parameter, and returns that loss.
 
     The loss is sum(cross-entropy) / (valid tokens of the global batch) + balance_loss * sum(balance) / (its sequences),
-    whatever ranks and micro-batches the batch is spread over. `tp` peers hold the same sequences. Gradients are reduced
-    over ranks once, with the last micro-batch. Collective.
+    whatever ranks and micro-batches the batch is spread over. `tp` peers hold the same sequences. Each micro-batch's
+    gradient is reduced to this rank's shard at once, so that no rank ever holds the whole model's; replicas (HSDP)
+    exchange theirs once, with the last. Collective.
     """
     config = decoder.config
-    sequences = sum(len(batch.tokens_BT) for batch in micro_batches)
-    valid = sum(int((batch.targets_BT != IGNORED).sum()) for batch in micro_batches)
-    tokens, all_sequences = (int(x) // tp for x in world_sum([valid, sequences], decoder))
+    n_targets = sum(batch.n_targets for batch in micro_batches)
+    n_sequences = sum(len(batch.tokens_BT) for batch in micro_batches)
+    tokens, sequences = (int(x) // tp for x in world_sum(torch.tensor([n_targets, n_sequences])))
     # A batch without a single target has loss 0, not 0/0.
-    per_token, per_balance = 1 / max(tokens, 1), 1 / all_sequences
-    sums = torch.zeros(2, dtype=torch.float64)
+    per_token, per_balance = 1 / max(tokens, 1), 1 / sequences
+    sums = None
     for i, batch in enumerate(micro_batches):
         if isinstance(decoder, FSDPModule):
-            decoder.set_requires_gradient_sync(i == len(micro_batches) - 1)
-        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT)
+            decoder.set_requires_all_reduce(i == len(micro_batches) - 1)
+        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents)
         loss = losses.cross_entropy * per_token
         if config.n_moe_layers and config.balance_loss:
             loss = loss + losses.balance * (config.balance_loss * per_balance)
         loss.backward()
-        sums += torch.stack((losses.cross_entropy.detach(), losses.balance.detach())).double().cpu()
-    cross_entropy, balance = (world_sum(sums.tolist(), decoder) / tp).tolist()
+        found = torch.stack([part.detach().double() for part in losses])
+        sums = found if sums is None else sums + found
+    assert sums is not None
+    cross_entropy, balance = (world_sum(sums) / tp).tolist()
     return GlobalLosses(cross_entropy * per_token, balance * per_balance, tokens)
 
 
@@ -66,44 +85,45 @@ def evaluate(decoder: Decoder, micro_batches: Iterable[MicroBatch]) -> float:
     decoder.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in micro_batches:
-        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT)
-        sums += torch.stack((losses.cross_entropy, (batch.targets_BT != IGNORED).sum())).double().cpu()
+        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents)
+        sums += torch.tensor([losses.cross_entropy.item(), batch.n_targets], dtype=torch.float64)
     # Tensor-parallel peers count the same tokens, above and below the line.
-    cross_entropy, tokens = world_sum(sums.tolist(), decoder).tolist()
+    cross_entropy, tokens = world_sum(sums).tolist()
     return cross_entropy / max(tokens, 1)
 
 
-def world_sum(values: Sequence[float], decoder: Decoder) -> Tensor:
-    """The sum of each value over all ranks, in float64 on the CPU. Collective."""
-    device = next(decoder.parameters()).device
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+def world_sum(values: Tensor) -> Tensor:
+    """The sum of each value over all ranks; on the values' device, so that host values keep no device waiting."""
     if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.cpu()
+        dist.all_reduce(values)
+    return values
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales all gradients so that their joint norm is at most `max_norm`; returns the norm before.
+    """Scales all gradients so that their joint norm is at most `max_norm`; returns the norm before. Collective.
 
-    Parameters on different meshes cannot share one norm call: each mesh's norm is taken in full, then combined.
+    The squares of what each rank holds are summed over the world in one exchange, whatever meshes the gradients are
+    on: a shard that several ranks hold alike counts from each for its part.
     """
-    by_mesh: dict[object, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-            by_mesh[mesh].append(parameter.grad)
-    norms = [_full(torch.nn.utils.get_total_norm(gradients)) for gradients in by_mesh.values()]
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held = [local(gradient) for gradient in gradients]
+    shares = torch.tensor([1 / _n_holders(gradient) for gradient in gradients], dtype=torch.float64)
+    squares = torch.stack(torch._foreach_norm(held)).double().square()
+    total = world_sum((squares * shares.to(squares.device, non_blocking=True)).sum()).sqrt()
     # The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    for gradients in by_mesh.values():
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], scale)
+    torch._foreach_mul_(held, scale.to(held[0].dtype))
     return total.item()
 
 
-def _full(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def _n_holders(gradient: Tensor) -> int:
+    """How many ranks of the world hold the same part of a tensor."""
+    if not isinstance(gradient, DTensor):
+        return dist.get_world_size() if dist.is_initialized() else 1
+    mesh = gradient.device_mesh
+    shards = [mesh.size(dim) for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()]
+    return dist.get_world_size() // prod(shards)
 
 
 @torch.no_grad()

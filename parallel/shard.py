@@ -16,13 +16,11 @@ from parallel.layout import Meshes
 from parallel.tensor import apply_tensor_parallel
 
 
-def build_decoder(
-    config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, compute_dtype: torch.dtype, seed: int
-) -> Decoder:
-    """A decoder spread over the meshes, with the initial weights that (config, seed) define for every layout.
+def build_decoder(config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, compute_dtype: torch.dtype) -> Decoder:
+    """A decoder spread over the meshes, whose weights `initialise_shards` or a checkpoint must fill.
 
     `dtype` is that of the weights, gradients and reductions, `compute_dtype` that of the products (bf16 or the same).
-    No rank ever holds more than its own shard and one tensor in full. Collective.
+    No rank ever holds more than its own shard. Collective.
     """
     with torch.device("meta"):
         decoder = Decoder(config).to(dtype)
@@ -34,7 +32,10 @@ def build_decoder(
     if config.tied_embeddings:
         # to_empty gives every module a tensor of its own.
         decoder.head.weight = decoder.embedding.weight
-    _initialise(decoder, config.init_std, seed)
+    for module in decoder.modules():
+        if isinstance(module, MoE):
+            module.tokens_E.zero_()
+            module.router.bias_E.zero_()
     return decoder
 
 
@@ -81,16 +82,13 @@ def _shard_experts(experts: Experts, mesh: DeviceMesh, ranks: int, policy: Mixed
 
 
 @torch.no_grad()
-def _initialise(decoder: Decoder, std: float, seed: int) -> None:
+def initialise_shards(decoder: Decoder, seed: int) -> None:
+    """Fills this rank's part of every weight with what (config, seed) define for every layout."""
     for name, parameter in decoder.named_parameters():
         rows, *rest = _held_box(parameter)
         if local(parameter).numel():
-            values = initial_tensor(name, parameter.shape, std, seed, rows)
+            values = initial_tensor(name, parameter.shape, decoder.config.init_std, seed, rows)
             local(parameter).copy_(values[(slice(None), *rest)])
-    for module in decoder.modules():
-        if isinstance(module, MoE):
-            module.tokens_E.zero_()
-            module.router.bias_E.zero_()
 
 
 def _held_box(parameter: Tensor) -> list[slice]:

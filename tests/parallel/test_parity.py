@@ -13,15 +13,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import model.moe
+from jobs.config import OptimizerSection
+from jobs.optimizer import build_optimizer
 from model import Decoder, ModelConfig, initialise
 from model.grouped import grouped_linear, grouped_mm_linear
 from model.moe import MoE, updated_bias
 from parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
 from parallel.layout import Layout
-from parallel.shard import build_decoder
+from parallel.shard import build_decoder, initialise_shards
 
 STEPS, BATCH, TOKENS, SEED = 5, 8, 16, 3
-MAX_NORM, LEARNING_RATE = 0.5, 1e-3
+MAX_NORM = 0.5
+OPTIMIZER = OptimizerSection(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
 NARROW = {"n_layers": 3, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 48, "vocab_size": 64}
 # A wide initialisation, so that routing and attention are far from uniform.
 NARROW |= {"init_std": 0.2}
@@ -77,7 +80,12 @@ def truth(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     decoder = Decoder(config).to(dtype)
     initialise(decoder, config.init_std, SEED)
     starve(decoder)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=LEARNING_RATE)
+    matrices, vectors = ([p for p in decoder.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+    )
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
         batch = global_batch(step)
@@ -113,25 +121,25 @@ def full(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
 
 
-def spread(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> dict[str, Any] | None:
+def spread(
+    config: ModelConfig, layout: Layout, dtype: torch.dtype, compute_dtype: torch.dtype | None = None
+) -> dict[str, Any] | None:
     """The same steps on this rank's share of the lanes, in micro-batches of one and two.
 
     In fp32 the experts use the grouped kernel that GPUs use, in fp64, which it lacks, the loop over experts.
     """
     model.moe.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
-    decoder = build_decoder(config, layout.meshes("cpu"), dtype=dtype, compute_dtype=dtype, seed=SEED)
+    decoder = build_decoder(config, layout.meshes("cpu"), dtype=dtype, compute_dtype=compute_dtype or dtype)
+    initialise_shards(decoder, SEED)
     starve(decoder)
-    by_mesh: dict[Any, list[Tensor]] = {}
-    for parameter in decoder.parameters():
-        by_mesh.setdefault(parameter.device_mesh, []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": group} for group in by_mesh.values()], lr=LEARNING_RATE)
+    optimizer = build_optimizer(decoder, OPTIMIZER)
     lanes = BATCH // layout.dp
     first = layout.dp_rank(dist.get_rank()) * lanes
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
         batch = global_batch(step)
         cuts = [slice(first, first + 1), slice(first + 1, first + lanes)][: 1 + (lanes > 1)]
-        micro_batches = [MicroBatch(**{name: x[cut] for name, x in batch.items()}) for cut in cuts]
+        micro_batches = [MicroBatch.of(*(x[cut] for x in batch.values()), torch.device("cpu")) for cut in cuts]
         optimizer.zero_grad()
         losses.append(accumulate_gradients(decoder, micro_batches, layout.tp).cross_entropy)
         gradients = gradients or {name: full(p.grad) for name, p in decoder.named_parameters()}
@@ -174,3 +182,37 @@ def test_layout_computes_what_one_process_computes(pool: Pool, name: str, layout
             torch.testing.assert_close(
                 found[key][weight], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=weight: f"{n}: {m}"
             )
+
+
+@pytest.mark.parametrize("layout", [Layout(dp_shard=4, ep=2), Layout(dp_shard=2, tp=2, ep=4)], ids=str)
+def test_bf16_products_keep_fp32_weights_and_stay_near_fp32(pool: Pool, layout: Layout) -> None:
+    config = MODELS["moe-deepseek"]
+    expected = truth(config, torch.float32)
+    found = pool.run(spread, layout.world_size, config, layout, torch.float32, torch.bfloat16)[0]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
+    for gradient in found["gradients"].values():
+        assert gradient.dtype == torch.float32
+
+
+def gradients_between_micro_batches(config: ModelConfig, layout: Layout) -> bool:
+    decoder = build_decoder(config, layout.meshes("cpu"), dtype=torch.float32, compute_dtype=torch.float32)
+    initialise_shards(decoder, SEED)
+    tensors = [x[:1] for x in global_batch(0).values()]
+    micro_batches = [MicroBatch.of(*tensors, torch.device("cpu")) for _ in range(2)]
+    held_early = []
+
+    class Watched(list[MicroBatch]):
+        def __iter__(self) -> Any:
+            for number, batch in enumerate(list.__iter__(self)):
+                if number:
+                    held_early.append(all(p.grad is not None for p in decoder.parameters()))
+                yield batch
+
+    watched = Watched(micro_batches)
+    accumulate_gradients(decoder, watched, layout.tp)
+    return held_early[-1]
+
+
+def test_accumulation_keeps_only_shards_of_the_gradient(pool: Pool) -> None:
+    """Between micro-batches every sharded parameter has its (sharded) gradient: nothing waits unsharded."""
+    assert all(pool.run(gradients_between_micro_batches, 2, MODELS["moe-softmax"], Layout(dp_shard=2)))
