@@ -26,7 +26,7 @@ from model.cost import count_parameters
 
 Rows = list[dict[str, Any]]
 
-# minimind-3-moe with everything narrowed in proportion, and Switch's balance factor, as there are only hundreds of steps.
+# minimind-3-moe narrowed in proportion, with Switch's balance factor, as there are only hundreds of steps.
 MODEL = {
     "model.preset": "minimind-3-moe",
     "model.n_layers": "4",
