@@ -134,7 +134,9 @@ def sort_by_expert(x_ND: Tensor, chosen_NK: Tensor, n_experts: int) -> Sorted:
     order_M = flat_M.argsort(stable=True)
     inverse_M = invert(order_M)
     rows_MD = Spread.apply(x_ND, order_M, inverse_M, chosen_NK.shape[1])
-    return Sorted(rows_MD, torch.bincount(flat_M, minlength=n_experts), inverse_M)
+    # bincount would make a GPU wait to learn how many bins there are.
+    counts_E = flat_M.new_zeros(n_experts).scatter_add_(0, flat_M, torch.ones_like(flat_M))
+    return Sorted(rows_MD, counts_E, inverse_M)
 
 
 def unsort(rows_MD: Tensor, inverse_M: Tensor, gates_NK: Tensor) -> Tensor:

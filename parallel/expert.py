@@ -64,7 +64,7 @@ class AllToAllDispatcher(SequenceSlice):
         rows_RD = _Exchange.apply(plan.rows_MD, sent_P, received_P, self.group)
         # Rows arrive ordered by (source rank, expert); the grouped product wants them by expert.
         expert_R = torch.arange(arriving_Pe.shape[1], device=x_ND.device).repeat(self.size)
-        order_R = expert_R.repeat_interleave(arriving_E).argsort(stable=True)
+        order_R = expert_R.repeat_interleave(arriving_E, output_size=sum(received_P)).argsort(stable=True)
         inverse_R = invert(order_R)
         journey = Journey(plan, sent_P, received_P, order_R, inverse_R)
         return Permute.apply(rows_RD, order_R, inverse_R), arriving_Pe.sum(0), journey
