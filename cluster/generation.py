@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import ray
 from ray.exceptions import RayError
@@ -38,6 +39,20 @@ class Fault:
     node: str | None = None
     traceback: str | None = None
     is_users_mistake: bool = False
+    step: int | None = None
+    """The last one that the rank did; None before the first, or where the fault is no rank's."""
+
+    def repeats(self, before: "Fault") -> bool:
+        """Whether a rank failed for the same reason at the same step: what failed twice alike fails again.
+
+        One retry is justified, for a GPU may flip a bit. Which rank is the first to raise what all do is chance, and
+        one resumed right before the bad step has no step to show; one that dies without a word must be the same one.
+        """
+        if self.rank is None or self.reason != before.reason:
+            return False
+        if self.traceback is None:
+            return (self.rank, self.step) == (before.rank, before.step)
+        return self.step in (before.step, None)
 
     def __str__(self) -> str:
         if self.rank is not None:
@@ -48,9 +63,13 @@ class Fault:
 class Generation:
     """Runs the workers once, from their start to the end of the last one or the first failure of any."""
 
-    def __init__(self, number: int, nodes: Sequence[Node], watch: Watch) -> None:
+    def __init__(
+        self, number: int, nodes: Sequence[Node], watch: Watch, ready_kind: Literal["ready", "recovered"]
+    ) -> None:
+        """`ready_kind` is the event to send once all workers have begun."""
         self.lost: list[Node] = []
         self._number = number
+        self._ready_kind = ready_kind
         self._nodes = list(nodes)
         self._watch = watch
         self._node_of = [node for node in nodes for _ in range(node.slots)]
@@ -106,8 +125,8 @@ class Generation:
             states = self._states.values()
             if not is_ready and len(states) == n_workers and all(has_begun(state) for state in states):
                 is_ready = True
-                kind = "ready" if self._number == 1 else "recovered"
-                self._watch.on_event(kind, {"generation": self._number, "seconds": time.monotonic() - since})
+                seconds = time.monotonic() - since
+                self._watch.on_event(self._ready_kind, {"generation": self._number, "seconds": seconds})
             if len(states) == n_workers and all(state.exit_code is not None for state in states):
                 return max(state.exit_code or 0 for state in states)
             if not is_stopping and self._watch.should_stop():
@@ -168,10 +187,11 @@ class Generation:
     def _describe(self, state: WorkerState) -> Fault:
         node = self._node_of[state.rank].host
         if failure := state.failure:
-            return Fault(failure.reason, state.rank, state.pid, node, failure.traceback, failure.is_users_mistake)
+            is_mistake = failure.is_users_mistake
+            return Fault(failure.reason, state.rank, state.pid, node, failure.traceback, is_mistake, state.step)
         last = "before its first step" if state.step is None else f"after step {state.step}"
         why = ", its process is suspended" if state.is_suspended else ""
-        return Fault(f"silent for {state.silent_s:.1f} s {last}{why}", state.rank, state.pid, node)
+        return Fault(f"silent for {state.silent_s:.1f} s {last}{why}", state.rank, state.pid, node, step=state.step)
 
     def _kill(self) -> None:
         """Ends all workers; a node that does not confirm it is lost."""

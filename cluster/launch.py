@@ -14,8 +14,11 @@ def launch(
     *,
     launcher: Launcher,
     workers: int,
+    first_generation: int = 1,
     max_restarts: int = 3,
     heartbeat_timeout_s: float = 300.0,
+    startup_timeout_s: float = 600.0,
+    placement_timeout_s: float = 60.0,
     on_event: OnEvent = lambda kind, fields: None,
     on_status: OnStatus = lambda rank, step, status: None,
 ) -> int:
@@ -24,18 +27,20 @@ def launch(
     ray: starts `workers` processes, watches them, and restarts the group up to `max_restarts` times.
     torchrun: this process is one of those torchrun started, which also decides on workers and restarts.
     local: this process is the only worker.
-    Raises ValueError for a user's mistake, the function's own included, and WorkerError once the restarts are spent.
+    Generations count from `first_generation`, under torchrun from what rank 0 of its first try says. Only ray's
+    workers are watched, and only there do the timeouts and `max_restarts` mean anything: see supervise().
+    Raises ValueError for a user's mistake, the function's own included; under ray WorkerError where no restart is left.
     """
     if launcher == "local":
         from cluster.local import run_local
 
         if workers != 1:
             raise ValueError(f"cluster.workers={workers} must be 1 with cluster.launcher=local; or choose ray")
-        return run_local(function, argument, on_event, on_status)
+        return run_local(function, argument, first_generation, on_event, on_status)
     if launcher == "torchrun":
         from cluster.torchrun import run_torchrun
 
-        return run_torchrun(function, argument, on_event, on_status)
+        return run_torchrun(function, argument, first_generation, on_event, on_status)
     if launcher != "ray":
         raise ValueError(f"cluster.launcher={launcher!r} is unknown; choose ray, torchrun or local")
     # Ray is imported only where it is the launcher.
@@ -45,8 +50,11 @@ def launch(
         function,
         argument,
         workers=workers,
+        first_generation=first_generation,
         max_restarts=max_restarts,
         heartbeat_timeout_s=heartbeat_timeout_s,
+        startup_timeout_s=startup_timeout_s,
+        placement_timeout_s=placement_timeout_s,
         on_event=on_event,
         on_status=on_status,
     )

@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -14,7 +14,9 @@ from cluster.signals import stop_on_signals
 from cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
 
 
-def run_local(function: WorkerFunction, argument: Any, on_event: OnEvent, on_status: OnStatus) -> int:
+def run_local(
+    function: WorkerFunction, argument: Any, first_generation: int, on_event: OnEvent, on_status: OnStatus
+) -> int:
     """Runs the function as the only rank of its group; returns its exit code. Its exceptions pass through."""
     device = pick_device(0)
     check_health(device)
@@ -24,16 +26,22 @@ def run_local(function: WorkerFunction, argument: Any, on_event: OnEvent, on_sta
             world_size=1,
             local_rank=0,
             local_world_size=1,
-            generation=1,
+            generation=first_generation,
             device=device,
             open_store=dist.HashStore,
             report=lambda step, status: on_status(0, step, status),
             should_stop=should_stop,
         )
-        return run_here(function, argument, context, on_event)
+        return run_here(function, argument, context, "ready", on_event)
 
 
-def run_here(function: WorkerFunction, argument: Any, context: WorkerContext, on_event: OnEvent) -> int:
+def run_here(
+    function: WorkerFunction,
+    argument: Any,
+    context: WorkerContext,
+    ready_kind: Literal["ready", "recovered"],
+    on_event: OnEvent,
+) -> int:
     """Calls the function in this process and tells of its start, first heartbeat and end as the supervisor would."""
     began = time.monotonic()
     generation = context.generation
@@ -43,8 +51,7 @@ def run_here(function: WorkerFunction, argument: Any, context: WorkerContext, on
         nonlocal is_ready
         if not is_ready:
             is_ready = True
-            kind = "ready" if generation == 1 else "recovered"
-            on_event(kind, {"generation": generation, "seconds": time.monotonic() - began})
+            on_event(ready_kind, {"generation": generation, "seconds": time.monotonic() - began})
         context.report(step, status)
 
     ranks = [{"rank": context.rank, "pid": os.getpid(), "node": socket.gethostname()}]

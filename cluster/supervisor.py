@@ -11,11 +11,7 @@ from cluster.events import OnEvent, OnStatus
 from cluster.generation import Fault, Generation, Watch
 from cluster.ray import Gang, connected
 from cluster.signals import stop_on_signals
-from cluster.worker import EXIT_INTERRUPTED, WorkerFunction
-
-
-class WorkerError(RuntimeError):
-    """The group failed more often than allowed; the message holds the last failed worker's own traceback."""
+from cluster.worker import EXIT_INTERRUPTED, WorkerError, WorkerFunction
 
 
 def supervise(
@@ -23,6 +19,7 @@ def supervise(
     argument: Any,
     *,
     workers: int,
+    first_generation: int = 1,
     max_restarts: int = 3,
     heartbeat_timeout_s: float = 300.0,
     startup_timeout_s: float = 600.0,
@@ -36,7 +33,8 @@ def supervise(
     one) ends its generation: all workers are killed and started again, at most `max_restarts` times. SIGTERM and
     Ctrl-C make `should_stop()` true on all workers; a second Ctrl-C kills them.
     Raises ValueError for what the function itself raises as one (no retry would help), and where the cluster has not
-    had enough slots for `placement_timeout_s`; WorkerError once the restarts are spent.
+    had enough slots for `placement_timeout_s` at the start; WorkerError where it has not had them after a fault, once
+    the restarts are spent, and where two generations in a row failed alike.
     """
     began = time.monotonic()
     task = _pickle(function, argument)
@@ -47,17 +45,18 @@ def supervise(
         watch = Watch(startup_timeout_s, heartbeat_timeout_s, on_event, on_status, should_stop)
         gang = Gang(task, workers, is_local, placement_timeout_s, on_event)
         try:
-            code = _run(gang, watch, max_restarts)
+            code = _run(gang, watch, range(first_generation, first_generation + max_restarts + 1))
         finally:
             gang.close()
     on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
 
 
-def _run(gang: Gang, watch: Watch, max_restarts: int) -> int:
-    number, since = 1, time.monotonic()
-    while True:
-        outcome = _run_generation(number, gang, watch, since)
+def _run(gang: Gang, watch: Watch, numbers: range) -> int:
+    """Runs the generations of these numbers, as many as it takes; returns the exit code of the last one."""
+    since, before = time.monotonic(), None
+    for number in numbers:
+        outcome = _run_generation(number, gang, watch, since, before)
         if isinstance(outcome, int):
             return outcome
         since = time.monotonic()
@@ -66,19 +65,30 @@ def _run(gang: Gang, watch: Watch, max_restarts: int) -> int:
             return EXIT_INTERRUPTED  # the newest commit stands, and the same command resumes from it
         if outcome.is_users_mistake:
             raise ValueError(outcome.reason)
-        if number > max_restarts:
-            raise WorkerError(f"{outcome}\nmax_restarts={max_restarts} is spent\n{outcome.traceback or ''}".rstrip())
-        number += 1
+        if before and outcome.repeats(before):
+            raise _worker_error(outcome, "the generation before failed alike, and so would the next")
+        before = outcome
+    assert before
+    raise _worker_error(before, f"cluster.max_restarts={len(numbers) - 1} is spent")
 
 
-def _run_generation(number: int, gang: Gang, watch: Watch, since: float) -> int | Fault:
+def _worker_error(fault: Fault, why_no_more: str) -> WorkerError:
+    summary = f"{' '.join(str(fault).split())}; {why_no_more}"
+    return WorkerError(f"{summary}\n{fault.traceback or ''}".rstrip())
+
+
+def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before: Fault | None) -> int | Fault:
     try:
         gang.fill(watch.should_stop)
     except RayError as error:
         return Fault(f"an agent did not start: {error}")
+    except ValueError as error:
+        if before:
+            raise _worker_error(before, f"and then {error}; the same command resumes") from None
+        raise
     if watch.should_stop():
         return EXIT_INTERRUPTED
-    generation = Generation(number, gang.nodes, watch)
+    generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
     try:
         return generation.run(since)
     finally:

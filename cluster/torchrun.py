@@ -1,7 +1,7 @@
 """One worker among those that torchrun started; torchrun watches and restarts them."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -12,12 +12,9 @@ from cluster.signals import stop_on_signals
 from cluster.worker import WorkerContext, WorkerFunction
 
 
-def _open_store() -> dist.Store:
-    store, _, _ = next(dist.rendezvous("env://"))
-    return store
-
-
-def run_torchrun(function: WorkerFunction, argument: Any, on_event: OnEvent, on_status: OnStatus) -> int:
+def run_torchrun(
+    function: WorkerFunction, argument: Any, first_generation: int, on_event: OnEvent, on_status: OnStatus
+) -> int:
     """Runs the function as the rank that torchrun's environment names; only rank 0 tells of events and progress.
 
     Raises ValueError where this process was not started by torchrun.
@@ -28,8 +25,10 @@ def run_torchrun(function: WorkerFunction, argument: Any, on_event: OnEvent, on_
             "torchrun --nproc-per-node N -m jobs …; or choose ray or local"
         )
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    n_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     device = pick_device(local_rank)
     check_health(device)
+    store, _, _ = next(dist.rendezvous("env://"))
     # A terminal's Ctrl-C reaches every process of torchrun, which then repeats it: it must not cut a commit off.
     # torchrun itself kills what outlives its patience.
     with stop_on_signals(impatient=False) as should_stop:
@@ -38,10 +37,19 @@ def run_torchrun(function: WorkerFunction, argument: Any, on_event: OnEvent, on_
             world_size=int(os.environ["WORLD_SIZE"]),
             local_rank=local_rank,
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-            generation=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1,
+            generation=_agree_on_first(store, rank, first_generation) + n_restarts,
             device=device,
-            open_store=_open_store,
+            open_store=lambda: store,
             report=lambda step, status: on_status(rank, step, status) if rank == 0 else None,
             should_stop=should_stop,
         )
-        return run_here(function, argument, context, on_event if rank == 0 else lambda kind, fields: None)
+        ready_kind: Literal["ready", "recovered"] = "recovered" if n_restarts else "ready"
+        return run_here(function, argument, context, ready_kind, on_event if rank == 0 else lambda kind, fields: None)
+
+
+def _agree_on_first(store: dist.Store, rank: int, first_generation: int) -> int:
+    """What rank 0 said in torchrun's first try: what a rank finds in a log later may already count that try itself."""
+    # torchrun's store outlives its restarts; PyTorch hands it out under a prefix for each of them.
+    lasting = store.underlying_store if isinstance(store, dist.PrefixStore) else store
+    key = "moray/first_generation"
+    return int(lasting.compare_set(key, "", str(first_generation)) if rank == 0 else lasting.get(key))

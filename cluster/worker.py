@@ -13,9 +13,16 @@ EXIT_DONE = 0
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, the same command resumes
 
 
+class WorkerError(RuntimeError):
+    """The group failed and is not started again.
+
+    The message's first line says what failed and why there is no other try; the failed worker's traceback follows.
+    """
+
+
 @dataclass(frozen=True)
 class WorkerContext:
-    """One worker's place in its group. Ranks count from 0; generations count from 1 and grow with every restart."""
+    """One worker's place in its group. Ranks count from 0; the generation grows with every restart."""
 
     rank: int
     world_size: int

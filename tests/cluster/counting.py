@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cluster.events import EventLog
+from cluster.events import EventLog, read_events
 from cluster.launch import launch
 from cluster.worker import EXIT_INTERRUPTED, WorkerContext
 
@@ -79,6 +79,11 @@ def leave_a_helper(context: WorkerContext, path: str) -> int:
     return 0
 
 
+def next_generation(events: Path) -> int:
+    """One more than the highest that the log knows: the first of a driver that was started again."""
+    return 1 + max((event.get("generation", 0) for event in read_events(events)), default=0) if events.exists() else 1
+
+
 def marked_processes(mark: str) -> list[int]:
     """The living processes that were started with MARK=mark in their environment."""
     found = []
@@ -96,12 +101,16 @@ if __name__ == "__main__":
     from counting import Plan, count  # the workers import it under this name
 
     launcher, workers, folder, steps, pause_s = sys.argv[1:]
+    events = Path(folder, "events.jsonl")
+    # Only rank 0's word counts: what another one finds in the log may count the generation that is just beginning.
+    first_generation = 1000 if os.environ.get("RANK", "0") != "0" else next_generation(events)
     code = launch(
         count,
         Plan(folder, int(steps), float(pause_s)),
         launcher=launcher,
         workers=int(workers),
-        on_event=lambda kind, fields: EventLog(Path(folder, "events.jsonl")).write(kind, **fields),
+        first_generation=first_generation,
+        on_event=lambda kind, fields: EventLog(events).write(kind, **fields),
         on_status=lambda rank, step, status: print(f"{os.getpid()} rank {rank} step {step} {status}", flush=True),
     )
     sys.exit(code)

@@ -35,6 +35,20 @@ def test_alone_in_this_process(tmp_path: Path) -> None:
     assert [(rank["rank"], rank["pid"]) for rank in events[0][1]["ranks"]] == [(0, os.getpid())]
 
 
+def test_generations_count_from_the_first(tmp_path: Path) -> None:
+    kinds: list[tuple[str, int | None]] = []
+    launch(
+        count,
+        Plan(str(tmp_path), 2),
+        launcher="local",
+        workers=1,
+        first_generation=5,
+        on_event=lambda kind, fields: kinds.append((kind, fields.get("generation"))),
+    )
+    assert history(tmp_path) == [(1, 5), (2, 5)]
+    assert kinds == [("start", 5), ("ready", 5), ("end", None)]
+
+
 def fail(context: Any, argument: Any) -> int:
     with context.process_group():
         raise KeyError("apples")

@@ -9,6 +9,7 @@ from ray.cluster_utils import Cluster
 
 from cluster.ray import split
 from cluster.supervisor import supervise
+from cluster.worker import WorkerError
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,23 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.shutdown()
+
+
+def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nodes: Cluster, tmp_path: Path) -> None:
+    lost: list[Any] = []
+
+    def remove_node(rank: int, step: int, status: dict[str, Any]) -> None:
+        if step >= 10 and not lost:
+            lost.append(two_nodes.list_all_nodes()[1])
+            two_nodes.remove_node(lost[0], allow_graceful=False)
+
+    with pytest.raises(WorkerError) as raised:
+        supervise(
+            count, Plan(str(tmp_path), 1000, pause_s=0.02), workers=4, placement_timeout_s=0.5, on_status=remove_node
+        )
+    summary = str(raised.value).splitlines()[0]
+    assert "was lost; and then cluster.workers=4, but after 0.5 s the cluster has 2 CPU slots" in summary
+    assert summary.endswith("the same command resumes")
 
 
 def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: Path) -> None:

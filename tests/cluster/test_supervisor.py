@@ -1,8 +1,10 @@
 """Real workers on a real Ray, killed, suspended and misled while they count."""
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import ray
 from counting import Plan, count, history, never_begin
 
-from cluster.supervisor import WorkerError, supervise
+from cluster.generation import Fault
+from cluster.supervisor import supervise
+from cluster.worker import WorkerError
 
 
 class Observer:
@@ -131,14 +135,63 @@ def test_a_spent_budget_shows_the_first_failure(ray_cluster: str, tmp_path: Path
     observer = Observer()
     plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
     with pytest.raises(WorkerError) as raised:
-        supervise(count, plan, workers=4, max_restarts=1, on_event=observer.on_event)
-    message = str(raised.value)
-    assert "rank 1 (pid" in message
-    assert "RuntimeError: one too many apples" in message
-    assert "counting.py" in message
-    assert "max_restarts=1" in message
-    assert observer.kinds().count("start") == 2
-    assert observer.kinds()[-1] == "fault"
+        supervise(count, plan, workers=4, max_restarts=0, first_generation=3, on_event=observer.on_event)
+    summary, *details = str(raised.value).splitlines()
+    assert re.fullmatch(
+        r"rank 1 \(pid \d+ on .*\): RuntimeError: one too many apples; cluster.max_restarts=0 is spent", summary
+    )
+    assert any("counting.py" in line for line in details)
+    assert observer.kinds() == ["start", "ready", "fault"]
+    assert [fields["generation"] for _, fields in observer.events] == [3, 3, 3]
+
+
+def test_what_failed_twice_alike_is_not_tried_a_third_time(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
+    with pytest.raises(WorkerError, match="one too many apples; the generation before failed alike, and so would"):
+        supervise(count, plan, workers=4, max_restarts=9, first_generation=7, on_event=observer.on_event)
+    assert observer.kinds() == ["start", "ready", "fault", "start", "fault"]  # step 4 was committed: 5 is the next
+    assert [fields["generation"] for _, fields in observer.events] == [7, 7, 7, 8, 8]
+    assert observer.fields("fault")["step"] == 4
+
+
+def fault(**changes: Any) -> Fault:
+    return replace(Fault("RuntimeError: apples", rank=1, pid=9, node="a", traceback="at line 3", step=4), **changes)
+
+
+@pytest.mark.parametrize(
+    ("fault", "before", "repeats"),
+    [
+        (fault(), fault(pid=10, node="b"), True),
+        (fault(), fault(rank=2), True),  # what all ranks raise, any may be the first to raise
+        (fault(), fault(step=5), False),
+        (fault(), fault(reason="RuntimeError: pears"), False),
+        (fault(traceback=None), fault(traceback=None), True),
+        (fault(traceback=None), fault(traceback=None, rank=2), False),
+        (fault(step=None), fault(step=None), True),
+        (fault(step=None), fault(), True),  # resumed right before the bad step, and raised in it again
+        (fault(), fault(step=None), False),
+        (fault(traceback=None, step=None), fault(traceback=None), False),
+        (Fault("was lost", node="a"), Fault("was lost", node="a"), False),
+    ],
+)
+def test_alike_is_the_same_reason_at_the_same_step(fault: Fault, before: Fault, repeats: bool) -> None:
+    assert fault.repeats(before) == repeats
+
+
+def test_two_other_deaths_at_other_steps_are_both_survived(ray_cluster: str, tmp_path: Path) -> None:
+    victims = {10: 2, 30: 3}
+    observer = Observer()
+
+    def kill(rank: int, step: int, status: dict[str, Any]) -> None:
+        for at in [at for at in victims if step >= at]:
+            starts = sum(kind == "start" for kind in observer.kinds())
+            os.kill(observer.pids(starts)[victims.pop(at)], signal.SIGKILL)
+
+    plan = Plan(str(tmp_path), 50, pause_s=0.02)
+    assert supervise(count, plan, workers=4, on_event=observer.on_event, on_status=kill) == 0
+    assert counted_once(tmp_path, 50)
+    assert {generation for _, generation in history(tmp_path)} == {1, 2, 3}
 
 
 def test_a_users_mistake_is_not_retried(ray_cluster: str, tmp_path: Path) -> None:

@@ -53,6 +53,15 @@ def test_torchrun_restarts_a_killed_rank_as_the_next_generation(tmp_path: Path) 
         assert process.returncode == 0
     assert [step for step, _ in history(tmp_path)] == list(range(1, 41))
     assert {generation for _, generation in history(tmp_path)} == {1, 2}
+    with torchrun(tmp_path, 45, 0.0) as process:
+        process.communicate(timeout=50)
+    assert history(tmp_path)[40:] == [(step, 3) for step in range(41, 46)]
+    kinds = [
+        (event["kind"], event["generation"])
+        for event in read_events(tmp_path / "events.jsonl")
+        if "generation" in event
+    ]
+    assert kinds == [("start", 1), ("ready", 1), ("start", 2), ("recovered", 2), ("start", 3), ("ready", 3)]
 
 
 def test_torchrun_passes_sigterm_on(tmp_path: Path) -> None:
