@@ -88,7 +88,7 @@ class Gang:
         self._task = task
         self._workers = workers
         self._is_local = is_local
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._on_event = on_event
         self._resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
 
@@ -107,7 +107,7 @@ class Gang:
                 self._place(split(missing, free))
                 continue
             # A cluster may still be growing; a machine is not.
-            patience_s = 0.0 if self._is_local and sum(total.values()) < self._workers else self._patience_s
+            patience_s = 0.0 if self._is_local and sum(total.values()) < self._workers else self.patience_s
             if time.monotonic() - began >= patience_s:
                 raise ValueError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
             if not has_told:
@@ -143,7 +143,8 @@ class Gang:
             return f"{asked} after {patience_s:g} s the cluster has {slots}; choose at most {total}, or add nodes"
         return (
             f"{asked} after {patience_s:g} s only {free} of the cluster's {slots} are free; "
-            f"choose at most {free}, or wait until others have finished"
+            + (f"choose at most {free}, or " if free else "")
+            + "wait until others have finished"
         )
 
     def _place(self, shares: Mapping[str, int]) -> None:

@@ -82,10 +82,11 @@ def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before:
         gang.fill(watch.should_stop)
     except RayError as error:
         return Fault(f"an agent did not start: {error}")
-    except ValueError as error:
-        if before:
-            raise _worker_error(before, f"and then {error}; the same command resumes") from None
-        raise
+    except ValueError:
+        if not before:
+            raise
+        room = f"the cluster had no room for all workers again within cluster.placement_timeout_s={gang.patience_s:g}"
+        raise _worker_error(before, f"{room}; the same command resumes once it has") from None
     if watch.should_stop():
         return EXIT_INTERRUPTED
     generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")

@@ -13,8 +13,10 @@ import errno
 import json
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,8 @@ __all__ = [
 
 Event = Callable[[str, dict[str, Any]], None]
 
+WAIT_S = 1.0
+
 
 class CommitError(RuntimeError):
     """A save that left no commit behind; the message names the step, the ranks and what went wrong on each."""
@@ -67,13 +71,17 @@ class DiskFullError(CommitError):
 
 @dataclass
 class _Save:
-    """A save under way: `failure` counts once it has `ended`, and a `transient` one (I/O) is worth a retry."""
+    """A save under way: once it has `ended`, `failure` counts.
+
+    After a failure of I/O, which is worth a retry, `writer` still holds the copied state; else it is None.
+    """
 
     step: int
+    state: dict[str, Tensor]
     copied: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
     failure: CommitError | None = None
-    transient: bool = False
+    writer: CommitWriter | None = None
 
 
 class Checkpointer:
@@ -84,9 +92,18 @@ class Checkpointer:
     problems), `prune` (steps removed), `prune_failed` (error).
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int | None, on_event: Event) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_every: int | None,
+        on_event: Event,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
         """Keeps the `keep` newest commits and every one whose step `keep_every` divides.
 
+        `on_wait` is called about once a second while save() or finish() waits for the writing thread.
         Removes what an interrupted save left in the folder, so only one run at a time may own it.
         Raises ValueError for a `keep` or `keep_every` below 1, OSError when the folder can't be made.
         """
@@ -98,8 +115,9 @@ class Checkpointer:
         self._keep = keep
         self._keep_every = keep_every
         self._on_event = on_event
+        self._on_wait = on_wait
         self._ranks = ControlPlane()
-        self._pending: _Save | None = None
+        self._pending: tuple[_Save, threading.Thread] | None = None
         if not self._ranks.group:
             # DCP warns when torch.distributed is not in use, which is no mistake here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -112,20 +130,27 @@ class Checkpointer:
         (a full disk) of the last save has been reported, and this save is the retry; any other raises CommitError.
         """
         last = self._settle()
-        if last and last.failure and not last.transient:
-            raise last.failure
+        if last and last.failure:
+            if not last.writer:
+                raise last.failure
+            last.writer.drop_copy()  # before the next one is made
         snapshot = json.loads(json.dumps(metadata, allow_nan=False))
         if torch.accelerator.is_available():
             # The thread copies on another stream than the one that may still be computing the state.
             torch.accelerator.synchronize()
-        self._pending = save = _Save(step)
-        # A daemon, so that a process whose peers have died can still exit.
-        threading.Thread(target=self._run, args=(save, state, snapshot), name="commit", daemon=True).start()
-        save.copied.wait()
+        save = _Save(step, state)
+        self._start(save, CommitWriter(self._folder, step, snapshot, save.copied.set))
+        self._wait_for(save.copied)
 
     def finish(self) -> None:
-        """Waits for the pending save. Raises CommitError, on all ranks, if it failed in whatever way."""
+        """Waits for the pending save. Raises CommitError, on all ranks, if it failed in whatever way.
+
+        An I/O error other than a full disk is worth one more try first, with the state as save() has copied it.
+        """
         last = self._settle()
+        if last and last.writer and not isinstance(last.failure, DiskFullError):
+            self._start(_Save(last.step, last.state), last.writer)
+            last = self._settle()
         if last and last.failure:
             raise last.failure
 
@@ -151,25 +176,36 @@ class Checkpointer:
             )
         return None
 
+    def _start(self, save: _Save, writer: CommitWriter) -> None:
+        # A daemon, so that a process whose peers have died can still exit.
+        thread = threading.Thread(target=self._run, args=(save, writer), name="commit", daemon=True)
+        thread.start()
+        self._pending = save, thread
+
     def _settle(self) -> _Save | None:
         """Waits for the pending save and returns it."""
-        save, self._pending = self._pending, None
-        if save:
-            save.ended.wait()
+        if not self._pending:
+            return None
+        (save, thread), self._pending = self._pending, None
+        self._wait_for(save.ended)
+        # It may still be freeing tensors, and in the middle of that no process may exit: C++ would abort it.
+        thread.join()
         return save
 
-    def _run(self, save: _Save, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def _wait_for(self, event: threading.Event) -> None:
+        while not event.wait(WAIT_S):
+            self._on_wait()
+
+    def _run(self, save: _Save, writer: CommitWriter) -> None:
         """The writing thread."""
         began = time.perf_counter()
-        writer = CommitWriter(self._folder, save.step, metadata, save.copied.set)
         try:
             if self._ranks.from_rank_0(lambda: self._is_whole(save.step)):
                 return
-            self._write(writer, state)
-        except (
-            BaseException
-        ) as error:  # DCP's CheckpointException is a BaseException, and nobody is above us to see it.
-            save.failure, save.transient = _explain(save.step, self._ranks.rank, error)
+            self._write(writer, save.state)
+        except BaseException as error:  # as DCP's CheckpointException is, and nobody is above us to see it
+            save.failure, is_transient = _explain(save.step, self._ranks.rank, error)
+            save.writer = writer if is_transient else None
             self._after_failure(writer, save)
         else:
             self._after_commit(writer, save.step, time.perf_counter() - began)
@@ -203,17 +239,15 @@ class Checkpointer:
     def _after_failure(self, writer: CommitWriter, save: _Save) -> None:
         if self._ranks.rank != 0:
             return
-        if writer.staging and writer.staging.exists():
-            discard(writer.staging)
+        with suppress(OSError):  # what made the save fail may be in the way of this, too: the next run cleans up
+            if writer.staging and writer.staging.exists():
+                discard(writer.staging)
         self._on_event("commit_failed", {"step": save.step, "error": str(save.failure)})
 
     def _is_whole(self, step: int) -> bool:
         """Whether this step is committed, digests included: a run that refused it must be able to replace it."""
-        path = self._folder / commit_name(step)
-        if not path.exists():
-            return False
         try:
-            return not verify(read_commit(path))
+            return not verify(read_commit(self._folder / commit_name(step)))
         except ValueError:
             return False
 
@@ -248,6 +282,8 @@ def _explain(step: int, rank: int, error: BaseException) -> tuple[CommitError, b
     causes = {rank: error}
     if isinstance(error, CheckpointException):
         causes = {failed_rank: cause for failed_rank, (cause, _) in error.failures.items()}
+    for cause in causes.values():
+        traceback.clear_frames(cause.__traceback__)  # they hold the tensors that were being written
     text = "; ".join(f"rank {of}: {type(cause).__name__}: {cause}" for of, cause in sorted(causes.items()))
     numbers = [cause.errno if isinstance(cause, OSError) else None for cause in causes.values()]
     kind = DiskFullError if all(number in (errno.ENOSPC, errno.EDQUOT) for number in numbers) else CommitError

@@ -1,7 +1,7 @@
 """Our side of torch.distributed.checkpoint (DCP): its planners decide who writes and reads what; these two do it.
 
-A save: every rank plans, rank 0 removes duplicates and makes the staging folder, every rank writes its file, rank 0
-checks that nothing is missing, writes the manifest and renames the folder.
+A save: every rank plans, rank 0 removes duplicates, every rank copies its share to host memory and writes it to a file
+of its own in the staging folder, rank 0 checks that nothing is missing, writes the manifest and renames the folder.
 """
 
 import os
@@ -48,7 +48,9 @@ class _Written:
 class CommitWriter(StorageWriter):
     """Writes one commit to `folder`/step-NNNNNNNNN.
 
-    `copied` is called on each rank once its share lies in host memory and the caller may change its tensors again.
+    `copied` is called on each rank once its share lies in host memory and the caller may change its tensors again. The
+    writer keeps that copy and, used a second time, writes it again: no I/O comes before the copy, so that what I/O has
+    spoilt can be tried again with the values of the first time.
     After a failure, `staging` (rank 0) is the folder to remove; `size` (rank 0) is the commit's size in bytes.
     """
 
@@ -57,6 +59,7 @@ class CommitWriter(StorageWriter):
         self._step = step
         self._metadata = metadata
         self._copied = copied
+        self._copies: dict[str, Tensor] | None = None
         self.staging: Path | None = None
         self.size = 0
 
@@ -77,19 +80,19 @@ class CommitWriter(StorageWriter):
         )
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Makes the staging folder and tells each rank the file it shall write."""
+        """Tells each rank the file it shall write, in a new staging folder."""
         self.staging = self._folder / f".staging-{commit_name(self._step)}-{secrets.token_hex(4)}"
-        self.staging.mkdir()
         return [
             replace(plan, storage_data=self.staging / f"rank-{rank:05d}.safetensors") for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Copies this rank's share to host memory (its only copy), then writes it to one file."""
-        copies = {item.index.fqn: _host_copy(planner, item) for item in plan.items}
-        self._copied()
+        if self._copies is None:
+            self._copies = {item.index.fqn: _host_copy(planner, item) for item in plan.items}
+            self._copied()
         done: Future[list[WriteResult]] = Future()
-        done.set_result(self._write_file(plan, copies) if plan.items else [])
+        done.set_result(self._write_file(plan, self._copies) if plan.items else [])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -118,8 +121,13 @@ class CommitWriter(StorageWriter):
         self.staging.rename(target)
         flush_folder(self._folder)
 
+    def drop_copy(self) -> None:
+        """Gives the memory of the copy back."""
+        self._copies = None
+
     def _write_file(self, plan: SavePlan, copies: dict[str, Tensor]) -> list[WriteResult]:
         path: Path = plan.storage_data
+        path.parent.mkdir(exist_ok=True)
         file = write_tensors(path, copies)
         flush_folder(path.parent)
         return [
@@ -185,11 +193,12 @@ class CommitReader(StorageReader):
     @torch.no_grad()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         tensors = self._commit.manifest.tensors
+        names = {item.storage_index.fqn for item in plan.items}
+        chunk_at = {(name, chunk.offsets): chunk for name in names for chunk in tensors[name].chunks}
         for item in plan.items:
             if not item.lengths.numel():
                 continue
-            chunks = tensors[item.storage_index.fqn].chunks
-            chunk = next(chunk for chunk in chunks if chunk.offsets == tuple(item.storage_index.offset or ()))
+            chunk = chunk_at[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
             box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
             target = planner.resolve_tensor(item).detach()
             target.copy_(self._reader.read(chunk.file, chunk.key)[box])

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from parallel.checkpoint import Checkpointer, CommitError, list_commits, verify
+from parallel.checkpoint import Checkpointer, CommitError, list_commits, read_tensors, verify
 
 Events = list[tuple[str, dict[str, Any]]]
 ROOT = Path(__file__).parents[2]
@@ -198,7 +199,81 @@ def test_all_ranks_hear_that_one_could_not_write(pool: Pool, tmp_path: Path) -> 
         assert message.startswith("step 1 was not committed: rank 1: OSError: [Errno 27] File too large:")
         assert "rank-00001.safetensors" in message
         assert "rank 0:" not in message
-    assert [(name, fields["step"]) for name, fields in results[0][0]] == [("commit_failed", 1), ("commit", 2)]
+    # finish() tries once more before it raises.
+    assert [(name, fields["step"]) for name, fields in results[0][0]] == [
+        ("commit_failed", 1),
+        ("commit_failed", 1),
+        ("commit", 2),
+    ]
+
+
+def last_commit_meets_a_gap(folder: Path, gap: Path) -> list[str]:
+    """The folder is out of reach until rank 0 has been told of the failure; training goes on meanwhile."""
+    names: list[str] = []
+
+    def on_event(name: str, fields: dict[str, Any]) -> None:
+        names.append(name)
+        if name == "commit_failed":
+            gap.rename(folder)
+
+    checkpointer = Checkpointer(folder, keep=9, keep_every=None, on_event=on_event)
+    if dist.get_rank() == 0:
+        folder.rename(gap)
+    dist.barrier()
+    state = sharded(1)
+    checkpointer.save(1, state, {"position": 1})
+    for tensor in state.values():
+        tensor.fill_(-1)
+    checkpointer.finish()
+    return names
+
+
+def test_finish_tries_the_last_commit_again_as_it_was_saved(pool: Pool, tmp_path: Path) -> None:
+    names, names_of_1 = pool.run(last_commit_meets_a_gap, 2, tmp_path / "checkpoints", tmp_path / "gap")
+    assert (names, names_of_1) == (["commit_failed", "commit"], [])
+    (commit,) = list_commits(tmp_path / "checkpoints")
+    assert verify(commit) == []
+    assert pool.run(load_newest, 2, tmp_path / "checkpoints")[0] == (1, [])
+
+
+def test_a_failed_write_is_tried_again_by_finish(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    names: list[str] = []
+
+    def lift_limit(name: str, fields: dict[str, Any]) -> None:
+        names.append(name)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    checkpointer = Checkpointer(tmp_path, keep=9, keep_every=None, on_event=lift_limit)
+    state = {"w": torch.arange(2.0**18)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        checkpointer.save(1, state, {})
+        state["w"].zero_()
+        checkpointer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names == ["commit_failed", "commit"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    assert torch.equal(dict(read_tensors(list_commits(tmp_path)[0]))["w"], torch.arange(2.0**18))
+
+
+def test_whoever_waits_for_the_writing_thread_says_so(tmp_path: Path) -> None:
+    waits = threading.Semaphore(0)
+    # The writing thread goes on only once it has been waited for twice.
+    checkpointer = Checkpointer(
+        tmp_path,
+        keep=1,
+        keep_every=None,
+        on_event=lambda name, fields: [waits.acquire(timeout=20) for _ in range(2)],
+        on_wait=waits.release,
+    )
+    checkpointer.save(1, {"w": torch.zeros(1)}, {})
+    checkpointer.save(2, {"w": torch.zeros(1)}, {})
+    assert not waits.acquire(blocking=False)
+    checkpointer.finish()
+    assert not waits.acquire(blocking=False)
+    assert [commit.step for commit in list_commits(tmp_path)] == [2]
 
 
 def test_a_folder_that_cannot_be_made_stops_every_rank(pool: Pool, tmp_path: Path) -> None:
