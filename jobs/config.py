@@ -1,16 +1,16 @@
 """RunConfig: everything a training run depends on. Command line over recipe over preset over default."""
 
-import difflib
 import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from jobs.nearest import nearest
 from model import ModelConfig
 from model.presets import preset_fields
 from parallel.layout import Layout
@@ -19,11 +19,19 @@ DEFAULT_PRESET = "demo-moe"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _absolute(path: str) -> str:
+    """A worker elsewhere need not start in this folder; a URL is absolute already."""
+    return os.path.abspath(os.path.expanduser(path)) if path and "://" not in path else path
+
+
+AnyPath = Annotated[str, AfterValidator(_absolute)]
 
 
 class DataSection(Section):
-    path: str = ""
+    path: AnyPath = ""
     """A folder made by `moray prepare`."""
 
 
@@ -36,7 +44,7 @@ class TrainSection(Section):
     """Most sequences of one forward pass on one worker; the rest of its share is accumulated."""
     seq_len: int = Field(512, ge=1)
     """Tokens of a sequence."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Decides on the initial weights and on the order of the data."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the matrix products; weights, gradients' reduction and optimizer are float32 either way."""
@@ -87,6 +95,16 @@ class ClusterSection(Section):
     """How often the group may start again after a fault."""
     heartbeat_timeout_s: float = Field(300.0, gt=0)
     """Seconds without a finished step after which a worker counts as lost."""
+    startup_timeout_s: float = Field(600.0, gt=0)
+    """The same before a worker's first sign of life: loading a commit and the first step may take longer."""
+    placement_timeout_s: float = Field(60.0, ge=0)
+    """Seconds to wait under ray for enough free slots: at the start, and when a lost node must be replaced."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.launcher == "local" and self.workers != 1:
+            raise ValueError(f"cluster.workers={self.workers} must be 1 with cluster.launcher=local; or choose ray")
+        return self
 
     @property
     def world_size(self) -> int:
@@ -96,7 +114,7 @@ class ClusterSection(Section):
 
 
 class RunSection(Section):
-    dir: str = ""
+    dir: AnyPath = ""
     """The folder that the run lives in; the same command resumes what it holds."""
 
 
@@ -171,7 +189,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         path = folder / f"{recipe}.toml"
         known = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
         if recipe not in known:
-            raise ValueError(f"--recipe {recipe} is not known; {_nearest(recipe, known)}")
+            raise ValueError(f"--recipe {recipe} is not known; {nearest(recipe, known)}")
     try:
         return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
@@ -187,13 +205,8 @@ def check_name(name: str) -> str:
     ]
     known.append("model.preset")
     if name not in known:
-        raise ValueError(f"{name} is not a setting; {_nearest(name, known)}")
+        raise ValueError(f"{name} is not a setting; {nearest(name, known)}")
     return name
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def _flatten(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ class ModelConfig(BaseModel):
     Raises ValueError (pydantic's, which is one) naming the field, its value and what would be right.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = 6400
     """Rows of the embedding; at least the tokenizer's vocabulary."""
@@ -79,6 +79,9 @@ class ModelConfig(BaseModel):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("rope_theta", "norm_eps", "init_std", "gate_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be more than 0")
         if self.n_heads % self.n_kv_heads:
             fits = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
             raise ValueError(
@@ -97,6 +100,16 @@ class ModelConfig(BaseModel):
         for name in ("top_k", "d_expert", "n_expert_groups", "top_k_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("n_shared_experts", "balance_loss", "bias_update_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("d_model", "d_expert"):
+            value = getattr(self, name)
+            if value % 8:
+                raise ValueError(
+                    f"model.{name}={value} must be a multiple of 8 in a model with experts, or the rows of their bf16 "
+                    f"weights are no multiple of 16 bytes, as grouped matrix products need; try {value + -value % 8}"
+                )
         if not 0 <= self.n_dense_layers < self.n_layers:
             raise ValueError(
                 f"model.n_dense_layers={self.n_dense_layers} must lie between 0 and n_layers - 1 = {self.n_layers - 1}"

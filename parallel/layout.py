@@ -93,7 +93,9 @@ class Layout(BaseModel):
                 f"layout.ep={self.ep} must divide n_experts={model.n_experts} and dp_shard * tp = {peers}; try {fits}"
             )
         split = {"n_heads": model.n_heads, "n_kv_heads": model.n_kv_heads, "vocab_size": model.vocab_size}
-        split |= {"d_ff": model.d_ff, "train.seq_len": seq_len}
+        split["train.seq_len"] = seq_len
+        if model.n_moe_layers < model.n_layers:
+            split["d_ff"] = model.d_ff
         if model.n_experts and model.n_shared_experts:
             split["n_shared_experts * d_expert"] = model.n_shared_experts * model.d_expert
         for name, value in split.items():

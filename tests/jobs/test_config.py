@@ -81,7 +81,14 @@ def test_every_field_of_the_model_is_a_setting(name: str) -> None:
         ({"train.steps": "0"}, "train.steps=0: input should be greater than or equal to 1"),
         ({"train.dtype": "fp8"}, "train.dtype=fp8: input should be 'bfloat16' or 'float32'"),
         ({"optimizer.lr": "-1"}, "optimizer.lr=-1: input should be greater than 0"),
-        ({"optimizer.lr": "nan"}, "optimizer.lr=nan: input should be greater than 0"),
+        ({"optimizer.lr": "nan"}, "optimizer.lr=nan: input should be a finite number"),
+        ({"optimizer.lr": "inf"}, "optimizer.lr=inf: input should be a finite number"),
+        ({"optimizer.eps": "inf"}, "optimizer.eps=inf: input should be a finite number"),
+        ({"model.rope_theta": "inf"}, "model.rope_theta=inf: input should be a finite number"),
+        ({"model.d_expert": "20"}, "model.d_expert=20 must be a multiple of 8"),
+        ({"train.seed": str(2**63)}, "train.seed=9223372036854775808: input should be less than"),
+        ({"cluster.workers": "4"}, "cluster.workers=4 must be 1 with cluster.launcher=local; or choose ray"),
+        ({"cluster.startup_timeout_s": "0"}, "cluster.startup_timeout_s=0: input should be greater than 0"),
         ({"cluster.launcher": "slurm"}, "cluster.launcher=slurm: input should be 'ray', 'torchrun' or 'local'"),
         ({"model.qk_norm": "perhaps"}, "model.qk_norm=perhaps: input should be a valid boolean"),
         ({"model.n_heads": "3"}, "model.n_kv_heads=2 must divide n_heads=3; try one of [1, 3]"),
@@ -187,3 +194,24 @@ def test_a_forgotten_value_does_not_swallow_the_next_setting() -> None:
     with pytest.raises(ValueError, match=r"^--train\.steps needs a value$"):
         parse_settings(["--train.steps", "--run.dir", "r"])
     assert parse_settings(["--optimizer.lr", "-1"])[1] == {"optimizer.lr": "-1"}
+
+
+def test_paths_are_those_of_the_folder_that_the_command_was_given_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker on another node starts elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(data__path="some/../data", run__dir="~/run")
+    assert (config.data.path, config.run.dir) == (f"{tmp_path}/data", "/home/me/run")
+    assert load(data__path="s3://bucket/data", run__dir="/there").data.path == "s3://bucket/data"
+    written = tmp_path / "config.toml"
+    written.write_text(to_toml(config))
+    monkeypatch.chdir("/")
+    assert load_config(str(written), {}) == config
+
+
+def test_only_a_dense_layer_asks_tensor_parallel_ranks_to_share_its_width() -> None:
+    shared = {**ON_4, "layout__tp": "2", "model__d_ff": "767"}
+    assert "layout.tp=2 must divide d_ff=767" in refusal(**shared, model__n_dense_layers="1")
+    assert load(**shared, model__n_dense_layers="0").resolved_layout.tp == 2

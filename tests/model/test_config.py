@@ -29,6 +29,15 @@ def test_sizes_of_a_moe_layer_are_at_least_1(name: str) -> None:
     ("fields", "message"),
     [
         ({"n_heads": 6, "n_kv_heads": 4}, "model.n_kv_heads=4 must divide n_heads=6; try one of [1, 2, 3, 6]"),
+        ({"rope_theta": 0.0}, "model.rope_theta=0.0 must be more than 0"),
+        ({"norm_eps": -1e-6}, "model.norm_eps=-1e-06 must be more than 0"),
+        ({"init_std": 0.0}, "model.init_std=0.0 must be more than 0"),
+        ({**MOE, "gate_scale": 0.0}, "model.gate_scale=0.0 must be more than 0"),
+        ({**MOE, "n_shared_experts": -1}, "model.n_shared_experts=-1 must be 0 or more"),
+        ({**MOE, "balance_loss": -0.1}, "model.balance_loss=-0.1 must be 0 or more"),
+        ({**MOE, "bias_update_rate": -0.1}, "model.bias_update_rate=-0.1 must be 0 or more"),
+        ({**MOE, "d_expert": 20}, "model.d_expert=20 must be a multiple of 8 in a model with experts"),
+        ({**MOE, "d_model": 36}, "model.d_model=36 must be a multiple of 8 in a model with experts"),
         ({"head_dim": 7}, "model.head_dim=7 must be even"),
         ({"n_experts": -1}, "model.n_experts=-1 must be 0 (dense) or more"),
         ({**MOE, "n_dense_layers": 8}, "model.n_dense_layers=8 must lie between 0 and n_layers - 1 = 7"),
@@ -48,6 +57,13 @@ def test_unknown_fields_and_wrong_types_are_refused() -> None:
     for fields in ({"n_layer": 2}, {"n_layers": "many"}, {"n_layers": 2.5}, {"score_function": "tanh"}):
         with pytest.raises(ValidationError, match=next(iter(fields))):
             ModelConfig(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["rope_theta", "norm_eps", "init_std", "gate_scale", "balance_loss"])
+def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValidationError, match="finite number"):
+        ModelConfig(**{name: value})  # type: ignore[arg-type]
 
 
 def test_a_config_is_frozen() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import ModelConfig, initialise
 from model.moe import LocalDispatcher, MoE, Router, limit_to_groups
@@ -17,10 +17,9 @@ def config_of(**fields: object) -> ModelConfig:
 
 def router_of_logits(**fields: object) -> Router:
     """A router whose logits are its input: scores can then be written by hand."""
-    config = config_of(**{"n_experts": 4, "top_k": 2, "d_model": 4, **fields})
+    config = config_of(**{"n_experts": 4, "top_k": 2, **fields})
     router = Router(config).double()
-    with torch.no_grad():
-        router.linear.weight.copy_(torch.eye(config.n_experts))
+    router.linear.weight = nn.Parameter(torch.eye(config.n_experts, dtype=torch.float64))
     return router
 
 
@@ -73,11 +72,11 @@ def test_routers_score_bf16_tokens_in_fp32() -> None:
 
 
 def test_all_scores_underflowing_gives_no_nan() -> None:
-    moe = MoE(config_of(n_experts=4, d_model=4, score_function="sigmoid"))
+    moe = MoE(config_of(n_experts=4, d_model=8, score_function="sigmoid"))
     initialise(moe, 0.1, seed=0)
     with torch.no_grad():
         moe.router.linear.weight.fill_(-1000)
-    out, balance = moe(torch.ones(1, 3, 4), torch.ones(1, 3, dtype=torch.bool))
+    out, balance = moe(torch.ones(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
     (out.sum() * 1.0 + balance).backward()
     assert out.isfinite().all()
     assert balance.isfinite()
