@@ -1,13 +1,28 @@
-"""The command `moray VERB …`. A user's mistake is one line on standard error and exit code 2, never a traceback."""
+"""The command `moray VERB …`. What goes wrong is one line on standard error and an exit code, never a traceback.
+
+1: the workers failed for good; 2: a user's mistake; 75: stopped on request, resumable; 130: cut off by Ctrl-C.
+"""
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import partial, wraps
+from inspect import signature
+from io import StringIO
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+
+from jobs.nearest import nearest
+
+EXIT_FAILED, EXIT_MISTAKE, EXIT_KILLED_BY_KEYBOARD = 1, 2, 130  # and 75: cluster.worker.EXIT_INTERRUPTED
+RANK_0_TELLS_S = 5.0
 
 # The modules behind the verbs import torch and more: each is loaded only when its verb is asked for.
 
@@ -109,7 +124,7 @@ def generate(
     from jobs.generate import Sampling, generate_tokens, load_run, stream_text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    decoder, tokenizer = load_run(run)
+    decoder, tokenizer = load_run(run, complain)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     tokens = generate_tokens(decoder, ids, max_new_tokens, sampling)
     print(prompt, end="", flush=True)
@@ -162,18 +177,71 @@ def dispatch(arguments: list[str]) -> int:
         raise ValueError(f"{name} is not a verb of moray; there are {', '.join(VERBS)}")
     if name == "pretrain":
         return pretrain(rest)
-    return tyro.cli(VERBS[name], args=rest, prog=f"moray {name}")
+    return bind(name, rest)()
+
+
+def bind(name: str, arguments: list[str]) -> Callable[[], int]:
+    """A verb with its arguments, ready to be called. Raises ValueError of one line where they do not fit."""
+    verb = VERBS[name]
+    _check_options(name, arguments)
+
+    @wraps(verb)
+    def keep(*values: Any, **options: Any) -> Callable[[], int]:
+        return partial(verb, *values, **options)
+
+    with redirect_stderr(StringIO()) as said:
+        try:
+            return tyro.cli(keep, args=arguments, prog=f"moray {name}")
+        except SystemExit as end:
+            if not end.code:  # --help
+                raise
+    raise ValueError(f"{_condense(said.getvalue())}; `moray {name} --help` says more")
+
+
+def _check_options(verb: str, arguments: list[str]) -> None:
+    kinds = signature(VERBS[verb]).parameters.values()
+    known = {f"--{kind.name.replace('_', '-')}": kind for kind in kinds if kind.kind is kind.KEYWORD_ONLY}
+    switches = {f"--no-{name[2:]}" for name, kind in known.items() if isinstance(kind.default, bool)}
+    for word in arguments:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in {*known, *switches, "--help"}:
+            raise ValueError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
+
+
+def _condense(box: str) -> str:
+    """What is wrong, out of the box of several lines in which tyro says it: all above the first rule, but for help."""
+    lines = [line[2:-2].rstrip() for line in box.splitlines() if line.startswith("│")]
+    told = takewhile(lambda line: not line.startswith("─"), lines)
+    return " ".join(line.strip() for line in told if not line.startswith(" " * 8)).rstrip(".")
 
 
 def main() -> None:
     try:
         code = dispatch(sys.argv[1:])
     except ValueError as error:
-        print(f"moray: {error}", file=sys.stderr)
-        code = 2
+        if os.environ.get("RANK", "0") != "0":
+            # Under torchrun every rank finds most mistakes: rank 0 tells, and torchrun then ends the others.
+            time.sleep(RANK_0_TELLS_S)
+        complain(str(error))
+        code = EXIT_MISTAKE
+    except KeyboardInterrupt:
+        complain("interrupted; of a run, the newest commit stands, and the same command resumes from it")
+        code = EXIT_KILLED_BY_KEYBOARD
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"moray: the disk is full: {error}; free space and give the same command again", file=sys.stderr)
-        code = 2
+        complain(f"the disk is full: {error}; free space and give the same command again")
+        code = EXIT_MISTAKE
+    except (RuntimeError, FloatingPointError) as error:
+        from cluster.worker import WorkerError  # imports torch, as did whoever raised this
+        from parallel.checkpoint import CommitError
+
+        if not isinstance(error, WorkerError | CommitError | FloatingPointError):
+            raise
+        complain(str(error))
+        code = EXIT_FAILED
     sys.exit(code)
+
+
+def complain(message: str) -> None:
+    print(f"moray: {message}", file=sys.stderr)

@@ -12,9 +12,11 @@ from cluster.events import read_events
 from data.dataset import Dataset
 from jobs.config import RunConfig, load_config
 from jobs.generate import Sampling, generate_tokens, load_run, stream_text
-from jobs.metrics import ledger_is_whole, read_metrics
+from jobs.ledger import ledger_problems
+from jobs.metrics import read_metrics
 from jobs.prepare import prepare
-from jobs.pretrain import Listener, pretrain
+from jobs.pretrain import pretrain
+from jobs.watcher import Listener
 
 PROMPT = "def read("
 
@@ -36,7 +38,7 @@ def demo(folder: Path) -> int:
     _phase(console, 3, "look", "what the run's own log says")
     _report(run, console)
     _phase(console, 4, "generate", f"the newest commit continues {PROMPT!r}")
-    decoder, tokenizer = load_run(run)
+    decoder, tokenizer = load_run(run, console.print)
     tokens = generate_tokens(decoder, [tokenizer.bos_id, *tokenizer.encode(PROMPT)], 120, Sampling(0.7, top_p=0.9))
     console.print(PROMPT + "".join(stream_text(tokenizer, tokens)), markup=False, style="cyan")
     console.print()
@@ -60,7 +62,7 @@ class Saboteur(Listener):
         self._first_step: int | None = None
 
     def on_event(self, kind: str, fields: dict[str, Any]) -> None:
-        if kind == "start" and fields["generation"] == 1:
+        if kind == "start" and self._first_step is None:
             last = fields["ranks"][-1]
             self._victim = (last["rank"], last["pid"])
 
@@ -91,12 +93,13 @@ def _what(config: RunConfig) -> str:
 def _report(run: Path, console: Console) -> None:
     rows = read_metrics(run)
     first, last = rows[0], rows[-1]
-    console.print(f"loss       {first['loss']:.3f} -> {last['loss']:.3f}, validation {last['validation_loss']:.3f}")
+    validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    console.print(f"loss       {first['loss']:.3f} -> {last['loss']:.3f}, validation {validation[-1]:.3f}")
     balances = [" ".join(f"{value:.2f}" for value in row["expert_balance"]) for row in (first, last)]
     console.print(f"experts    busiest over mean, by layer: {balances[0]} -> {balances[1]}")
     tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
     console.print(f"speed      {tokens / seconds:,.0f} tokens/s over {tokens:,} tokens")
-    ledger = "without a gap or a repeat" if ledger_is_whole(rows) else "BROKEN"
+    ledger = "; ".join(ledger_problems(run)) or "without a gap or a repeat"
     console.print(f"ledger     sequences 0 to {last['positions'][1]:,}, {ledger}")
     for event in read_events(run / "events.jsonl"):
         moment = time.strftime("%H:%M:%S", time.localtime(event["time"]))

@@ -1,6 +1,7 @@
 """`moray generate`: text from a run's newest commit, a token at a time, with a KV cache."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,8 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from jobs.run_folder import newest_commit
 from model import Decoder, KVCache, ModelConfig
-from parallel.checkpoint import read_tensors
+from parallel.checkpoint import Commit, commit_paths, read_commit, read_tensors
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,46 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie above 0 and at most at 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be 0 or more, and less than 2**63")
 
 
-def load_run(run: Path) -> tuple[Decoder, Tokenizer]:
-    """The model of a run's newest commit, whatever layout wrote it, and its tokenizer."""
-    commit = newest_commit(run)
-    config = commit.manifest.metadata["config"]
+def load_run(run: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, Tokenizer]:
+    """The model of a run's newest whole commit, whatever layout wrote it, and its tokenizer.
+
+    Says of each damaged commit that it passes over what is wrong with it. Raises ValueError where none is whole.
+    """
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a run: there is no such folder")
+    paths = commit_paths(run / "checkpoints")
+    for path in reversed(paths):
+        try:
+            decoder = _load_commit(read_commit(path))
+        except ValueError as error:
+            on_refused(f"refused the damaged commit {path.name}: {error}")
+            continue
+        return decoder, load_tokenizer(run / "tokenizer")
+    if paths:
+        raise ValueError(f"{run} holds no whole commit; `moray checkpoints {run} --verify` says more")
+    raise ValueError(f"{run} holds no commit yet; `moray pretrain --run.dir {run} …` makes them")
+
+
+def _load_commit(commit: Commit) -> Decoder:
     with torch.device("meta"):
-        decoder = Decoder(ModelConfig(**config["model"]))
+        decoder = Decoder(ModelConfig(**commit.manifest.metadata["config"]["model"]))
     decoder = decoder.to_empty(device="cuda" if torch.cuda.is_available() else "cpu").eval()
     if decoder.config.tied_embeddings:
         decoder.head.weight = decoder.embedding.weight
     state = decoder.state_dict()
     for name, tensor in read_tensors(commit, [f"model.{name}" for name in state]):
         state[name.removeprefix("model.")].copy_(tensor)
-    return decoder, load_tokenizer(run / "tokenizer")
+    return decoder
 
 
 def generate_tokens(decoder: Decoder, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
@@ -85,7 +104,9 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         return int(logits_V.argmax())
     probabilities, ids = torch.softmax(logits_V / sampling.temperature, -1).sort(descending=True, stable=True)
     if sampling.top_k:
+        # The nucleus is cut from what is left, as in transformers.
         probabilities[sampling.top_k :] = 0
+        probabilities /= probabilities.sum()
     # A token stays while those before it fall short of p: the likeliest always does.
     probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = 0
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
@@ -93,14 +114,17 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     """Decodes as tokens come, holding back a character whose bytes are not all there yet. Ends with EOS."""
-    ids: list[int] = []
-    shown = ""
+    # Some tokenizers write a token differently after another one: those shown last are decoded along.
+    context: list[int] = []
+    pending: list[int] = []
+    shown = 0
     for token in tokens:
         if token == tokenizer.eos_id:
             break
-        ids.append(token)
-        text = tokenizer.decode(ids)
+        pending.append(token)
+        text = tokenizer.decode(context + pending)
         if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(ids)[len(shown) :]
+            yield text[shown:]
+            context, pending = pending, []
+            shown = len(tokenizer.decode(context))
+    yield tokenizer.decode(context + pending)[shown:]

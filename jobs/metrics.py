@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,33 @@ from torch.utils.tensorboard import SummaryWriter
 class MetricsLog:
     """Appends to RUN/metrics.jsonl and RUN/tensorboard/. Steps that a fault undid stay in the file, superseded.
 
-    `generation` tells the attempts at a step apart: `read_metrics` keeps the last.
+    Where there are such, a line `{"resumed_from": STEP, "generation": G}` says that those above STEP no longer count.
     """
 
-    def __init__(self, run: Path, next_step: int) -> None:
+    def __init__(self, run: Path, step: int, generation: int) -> None:
+        """Goes on after `step`, the one that this attempt resumed from."""
         run.mkdir(parents=True, exist_ok=True)
         self._path = run / "metrics.jsonl"
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             # A crash may have left half a line: what follows must not be glued to it.
             with open(self._path, "a") as file:
                 file.write("\n")
+        undone = any(row["step"] > step for row in read_metrics(run))
         self._file = open(self._path, "a")  # noqa: SIM115 - it lives as long as the log
-        self._board = SummaryWriter(run / "tensorboard", purge_step=next_step)
+        if undone:
+            self._append({"resumed_from": step, "generation": generation})
+        self._board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one step; a reader sees the line at once, whole."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._append(row)
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, row["step"])
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
 
     def flush_to_disk(self) -> None:
         """Before a commit: a committed step must have its line even if the machine loses power."""
@@ -46,7 +52,7 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """One row a step, in order: of steps that were computed twice, the later one. Half a last line is passed over."""
+    """One row a step, in order, without those that a resume from an earlier step undid. Half a line is passed over."""
     rows: dict[int, dict[str, Any]] = {}
     path = run / "metrics.jsonl"
     if not path.exists():
@@ -56,14 +62,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        rows[row["step"]] = row
+        if "resumed_from" in row:
+            rows = {step: kept for step, kept in rows.items() if step <= row["resumed_from"]}
+        else:
+            rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
-
-
-def ledger_is_whole(rows: list[dict[str, Any]]) -> bool:
-    """Whether these steps, a run's from its first, trained on every stream position from 0 on, each once, in order."""
-    spans = [row["positions"] for row in rows]
-    return not spans or (spans[0][0] == 0 and all(left[1] == right[0] for left, right in pairwise(spans)))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

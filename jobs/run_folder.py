@@ -1,60 +1,93 @@
-"""The folder of a run: what may go on in it, and what lies there."""
+"""The folder of a run: who may work in it, what may go on in it, and what lies there."""
 
+import errno
+import fcntl
+import os
 import shutil
-import tomllib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data.dataset import Dataset
 from data.tokenizer import copy_tokenizer
-from jobs.config import RunConfig, TrainSection, to_toml
+from jobs.config import RunConfig, to_toml
 from model import ModelConfig
 from model.cost import count_parameters
 from parallel.checkpoint import Commit, list_commits
 
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
 _FIXED = ("seed", "global_batch", "seq_len")
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-def claim(config: RunConfig) -> None:
-    """Makes the run's folder, or checks that what it holds is this run; writes config.toml and tokenizer/.
+@contextmanager
+def claimed(config: RunConfig, dataset: Dataset) -> Iterator[None]:
+    """Makes the run's folder, or checks that it may go on; no other driver can claim it until the block ends.
 
-    Raises ValueError naming what differs when the folder holds a different model, seed, batch or sequence length, and
-    when its disk has no room for a commit.
+    Writes config.toml and tokenizer/. Until something is committed, the folder is bound to nothing.
+    The lock is flock's: some network file systems keep it to one host, or have none.
+    Raises ValueError naming the holder of a folder in use, what differs in one that holds another run, and the room
+    that a commit needs where the disk has none.
     """
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.dir={folder} is a file; name a folder")
-    path = folder / "config.toml"
-    if path.exists():
-        _check_same_run(path, config)
-    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    _check_space(config.model, folder)
-    copy_tokenizer(Path(config.data.path), folder / "tokenizer")
-    partial = path.with_suffix(".partial")
-    partial.write_text(to_toml(config))
-    partial.replace(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        commits = list_commits(folder / "checkpoints")
+        if commits:
+            check_same_run(commits[-1], config, dataset)
+        _check_space(config.model, folder)
+        _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=bool(commits))
+        _replace_file(folder / "config.toml", to_toml(config))
+        yield
 
 
-def _check_same_run(path: Path, now: RunConfig) -> None:
-    """Only what decides is read: the file's layout is history, and need not fit the workers there are today."""
-    try:
-        tables = tomllib.loads(path.read_text())
-        before = _deciding(ModelConfig(**tables["model"]), TrainSection(**tables["train"]))
-    except (ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged: {reason}; restore it or choose another run.dir") from None
-    wanted = _deciding(now.model, now.train)
+def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
+    """Raises ValueError unless config and data continue the run that made the commit, at the position it ended at."""
+    metadata = commit.manifest.metadata
+    before = _deciding(ModelConfig(**metadata["config"]["model"]), metadata["config"]["train"])
+    wanted = _deciding(now.model, now.train.model_dump())
     differing = [f"{name}={wanted[name]} (there: {before[name]})" for name in wanted if wanted[name] != before[name]]
     if differing:
         raise ValueError(
-            f"run.dir={path.parent} holds a different run: {', '.join(differing)}; "
+            f"run.dir={now.run.dir} holds a different run: {', '.join(differing)}; "
             "choose another run.dir or these settings"
         )
+    position, expected = metadata["data"]["position"], commit.step * now.train.global_batch
+    if position != expected:
+        raise ValueError(
+            f"{commit.path} was committed at data position {position}, not at step {commit.step} * "
+            f"train.global_batch={now.train.global_batch} = {expected}: going on would skip or repeat sequences"
+        )
+    dataset.check_fingerprint(metadata["data"]["fingerprint"])
 
 
-def _deciding(model: ModelConfig, train: TrainSection) -> dict[str, Any]:
-    fixed = {f"train.{name}": getattr(train, name) for name in _FIXED}
-    return {f"model.{name}": value for name, value in model} | fixed
+def _deciding(model: ModelConfig, train: dict[str, Any]) -> dict[str, Any]:
+    return {f"model.{name}": value for name, value in model} | {f"train.{name}": train[name] for name in _FIXED}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds RUN/.lock, of which the kernel lets go however this process ends."""
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise ValueError(
+                f"run.dir={folder} is in use by {holder}; wait until it has ended, or choose another run.dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _check_space(model: ModelConfig, folder: Path) -> None:
@@ -67,11 +100,31 @@ def _check_space(model: ModelConfig, folder: Path) -> None:
         )
 
 
-def newest_commit(run: Path) -> Commit:
-    """The newest whole-looking commit of a run. Raises ValueError where there is none."""
-    if not run.is_dir():
-        raise ValueError(f"{run} is not a run: there is no such folder")
-    commits = list_commits(run / "checkpoints")
-    if not commits:
-        raise ValueError(f"{run} holds no commit yet; `moray pretrain --run.dir {run} …` makes them")
-    return commits[-1]
+def _put_tokenizer(data: Path, folder: Path, *, is_bound: bool) -> None:
+    """Copies the data's tokenizer, whole or not at all; once something is committed, the one there must be the same."""
+    if folder.exists():
+        if _tokenizer_bytes(folder) == _tokenizer_bytes(data):
+            return
+        if is_bound:
+            raise ValueError(f"{folder} is not the tokenizer of data.path={data}, the run's data; move it away")
+        shutil.rmtree(folder)
+    partial = folder.with_name("tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed here
+    partial.mkdir()
+    copy_tokenizer(data, partial)
+    partial.rename(folder)
+
+
+def _tokenizer_bytes(folder: Path) -> bytes | None:
+    path = folder / "tokenizer.json"
+    return path.read_bytes() if path.is_file() else None
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """The file holds the old text or the new one, whatever happens on the way."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from data.stream import Batch, Stream, evaluation_batches
 from jobs.config import RunConfig
 from jobs.metrics import MetricsLog, expert_balance, matmul_peak
 from jobs.optimizer import build_optimizer, set_learning_rate, training_state
+from jobs.run_folder import check_same_run
 from jobs.schedule import learning_rate
 from model import Decoder
 from model.cost import train_flops_per_token
@@ -36,11 +39,28 @@ from parallel.layout import Layout
 from parallel.shard import build_decoder, initialise_shards
 
 
+class Pulse:
+    """This worker's heartbeat: `beat` after each step, `again` within long work between two, lest it count as hung."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._last: dict[str, Any] = {"step": 0}
+
+    def beat(self, row: dict[str, Any]) -> None:
+        self._last = row
+        self.again()
+
+    def again(self) -> None:
+        # The same words: a driver that has not heard them yet must not miss the step's numbers.
+        self._context.heartbeat(**self._last)
+
+
 @dataclass
 class Training:
     """What the loop works on. `step` counts the optimizer steps done; all else but it keeps its identity."""
 
     context: WorkerContext
+    pulse: Pulse
     config: RunConfig
     layout: Layout
     dataset: Dataset
@@ -75,14 +95,15 @@ def train(context: WorkerContext, config: RunConfig) -> int:
                 row = take_step(training, next(batches))
                 row |= speed(training, row["tokens"], time.perf_counter() - began)
                 last = training.step == config.train.steps
-                if last or (config.train.eval_every and training.step % config.train.eval_every == 0):
-                    row["validation_loss"] = validation_loss(training)
+                stopping = agree_to_stop(training)
+                if not stopping and (last or is_due(training.step, config.train.eval_every)):
+                    row |= validate(training)
+                    stopping = agree_to_stop(training)
                 if log:
                     log.write(row)
-                stopping = agree_to_stop(training)
-                if last or stopping or training.step % config.checkpoint.every == 0:
+                if last or stopping or is_due(training.step, config.checkpoint.every):
                     commit(training, row, log)
-                context.heartbeat(**(row if training.is_first_rank else {"step": training.step}))
+                training.pulse.beat(row if training.is_first_rank else {"step": training.step})
                 if stopping:
                     break
         finish_commits(training)
@@ -130,8 +151,10 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     share = config.train.global_batch // layout.dp
     dp_rank = layout.dp_rank(context.rank)
     events = EventLog(Path(config.run.dir) / "events.jsonl")
+    pulse = Pulse(context)
     training = Training(
         context=context,
+        pulse=pulse,
         config=config,
         layout=layout,
         dataset=dataset,
@@ -142,6 +165,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             on_event=lambda kind, fields: events.write(kind, generation=context.generation, **fields),
+            on_wait=pulse.again,
         ),
         lanes=range(dp_rank * share, (dp_rank + 1) * share),
         flops_per_token=train_flops_per_token(config.model, config.train.seq_len),
@@ -152,15 +176,14 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
 
 
 def resume(training: Training, events: EventLog) -> None:
-    """Puts the newest whole commit into place. Raises ValueError if it was trained on other data."""
+    """Puts the newest whole commit into place. Raises ValueError if it is of another run, or ended elsewhere."""
     commit = training.checkpointer.load(training_state(training.decoder, training.optimizer))
     if commit is None:
         initialise_shards(training.decoder, training.config.train.seed)
     position = 0
     if commit:
-        metadata = commit.manifest.metadata
-        training.dataset.check_fingerprint(metadata["data"]["fingerprint"])
-        training.step, position = commit.step, metadata["data"]["position"]
+        check_same_run(commit, training.config, training.dataset)
+        training.step, position = commit.step, commit.manifest.metadata["data"]["position"]
     if training.is_first_rank:
         found = {"step": training.step, "position": position, "layout": str(training.layout)}
         events.write("resume" if commit else "begin", generation=training.context.generation, **found)
@@ -179,7 +202,7 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
         # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
         "rng": {"seed": config.train.seed},
         "loss": row["loss"],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
     }
     training.checkpointer.save(training.step, training_state(training.decoder, training.optimizer), metadata)
 
@@ -204,8 +227,8 @@ def check_finite(step: int, losses: GlobalLosses, norm: float) -> None:
         )
 
 
-def validation_loss(training: Training) -> float:
-    """Mean cross-entropy per token over the whole validation split."""
+def validate(training: Training) -> dict[str, float]:
+    """Mean cross-entropy per token over the whole validation split; nothing where asked to stop on the way."""
     config = training.config
     batches = evaluation_batches(
         training.dataset,
@@ -214,8 +237,18 @@ def validation_loss(training: Training) -> float:
         global_batch=config.train.global_batch,
         lanes=training.lanes,
     )
-    pieces = (piece for batch in batches for piece in micro_batches(training, batch))
-    return evaluate(training.decoder, pieces)
+    was_stopped = False
+
+    def pieces() -> Iterator[MicroBatch]:
+        nonlocal was_stopped
+        for batch in batches:
+            yield from micro_batches(training, batch)
+            training.pulse.again()
+            if was_stopped := agree_to_stop(training):
+                return
+
+    loss = evaluate(training.decoder, pieces())
+    return {} if was_stopped else {"validation_loss": loss}
 
 
 def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
@@ -249,12 +282,23 @@ def agree_to_stop(training: Training) -> bool:
     return world_sum(torch.tensor(float(training.context.should_stop()))).item() > 0
 
 
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) comes after this one."""
+    return every > 0 and step % every == 0
+
+
+def versions() -> dict[str, str]:
+    """The libraries that made a commit; torchrun does without Ray."""
+    installed = {name: version(name) for name in ("torch", "safetensors", "numpy", "ray") if find_spec(name)}
+    return {"python": platform.python_version(), **installed}
+
+
 @contextmanager
 def metrics_log(training: Training) -> Iterator[MetricsLog | None]:
     """The log on rank 0, None elsewhere."""
     if not training.is_first_rank:
         yield None
         return
-    log = MetricsLog(Path(training.config.run.dir), training.step + 1)
+    log = MetricsLog(Path(training.config.run.dir), training.step, training.context.generation)
     with closing(log):
         yield log

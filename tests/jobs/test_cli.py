@@ -56,7 +56,7 @@ def test_help_is_no_mistake(moray: Moray) -> None:
         ({"train__steps": "many"}, "train.steps=many: input should be a valid integer"),
         ({"model__n_heads": 5}, "model.n_kv_heads=2 must divide n_heads=5; try one of [1, 5]"),
         ({"train__seq_len": 4096}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
-        ({"data__path": "nowhere"}, "data.path=nowhere does not exist; make it with `moray prepare"),
+        ({"data__path": "nowhere"}, f"data.path={Path.cwd() / 'nowhere'} does not exist; make it with `moray prepare"),
         ({"model__vocab_size": 300}, "entries, more than the model's vocab_size=300; set model.vocab_size=400"),
     ],
 )
@@ -242,13 +242,84 @@ def test_folders_that_are_no_runs(moray: Moray, dataset: Path, tmp_path: Path) -
     assert f"{dataset} holds no checkpoints" in line_of(moray("checkpoints", dataset))
 
 
-def test_generate_refuses_a_damaged_commit(moray: Moray, finished: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
-    (file,) = (run / "checkpoints" / "step-000000004").glob("*.safetensors")
+def flip_a_bit(run: Path, step: int) -> Path:
+    (file,) = (run / "checkpoints" / f"step-{step:09d}").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert f"{file}: its sha256 is" in line_of(moray("generate", run, "--prompt", "x"))
+    return file
+
+
+def test_generate_passes_over_a_damaged_commit_loudly(moray: Moray, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    words = ["generate", run, "--prompt", "x", "--max-new-tokens", "5", "--temperature", "0"]
+    shutil.rmtree(run / "checkpoints" / "step-000000004")
+    of_step_2 = moray(*words)
+    shutil.copytree(finished / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
+    file = flip_a_bit(run, 4)
+    outcome = moray(*words)
+    assert (outcome.code, outcome.out) == (0, of_step_2.out)
+    (line,) = outcome.err.splitlines()
+    assert line.startswith(f"moray: refused the damaged commit step-000000004: {file}: its sha256 is")
+    (run / "checkpoints" / "step-000000002" / "manifest.json").write_text("{}")
+    outcome = moray(*words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "step-000000004" in outcome.err
+    assert "step-000000002" in outcome.err
+    assert f"{run} holds no whole commit; `moray checkpoints {run} --verify` says more" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate"], "Missing from moray generate: PATH --prompt STR; `moray generate --help` says more"),
+        (["generate", "RUN", "--promt", "a"], "--promt is not an option of moray generate; did you mean --prompt?"),
+        (["generate", "RUN", "--max_new_token=3"], "--max-new-token is not an option of moray generate; did you mean"),
+        (["generate", "RUN", "--prompt"], "Missing value for argument '--prompt'. Expected 1 values; `moray generate"),
+        (["generate", "RUN", "--prompt", "a", "--top-k", "b"], "Error parsing --top-k: invalid literal for int()"),
+        (["generate", "RUN", "OTHER", "--prompt", "a"], "Unrecognized options: OTHER; `moray generate --help`"),
+        (["prepare", "stdlib"], "Missing from moray prepare: --out PATH; `moray prepare --help` says more"),
+        (["checkpoints", "RUN", "--verfy"], "--verfy is not an option of moray checkpoints; did you mean --verify?"),
+        (["demo", "--dri", "x"], "--dri is not an option of moray demo; did you mean --dir?"),
+    ],
+)
+def test_arguments_that_do_not_fit_their_verb(moray: Moray, words: list[str], message: str) -> None:
+    assert line_of(moray(*words)).startswith(f"moray: {message}")
+
+
+def test_a_switch_can_be_turned_off(moray: Moray, finished: Path) -> None:
+    assert moray("checkpoints", finished, "--no-verify").code == 0
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    outcome = moray("pretrain", *tiny(dataset, tmp_path / "run", train__steps=9, optimizer__lr=1e30))
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("moray: step ")
+    assert "the weights are as step" in last
+
+
+def test_the_sequences_of_a_committed_run_cannot_be_skipped(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    """With config.toml gone, a larger batch would have gone on at step 2 * 8, past sequences 8 to 16."""
+    run = tmp_path / "run"
+    assert moray("pretrain", *tiny(dataset, run, train__steps=2)).code == 0
+    (run / "config.toml").unlink()
+    rows = read_metrics(run)
+    line = line_of(moray("pretrain", *tiny(dataset, run, train__steps=4, train__global_batch=8, train__seed=5)))
+    assert "holds a different run: train.seed=5 (there: 0), train.global_batch=8 (there: 4)" in line
+    assert read_metrics(run) == rows
+
+
+def test_torchrun_tells_a_mistake_once(dataset: Path, tmp_path: Path) -> None:
+    words = tiny(dataset, tmp_path / "run", cluster__launcher="torchrun", train__steps="many")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "jobs"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "pretrain", *words], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("moray: train.steps=many") == 1
 
 
 def test_the_module_is_the_command(finished: Path) -> None:

@@ -2,10 +2,12 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from jobs.generate import Sampling, draw, generate_tokens, stream_text
@@ -44,6 +46,16 @@ def test_top_p_draws_among_the_fewest_that_reach_p() -> None:
     assert_drawn_as(Sampling(temperature=1, top_p=0.01), [0, 1, 0, 0, 0])
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 0.6), (2, 0.65), (4, 0.9), (99, 0.5), (1, 0.1)])
+def test_top_k_and_top_p_together_are_what_transformers_makes_of_them(top_k: int, top_p: float) -> None:
+    """The nucleus is cut from the k likeliest as if there were no others."""
+    warpers = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
+    scores = torch.tensor([PROBABILITIES]).log()
+    for warper in warpers:
+        scores = warper(torch.tensor([[0]]), scores)
+    assert_drawn_as(Sampling(0.8, top_k, top_p), scores.softmax(-1)[0].tolist())
+
+
 def test_temperature_0_takes_the_likeliest_whatever_else_is_set() -> None:
     assert_drawn_as(Sampling(temperature=0, top_k=3, top_p=0.9), [0, 1, 0, 0, 0])
 
@@ -54,6 +66,8 @@ def test_temperature_0_takes_the_likeliest_whatever_else_is_set() -> None:
         ({"temperature": -0.1}, r"temperature=-0\.1 must be 0 \(greedy\) or more"),
         ({"top_k": -1}, r"top_k=-1 must be 0 \(all\) or more"),
         ({"top_p": 0.0}, r"top_p=0\.0 must lie above 0 and at most at 1"),
+        ({"temperature": math.nan}, r"temperature=nan must be 0"),
+        ({"seed": -1}, r"seed=-1 must be 0 or more"),
         ({"top_p": 1.5}, r"top_p=1\.5 must lie above 0 and at most at 1"),
     ],
 )
@@ -129,3 +143,19 @@ def test_eos_ends_the_text(tokenizer: Tokenizer) -> None:
 def test_a_character_that_never_completes_is_shown_as_such_at_the_end(tokenizer: Tokenizer) -> None:
     half = [*tokenizer.encode("a"), tokenizer.encode("🐟")[0]]
     assert "".join(stream_text(tokenizer, iter(half))) == "a\ufffd"
+
+
+def test_streaming_decodes_each_token_a_few_times_however_long_the_text(tokenizer: Tokenizer) -> None:
+    """Counted, not timed: to decode everything anew at each of n tokens would be n^2 / 2."""
+    decoded = 0
+
+    class Counting(Tokenizer):
+        def decode(self, ids: Iterable[int]) -> str:
+            nonlocal decoded
+            decoded += len(list(ids))
+            return super().decode(ids)
+
+    ids = tokenizer.encode(TEXT * 50)
+    counting = Counting(tokenizer.backend, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    assert "".join(stream_text(counting, iter(ids))) == TEXT * 50
+    assert decoded < 20 * len(ids)

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from jobs.metrics import MetricsLog, expert_balance, matmul_peak, read_metrics
 
 
-def write(run: Path, steps: range, **fields: object) -> None:
-    with closing(MetricsLog(run, steps.start)) as log:
+def write(run: Path, steps: range, generation: int = 1, **fields: object) -> None:
+    with closing(MetricsLog(run, steps.start - 1, generation)) as log:
         for step in steps:
             log.write({"step": step, "loss": 1 / step, **fields})
 
@@ -26,18 +26,28 @@ def test_what_is_written_is_read_one_json_object_a_step(tmp_path: Path) -> None:
 
 
 def test_a_row_is_visible_at_once(tmp_path: Path) -> None:
-    with closing(MetricsLog(tmp_path, 1)) as log:
+    with closing(MetricsLog(tmp_path, 0, 1)) as log:
         log.write({"step": 1, "loss": 2.0})
         assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_of_a_step_computed_twice_the_later_row_counts(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 6), generation=1)
-    write(tmp_path, range(4, 8), generation=2)
+def test_steps_above_the_one_resumed_from_no_longer_count(tmp_path: Path) -> None:
+    """Killed at step 142 with a commit at 100, resumed, stopped at 111: there is no step 112."""
+    write(tmp_path, range(1, 143), loss=1.0)
+    write(tmp_path, range(101, 112), generation=2, loss=2.0)
     rows = read_metrics(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
-    assert [row["generation"] for row in rows] == [1, 1, 1, 2, 2, 2, 2]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 9, "history is not erased"
+    assert [row["step"] for row in rows] == list(range(1, 112))
+    assert [row["loss"] for row in rows] == [1.0] * 100 + [2.0] * 11
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 142 + 1 + 11, "history is not erased"
+    assert lines[142] == {"resumed_from": 100, "generation": 2}
+
+
+def test_a_resume_that_undoes_nothing_leaves_no_mark(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4))
+    write(tmp_path, range(4, 6), generation=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])

@@ -124,7 +124,7 @@ def test_the_first_loss_is_that_of_the_initial_weights_on_the_first_batch(untouc
 
 def test_the_validation_loss_is_that_of_the_whole_split(untouched: Path, dataset: Path) -> None:
     """Each shard in windows of seq_len tokens, every piece of a document computed alone, with torch's cross-entropy."""
-    decoder, _ = load_run(untouched)
+    decoder, _ = load_run(untouched, pytest.fail)
     loss, count = 0.0, 0
     for shard in Dataset.open(dataset).splits["validation"].shards:
         samples = list(webdataset.WebDataset(str(dataset / shard.name), shardshuffle=False).decode())
@@ -232,7 +232,8 @@ def test_a_run_goes_on_under_other_layouts(dataset: Path, untouched: Path, tmp_p
     forget(run, after=4)
     torchrun(arguments(dataset, run, cluster__launcher="torchrun", layout__ep=2))
     assert_close_history(run, untouched)
-    (ours, _), (theirs, _) = load_run(run), load_run(untouched)  # what `moray generate` reads, of two ranks and of one
+    # What `moray generate` reads, of two ranks and of one.
+    (ours, _), (theirs, _) = load_run(run, pytest.fail), load_run(untouched, pytest.fail)
     prompt = torch.arange(300, 340)[None]
     with torch.no_grad():
         torch.testing.assert_close(ours(prompt), theirs(prompt), rtol=0, atol=1e-3)
