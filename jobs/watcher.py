@@ -140,7 +140,10 @@ def numbers(row: dict[str, Any]) -> list[str]:
 def describe(kind: str, fields: dict[str, Any]) -> str | None:
     """A line for an event that a person watching wants to know of."""
     if kind == "fault":
-        return f"fault: rank {fields.get('rank')} (pid {fields.get('pid')}): {fields.get('reason')}"
+        where = f"rank {fields['rank']} (pid {fields['pid']})" if fields.get("rank") is not None else "the group"
+        if fields.get("rank") is None and fields.get("node"):
+            where = f"node {fields['node']}"
+        return f"fault: {where}: {fields['reason']}"
     if kind == "recovered":
         return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
     if kind == "commit_refused":

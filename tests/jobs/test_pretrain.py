@@ -26,6 +26,7 @@ from data.stream import Stream
 from jobs.cli import dispatch
 from jobs.config import load_config
 from jobs.generate import load_run
+from jobs.ledger import ledger_problems
 from jobs.metrics import read_metrics
 from jobs.schedule import learning_rate
 from model import Decoder, initialise
@@ -196,6 +197,64 @@ def test_sigkill_loses_no_committed_step_and_changes_no_later_one(
     (resumed,) = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "resume"]
     assert resumed["step"] in (2, 4), "4, unless the kill came while it was being written"
     assert resumed["position"] == resumed["step"] * BATCH
+
+
+def committed_step(run: Path) -> int:
+    """The last step that events.jsonl calls committed; every attempt in it goes on where a commit ended."""
+    committed = 0
+    for event in read_events(run / "events.jsonl"):
+        if event["kind"] in ("begin", "resume"):
+            assert (event["step"], event["position"]) == (committed, committed * BATCH)
+        elif event["kind"] == "commit":
+            assert event["step"] > committed
+            committed = event["step"]
+    return committed
+
+
+def test_steps_that_a_kill_undid_leave_no_trace_in_the_history(dataset: Path, tmp_path: Path) -> None:
+    """Committed at 3, killed at 8, resumed, stopped at 5: the run's last step is 5, and nothing says 6 or 7."""
+    plan = {"checkpoint__every": 100, "train__eval_every": 0}
+    assert dispatch(arguments(dataset, tmp_path, train__steps=3, **plan)) == 0
+    words = arguments(dataset, tmp_path, train__steps=20, **plan)
+    assert run_signalled(signal.SIGKILL, 8, words).returncode == -signal.SIGKILL
+    assert read_metrics(tmp_path)[-1]["step"] == 7
+    assert run_signalled(signal.SIGTERM, 5, words).returncode == 75
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["generation"] for row in rows] == [1, 1, 1, 3, 3], "no two attempts of a run share a number"
+    assert [row["positions"] for row in rows] == [[n * BATCH, (n + 1) * BATCH] for n in range(5)]
+    assert committed_step(tmp_path) == 5
+    assert ledger_problems(tmp_path) == []
+
+
+def test_a_second_ctrl_c_is_one_line_and_exit_code_130(dataset: Path, tmp_path: Path) -> None:
+    script = SIGNALLED.replace("os.kill(os.getpid(), number)", "[os.kill(os.getpid(), number) for _ in range(2)]")
+    command = [sys.executable, "-c", script, str(int(signal.SIGINT)), "2", *arguments(dataset, tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("moray: interrupted; ")
+
+
+def test_two_drivers_on_one_folder(dataset: Path, tmp_path: Path) -> None:
+    """The second one is refused while the first, a real run that stands still, goes on afterwards as if nothing was."""
+    script = SIGNALLED.replace("os.kill(os.getpid(), number)", "print('here', flush=True); sys.stdin.readline()")
+    words = arguments(dataset, tmp_path)
+    first = subprocess.Popen(
+        [sys.executable, "-c", script, "0", "3", *words],
+        cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert first.stdout
+        assert first.stdout.readline() == "here\n"
+        with pytest.raises(ValueError, match=rf"run\.dir={tmp_path} is in use by pid {first.pid} on "):
+            dispatch(words)
+        _, complaints = first.communicate("\n", timeout=60)
+        assert first.returncode == 0, complaints
+    finally:
+        first.kill()
+        first.wait()
+    assert len(read_metrics(tmp_path)) == STEPS
 
 
 def torchrun(words: list[str]) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from tiny import tiny
 from cluster.events import read_events
 from jobs.cli import parse_settings
 from jobs.config import RunConfig, load_config
+from jobs.ledger import ledger_problems
 from jobs.metrics import read_metrics
-from jobs.pretrain import Listener, pretrain
+from jobs.pretrain import pretrain
+from jobs.watcher import Listener
 
 STEPS, EVERY = 12, 3
 ON_FOUR = {
@@ -39,7 +42,8 @@ def config(data: Path, run: Path, **changes: object) -> RunConfig:
 
 
 def ledger_is_whole(run: Path) -> None:
-    """The positions trained on in committed history: from 0 to the end, each once, in order."""
+    """The positions trained on in committed history: from 0 to the end, each once, in order. Checked by hand."""
+    assert ledger_problems(run) == []
     assert [row["positions"] for row in read_metrics(run)] == [[8 * step, 8 * step + 8] for step in range(STEPS)]
     committed = 0
     for event in read_events(run / "events.jsonl"):
@@ -149,3 +153,21 @@ def test_more_workers_than_there_will_ever_be(ray_cluster: str, dataset: Path, t
     settings = config(dataset, tmp_path / "run", cluster__workers=16, train__global_batch=16)
     with pytest.raises(ValueError, match=r"cluster\.workers=16"):
         supervise(train, settings, workers=16, placement_timeout_s=1)
+
+
+def test_a_loss_that_is_never_finite_ends_in_one_line(
+    ray_cluster: str, dataset: Path, tmp_path: Path, moray: Callable[..., Any]
+) -> None:
+    """The traceback is where it can be read at leisure; no Python of the driver's is of interest."""
+    run = tmp_path / "run"
+    changes = {"cluster__launcher": "ray", "cluster__workers": 2, "optimizer__lr": 1e30, "train__steps": 9}
+    outcome = moray("pretrain", *tiny(dataset, run, **changes))
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("moray: rank ")
+    assert "FloatingPointError: step " in last
+    assert last.endswith(f"; the traceback is in {run}/events.jsonl")
+    faults = [event for event in read_events(run / "events.jsonl") if event["kind"] == "fault"]
+    assert len(faults) == 2, "one retry is justified: a GPU may flip a bit"
+    assert all("check_finite" in fault["traceback"] for fault in faults)
