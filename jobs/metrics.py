@@ -1,6 +1,7 @@
 """What a run tells of itself: metrics.jsonl and TensorBoard, one entry a step."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -70,17 +71,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a large square matrix product, measured here: what a model's speed is compared with (MFU)."""
+    """FLOP/s of a large square matrix product, measured here: what a model's speed is compared with (MFU).
+
+    That of the fastest one within `seconds`: others on the machine can make a product slower, never faster.
+    """
     size = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    (a @ b).sum().item()
-    began, products = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
+    fastest, until = math.inf, time.perf_counter() + seconds
+    while (began := time.perf_counter()) < until:
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - began)
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * size**3 / fastest
 
 
 def expert_balance(tokens_LE: Tensor | None) -> list[float]:
