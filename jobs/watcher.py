@@ -39,7 +39,8 @@ class Watcher(Listener):
         self._tail = Tail(self._events.path)
         self._steps = config.train.steps
         self._display = StepDisplay(self._steps, console) if console.is_terminal else None
-        self._row: dict[str, Any] | None = None
+        self._row: dict[str, Any] | None = None  # until it is printed
+        self._step = 0
         self._printed_at = time.monotonic()
 
     def __enter__(self) -> "Watcher":
@@ -60,8 +61,8 @@ class Watcher(Listener):
         self._next.on_event(kind, fields)
 
     def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
-        if rank == 0 and "loss" in status:
-            self._row = {**status, "step": step}
+        if rank == 0 and "loss" in status and step != self._step:
+            self._row, self._step = {**status, "step": step}, step
             if self._display:
                 self._display.show(self._row)
             elif time.monotonic() - self._printed_at >= PLAIN_EVERY_S:

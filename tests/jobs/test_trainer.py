@@ -104,23 +104,27 @@ def test_waiting_for_a_slow_disk_beats_too(dataset: Path, tmp_path: Path, monkey
     assert len(list_commits(tmp_path / "checkpoints")) == 1
 
 
-class StopWithin(Listener):
-    """SIGTERM in the midst of the first evaluation: when a step's heartbeat comes again."""
+class StopAfter(Listener):
+    """SIGTERM once these heartbeats have come."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: list[int]) -> None:
         self.steps: list[int] = []
+        self._last = steps
 
     def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
         self.steps.append(step)
-        if self.steps == [1, 1]:
+        if self.steps == self._last:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_an_evaluation_is_left_when_asked_to_stop(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asked", "told"), [([1], [1, 2]), ([1, 1], [1, 1, 2])], ids=["before", "in its midst"])
+def test_asked_to_stop_an_evaluation_is_skipped_or_left(
+    dataset: Path, tmp_path: Path, asked: list[int], told: list[int]
+) -> None:
     """Grace periods are short: the step is committed without its validation loss, and the run goes on from it."""
-    listener, config = StopWithin(), config_of(dataset, tmp_path)
+    listener, config = StopAfter(asked), config_of(dataset, tmp_path)
     assert pretrain(config, Console(quiet=True), listener) == 75
-    assert listener.steps == [1, 1, 2]
+    assert listener.steps == told
     assert ["validation_loss" in row for row in read_metrics(tmp_path)] == [False, False]
     (commit,) = list_commits(tmp_path / "checkpoints")
     assert (commit.step, verify(commit)) == (2, [])
