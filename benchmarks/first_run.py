@@ -40,12 +40,13 @@ MODEL = {
     "model.balance_loss": "0.01",
 }
 TRAIN = {
-    "train.global_batch": "16",
+    "train.global_batch": "8",
     "train.micro_batch": "4",
     "train.seq_len": "256",
     "train.dtype": "float32",
     "train.eval_every": "50",
-    "optimizer.lr": "2e-3",
+    "optimizer.lr": "5e-4",
+    "optimizer.warmup_steps": "40",
     "checkpoint.every": "25",
 }
 RAY = {"cluster.launcher": "ray", "cluster.workers": "4"}
