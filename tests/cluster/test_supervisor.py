@@ -35,8 +35,8 @@ class Observer:
             self._has_acted = True
             self._act(self.pids(1)[2])
 
-    def kinds(self) -> list[str]:
-        return [kind for kind, _ in self.events]
+    def kinds(self, but: str = "") -> list[str]:
+        return [kind for kind, _ in self.events if kind != but]
 
     def fields(self, kind: str) -> dict[str, Any]:
         return next(fields for each, fields in self.events if each == kind)
@@ -94,7 +94,7 @@ def test_a_lost_worker_costs_one_generation(ray_cluster: str, tmp_path: Path, nu
         count,
         Plan(str(tmp_path), 60, pause_s=0.02),
         workers=4,
-        heartbeat_timeout_s=2.0,
+        heartbeat_timeout_s=5.0,
         on_event=observer.on_event,
         on_status=observer.on_status,
     )
@@ -141,8 +141,9 @@ def test_a_spent_budget_shows_the_first_failure(ray_cluster: str, tmp_path: Path
         r"rank 1 \(pid \d+ on .*\): RuntimeError: one too many apples; cluster.max_restarts=0 is spent", summary
     )
     assert any("counting.py" in line for line in details)
-    assert observer.kinds() == ["start", "ready", "fault"]
-    assert [fields["generation"] for _, fields in observer.events] == [3, 3, 3]
+    # A worker that fails at once may do so before the driver has heard that all began.
+    assert observer.kinds(but="ready") == ["start", "fault"]
+    assert {fields["generation"] for _, fields in observer.events} == {3}
 
 
 def test_what_failed_twice_alike_is_not_tried_a_third_time(ray_cluster: str, tmp_path: Path) -> None:
@@ -150,8 +151,8 @@ def test_what_failed_twice_alike_is_not_tried_a_third_time(ray_cluster: str, tmp
     plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
     with pytest.raises(WorkerError, match="one too many apples; the generation before failed alike, and so would"):
         supervise(count, plan, workers=4, max_restarts=9, first_generation=7, on_event=observer.on_event)
-    assert observer.kinds() == ["start", "ready", "fault", "start", "fault"]  # step 4 was committed: 5 is the next
-    assert [fields["generation"] for _, fields in observer.events] == [7, 7, 7, 8, 8]
+    assert observer.kinds(but="ready") == ["start", "fault", "start", "fault"]  # step 4 was committed: 5 is the next
+    assert [fields["generation"] for kind, fields in observer.events if kind != "ready"] == [7, 7, 8, 8]
     assert observer.fields("fault")["step"] == 4
 
 
@@ -199,7 +200,7 @@ def test_a_users_mistake_is_not_retried(ray_cluster: str, tmp_path: Path) -> Non
     plan = Plan(str(tmp_path), 10, trouble="ValueError", trouble_at=5)
     with pytest.raises(ValueError, match=r"^one too many apples$"):
         supervise(count, plan, workers=4, on_event=observer.on_event)
-    assert observer.kinds() == ["start", "ready", "fault"]
+    assert observer.kinds(but="ready") == ["start", "fault"]
 
 
 def test_more_workers_than_the_cluster_has(ray_cluster: str, tmp_path: Path) -> None:
