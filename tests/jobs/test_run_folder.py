@@ -110,8 +110,9 @@ def test_a_run_of_two_torchrun_processes_is_taken_up_by_one(
     monkeypatch.setenv("WORLD_SIZE", "2")
     commit(config_of(dataset, tmp_path, cluster__launcher="torchrun", layout__ep="2"))
     monkeypatch.setenv("WORLD_SIZE", "1")
-    claim(config_of(dataset, tmp_path, cluster__launcher="torchrun"))
-    claim(config_of(dataset, tmp_path))
+    for alone in (config_of(dataset, tmp_path, cluster__launcher="torchrun"), config_of(dataset, tmp_path)):
+        claim(alone)
+        assert load_config(str(tmp_path / "config.toml"), {}) == alone
 
 
 def test_config_toml_is_replaced_whole_or_not_at_all(dataset: Path, tmp_path: Path) -> None:
