@@ -32,12 +32,12 @@ MODEL = {
     "model.preset": "minimind-3-moe",
     "model.n_layers": "4",
     "model.d_model": "256",
-    "model.n_heads": "4",
-    "model.n_kv_heads": "2",
-    "model.head_dim": "64",
-    "model.d_ff": "768",
-    "model.d_expert": "768",
-    "model.balance_loss": "0.01",
+    "model.attention.n_heads": "4",
+    "model.attention.n_kv_heads": "2",
+    "model.attention.head_dim": "64",
+    "model.ffn.width": "768",
+    "model.moe.expert_width": "768",
+    "model.moe.balance_loss": "0.01",
 }
 TRAIN = {
     "train.global_batch": "8",

@@ -6,12 +6,14 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jobs.nearest import nearest
 from model import ModelConfig
+from model.config import merge
 from model.presets import preset_fields
 from parallel.layout import Layout
 
@@ -164,14 +166,17 @@ def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
 
     Raises ValueError of one line that names the setting, its value and what would be right.
     """
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, Any] = {}
     for name, value in [*_flatten(read_recipe(recipe) if recipe else {}), *overrides.items()]:
-        section, _, key = check_name(name).partition(".")
-        is_none = isinstance(value, str) and value.lower() == "none"
-        sections.setdefault(section, {})[key] = None if is_none else value
+        *path, key = check_name(name).split(".")
+        section = sections
+        for part in path:
+            # What sets a part to none is overruled by what sets one of its fields.
+            section[part] = section = section.get(part) or {}
+        section[key] = None if isinstance(value, str) and value.lower() == "none" else value
     model = sections.setdefault("model", {})
     # The preset is where the architecture's fields start from; what they end as is the config.
-    sections["model"] = {**preset_fields(str(model.pop("preset", DEFAULT_PRESET))), **model}
+    sections["model"] = merge(preset_fields(str(model.pop("preset", DEFAULT_PRESET))), model)
     try:
         return RunConfig.model_validate(sections)
     except ValidationError as error:
@@ -198,24 +203,29 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 def check_name(name: str) -> str:
     """The name of a setting, or ValueError with the nearest one that exists."""
-    known = [
-        f"{section}.{key}"
-        for section, field in RunConfig.model_fields.items()
-        for key in field.annotation.model_fields  # type: ignore[union-attr]
-    ]
-    known.append("model.preset")
+    known = ["model.preset", *_names(RunConfig)]
     if name not in known:
         raise ValueError(f"{name} is not a setting; {nearest(name, known)}")
     return name
 
 
-def _flatten(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for section, table in tables.items():
-        if not isinstance(table, Mapping):
-            yield section, table
-            continue
-        for key, value in table.items():
-            yield f"{section}.{key}", value
+def _names(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every setting below a config, dotted; of a part that may be missing (`model.moe`) the part itself too."""
+    for name, field in config.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        part = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        if part is None or NoneType in kinds:
+            yield prefix + name
+        if part:
+            yield from _names(part, f"{prefix}{name}.")
+
+
+def _flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _one_line(error: ValidationError) -> str:
@@ -231,16 +241,24 @@ def _one_line(error: ValidationError) -> str:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The config as a recipe that gives the same one again. Settings that are None are left out."""
-    lines = []
-    for section, values in config.model_dump().items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
-        lines.append("")
-    return "\n".join(lines)
+    """The config as a recipe that gives the same one again."""
+    return "\n".join(line for name, table in config.model_dump().items() for line in _toml_table(name, table))
+
+
+def _toml_table(name: str, table: Mapping[str, Any]) -> Iterator[str]:
+    yield f"[{name}]"
+    yield from (f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, Mapping))
+    yield ""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _toml_table(f"{name}.{key}", value)
 
 
 def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'  # what is left out would fall back to the preset's
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml_value(entry) for entry in value)}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -83,9 +83,10 @@ def _what(config: RunConfig) -> str:
 
     total, active = count_parameters(config.model)
     model, layout = config.model, config.resolved_layout
+    assert model.moe
     return (
-        f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active: {model.n_experts} experts, top-{model.top_k}, "
-        f"{model.n_shared_experts} shared; {layout.world_size} workers, expert parallel {layout.ep} x data parallel "
+        f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active: {model.n_experts} experts, top-{model.moe.top_k}, "
+        f"{model.moe.n_shared} shared; {layout.world_size} workers, expert parallel {layout.ep} x data parallel "
         f"{layout.world_size // layout.ep}"
     )
 

@@ -126,7 +126,8 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any]:
     return {
         "step": training.step,
         "loss": losses.cross_entropy,
-        "balance_loss": losses.balance,
+        "z_loss": losses.z,
+        "auxiliary_loss": losses.auxiliary,
         "tokens": losses.tokens,
         "positions": [batch.first, batch.first + config.train.global_batch],
         "grad_norm": norm,

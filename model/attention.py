@@ -1,79 +1,16 @@
-"""Grouped-query attention within documents, and the cache that makes decoding cheap."""
+"""Grouped-query attention within documents."""
 
 # Shapes: B batch, T tokens, H query heads, G key and value heads, d channels of a head, D model width.
-
-from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cache import KVCache
 from model.config import ModelConfig
+from model.context import Context
 from model.norm import RMSNorm
 from model.rope import rotate
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, in memory taken once.
-
-    Shapes: keys and values are [layers, B, G, capacity, d].
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
-        """`like` is any weight of the model: the cache has its dtype and device."""
-        self.keys = like.new_empty(config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-
-    def extend(self, layer: int, k_BGTd: Tensor, v_BGTd: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new tokens behind the `length` known ones; returns all of that layer's keys and values."""
-        end = self.length + k_BGTd.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens; {end} were to be stored")
-        self.keys[layer, :, :, self.length : end] = k_BGTd
-        self.values[layer, :, :, self.length : end] = v_BGTd
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What attention needs to know of where tokens stand, made once a forward pass and shared by all layers.
-
-    cos_BT1d, sin_BT1d: RoPE angles. lengths: tokens of each document piece in row-major order, or None when every
-    row is one document: attention then runs on the batch whole.
-    """
-
-    cos_BT1d: Tensor
-    sin_BT1d: Tensor
-    lengths: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Which tokens of a packed batch belong together, found once on the CPU: no device has to be waited for.
-
-    lengths: as in Positions. valid_BT (bool, on the model's device): False for padding.
-    """
-
-    lengths: list[int] | None
-    valid_BT: Tensor
-
-    @classmethod
-    def of(cls, ids_BT: Tensor, device: torch.device) -> Self:
-        """From each token's document id, [B, T]; -1 is padding."""
-        return cls(document_lengths(ids_BT), (ids_BT >= 0).to(device, non_blocking=True))
-
-
-def document_lengths(documents_BT: Tensor) -> list[int] | None:
-    """Lengths of the runs of equal document ids, row after row; None when every row is a single run."""
-    rows, width = documents_BT.shape
-    starts = torch.ones(rows, width, dtype=torch.bool)
-    starts[:, 1:] = documents_BT[:, 1:].cpu() != documents_BT[:, :-1].cpu()
-    edges = starts.flatten().nonzero().flatten()
-    if len(edges) == rows:
-        return None
-    return torch.diff(edges, append=torch.tensor([rows * width])).tolist()
 
 
 def attend(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, lengths: list[int] | None) -> Tensor:
@@ -99,20 +36,26 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.query = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=False)
-        self.key = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
-        self.value = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
-        self.output = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
-        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        attention = config.attention
+        self.layer, self.head_dim = layer, attention.head_dim
+        self.query = nn.Linear(config.d_model, attention.n_heads * self.head_dim, bias=False)
+        self.key = nn.Linear(config.d_model, attention.n_kv_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(config.d_model, attention.n_kv_heads * self.head_dim, bias=False)
+        self.output = nn.Linear(attention.n_heads * self.head_dim, config.d_model, bias=False)
+        has_norm = attention.qk_norm == "head"
+        self.query_norm = RMSNorm(self.head_dim, config.norm.eps) if has_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim, config.norm.eps) if has_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         # Under tensor parallelism x holds a slice of the tokens while the projections return all of them, fewer heads.
         q, k, v = (project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
-        q = rotate(self.query_norm(q), positions.cos_BT1d, positions.sin_BT1d)
-        k = rotate(self.key_norm(k), positions.cos_BT1d, positions.sin_BT1d)
-        out = attend(q, k, v, positions.lengths) if cache is None else self._attend_cached(q, k, v, cache)
+        q, k = self.query_norm(q), self.key_norm(k)
+        if context.rope:
+            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        if context.cache is None:
+            out = attend(q, k, v, context.documents.lengths)
+        else:
+            out = self._attend_cached(q, k, v, context.cache)
         return self.output(out.flatten(2))
 
     def _attend_cached(self, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, cache: KVCache) -> Tensor:

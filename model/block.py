@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, KVCache, Positions
+from model.attention import Attention
+from model.balance import Statistics
 from model.config import ModelConfig
+from model.context import Context
 from model.feedforward import SwiGLU
 from model.moe import MoE
 from model.norm import RMSNorm
@@ -13,24 +15,20 @@ from model.norm import RMSNorm
 class Block(nn.Module):
     """Pre-norm attention and feed-forward (dense or MoE), each added to the residual stream.
 
-    Shapes: x_BTD, valid_BT -> [B, T, D] and the balance term (0 in a dense layer).
+    Shapes: x_BTD -> [B, T, D], and what a MoE layer's auxiliary losses are made of while training (else None).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm.eps)
         self.attention = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.is_moe = config.is_moe_layer(layer)
-        self.ffn = MoE(config) if self.is_moe else SwiGLU(config.d_model, config.d_ff)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm.eps)
+        self.ffn = MoE(config) if config.is_moe_layer(layer) else SwiGLU(config.d_model, config.ffn.width)
 
-    def forward(
-        self, x_BTD: Tensor, positions: Positions, valid_BT: Tensor, cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions, cache)
-        normed_BTD = self.ffn_norm(x_BTD)
-        if self.is_moe:
-            out_BTD, balance = self.ffn(normed_BTD, valid_BT)
-        else:
-            out_BTD, balance = self.ffn(normed_BTD), torch.zeros((), device=x_BTD.device)
-        return x_BTD + out_BTD, balance
+    def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
+        out_BTD, statistics = self._feed_forward(self.ffn_norm(x_BTD), context)
+        return x_BTD + out_BTD, statistics
+
+    def _feed_forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
+        return self.ffn(x_BTD, context) if isinstance(self.ffn, MoE) else (self.ffn(x_BTD), None)

@@ -1,131 +1,132 @@
 """ModelConfig: a frozen, validated description of an architecture. A family is data, never a subclass."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
+
+from model.moe_config import MoEConfig
+from model.parts import (
+    AttentionConfig,
+    FeedForwardConfig,
+    InitConfig,
+    NormConfig,
+    Part,
+    PositionConfig,
+    above_zero,
+    at_least,
+)
 
 
-class ModelConfig(BaseModel):
-    """A decoder-only GPT: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU, optionally with MoE layers.
+class ModelConfig(Part):
+    """A decoder-only GPT, dense or with Mixture-of-Experts layers.
 
     Raises ValueError (pydantic's, which is one) naming the field, its value and what would be right.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = 6400
     """Rows of the embedding; at least the tokenizer's vocabulary."""
     n_layers: int = 8
     d_model: int = 768
     """Width of the residual stream."""
-    n_heads: int = 8
-    """Query heads."""
-    n_kv_heads: int = 4
-    """Key and value heads; each serves n_heads / n_kv_heads query heads (grouped-query attention)."""
-    head_dim: int = 96
-    d_ff: int = 2432
-    """Width of a dense layer's SwiGLU."""
     max_seq_len: int = 32768
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    qk_norm: bool = True
-    """RMSNorm over each query and key head, as in Qwen3."""
     tied_embeddings: bool = True
-    init_std: float = 0.02
+    """Whether the output head's weight is the embedding's."""
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    """What embeddings are multiplied with (Gemma: sqrt(d_model))."""
+    final_softcap: float | None = None
+    """Logits l become final_softcap * tanh(l / final_softcap) (Gemma 2)."""
+    z_loss: float = 0.0
+    """Factor of the mean squared log-sum-exp of the logits (PaLM, section 5)."""
+    residual: Literal["sequential", "parallel"] = "sequential"
+    """parallel: attention and feed-forward both read the layer's input (GPT-NeoX)."""
 
-    n_experts: int = 0
-    """Routed experts of a MoE layer; 0: every layer is dense."""
-    top_k: int = 1
-    """Experts per token."""
-    d_expert: int = 2432
-    """Width of one expert's SwiGLU; fine-grained experts are narrower than d_ff (DeepSeekMoE)."""
-    n_shared_experts: int = 0
-    """Experts that every token passes, computed as one SwiGLU of width n_shared_experts * d_expert."""
-    n_dense_layers: int = 0
-    """The first layers that stay dense."""
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
-    normalise_gates: bool = True
-    """Whether a token's top-k gates are divided by their sum."""
-    gate_scale: float = 1.0
-    """What the gates are multiplied with at the end (DeepSeek's routed scaling factor)."""
-    n_expert_groups: int = 1
-    """Groups of neighbouring experts among which device-limited routing chooses."""
-    top_k_groups: int = 1
-    """Groups that a token's experts may come from."""
-    group_score: Literal["max", "top2"] = "top2"
-    """What ranks a group: its best score (DeepSeek-V2) or the sum of its two best (DeepSeek-V3)."""
-    balance_loss: float = 0.0
-    """Factor of the sequence-wise balance loss (DeepSeek-V3, eqs. 17-20)."""
-    bias_update_rate: float = 0.0
-    """Step of the routing bias after each optimizer step (DeepSeek-V3, section 2.1.2); 0: no bias."""
+    norm: NormConfig = NormConfig()
+    position: PositionConfig = PositionConfig()
+    attention: AttentionConfig = AttentionConfig()
+    ffn: FeedForwardConfig = FeedForwardConfig()
+    moe: MoEConfig | None = None
+    """By default every layer is dense."""
+    init: InitConfig = InitConfig()
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """The named architecture with some fields changed. Raises ValueError with the nearest name if there is none."""
+        """The named architecture, some fields changed: `preset("demo-moe", n_layers=2, moe={"top_k": 2})`.
+
+        Raises ValueError with the nearest name if there is none.
+        """
         from model.presets import preset_fields
 
-        return cls(**{**preset_fields(name), **changes})
+        return cls(**merge(preset_fields(name), changes))
+
+    def but(self, **changes: Any) -> Self:
+        """The same architecture with some fields changed, and checked again."""
+        return type(self)(**merge(self.model_dump(), changes))
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts of a MoE layer; 0 in a dense model."""
+        return self.moe.n_experts if self.moe else 0
 
     def is_moe_layer(self, layer: int) -> bool:
-        return self.n_experts > 0 and layer >= self.n_dense_layers
+        return self.moe is not None and self.moe.is_moe_layer(layer)
 
     @property
     def n_moe_layers(self) -> int:
         return sum(self.is_moe_layer(layer) for layer in range(self.n_layers))
 
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of each head that RoPE turns."""
+        if self.attention.latent:
+            return self.attention.latent.rope_dim
+        return self.position.rotary_dim or self.attention.head_dim
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        positive = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("rope_theta", "norm_eps", "init_std", "gate_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be more than 0")
-        if self.n_heads % self.n_kv_heads:
-            fits = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise ValueError(
-                f"model.n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}; try one of {fits}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim={self.head_dim} must be even: RoPE turns pairs of channels")
-        if self.n_experts < 0:
-            raise ValueError(f"model.n_experts={self.n_experts} must be 0 (dense) or more")
-        if self.n_experts:
-            self._check_experts()
+        at_least(self, "model", 1, "vocab_size", "n_layers", "d_model", "max_seq_len")
+        at_least(self, "model", 0, "z_loss")
+        above_zero(self, "model", "embedding_scale", "final_softcap")
+        self._check_positions()
+        if self.norm.placement != "pre" and self.residual == "parallel":
+            raise ValueError(f"model.residual=parallel needs model.norm.placement=pre; it is {self.norm.placement}")
+        if self.head_bias and self.tied_embeddings:
+            raise ValueError("model.head_bias=true needs model.tied_embeddings=false")
+        if self.moe:
+            self._check_moe(self.moe)
         return self
 
-    def _check_experts(self) -> None:
-        experts, groups = self.n_experts, self.n_expert_groups
-        for name in ("top_k", "d_expert", "n_expert_groups", "top_k_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("n_shared_experts", "balance_loss", "bias_update_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be 0 or more")
-        for name in ("d_model", "d_expert"):
-            value = getattr(self, name)
-            if value % 8:
-                raise ValueError(
-                    f"model.{name}={value} must be a multiple of 8 in a model with experts, or the rows of their bf16 "
-                    f"weights are no multiple of 16 bytes, as grouped matrix products need; try {value + -value % 8}"
-                )
-        if not 0 <= self.n_dense_layers < self.n_layers:
+    def _check_positions(self) -> None:
+        head_dim = self.attention.head_dim
+        if self.position.kind != "rope":
+            if self.attention.latent:
+                raise ValueError(f"model.position.kind={self.position.kind} does not go with latent attention; use rope")
+            return
+        if self.position.rotary_dim is None and head_dim % 2:
+            raise ValueError(f"model.attention.head_dim={head_dim} must be even: RoPE turns pairs of channels")
+        if self.position.rotary_dim is not None and (self.attention.latent or self.position.rotary_dim > head_dim):
+            right = "leave it out with latent attention" if self.attention.latent else f"at most head_dim={head_dim}"
+            raise ValueError(f"model.position.rotary_dim={self.position.rotary_dim} is too much; {right}")
+
+    def _check_moe(self, moe: MoEConfig) -> None:
+        if self.d_model % 8:
             raise ValueError(
-                f"model.n_dense_layers={self.n_dense_layers} must lie between 0 and n_layers - 1 = {self.n_layers - 1}"
+                f"model.d_model={self.d_model} must be a multiple of 8 in a model with experts, or the rows of their "
+                f"bf16 weights are no multiple of 16 bytes, as grouped matrix products need; "
+                f"try {self.d_model + -self.d_model % 8}"
             )
-        if experts % groups:
-            fits = [n for n in range(1, experts + 1) if experts % n == 0]
-            raise ValueError(f"model.n_expert_groups={groups} must divide n_experts={experts}; try one of {fits}")
-        if self.top_k_groups > groups:
-            raise ValueError(f"model.top_k_groups={self.top_k_groups} must be at most n_expert_groups={groups}")
-        reachable = experts // groups * self.top_k_groups
-        if self.top_k > reachable:
+        if not self.n_moe_layers:
             raise ValueError(
-                f"model.top_k={self.top_k} must be at most {reachable}, the experts in "
-                f"{self.top_k_groups} of {groups} groups of n_experts={experts}"
+                f"model.moe.n_dense_layers={moe.n_dense_layers} and every={moe.every} leave none of "
+                f"n_layers={self.n_layers} layers experts; lower them"
             )
-        if groups > 1 and self.group_score == "top2" and experts // groups < 2:
-            raise ValueError(
-                f"model.group_score=top2 needs two experts a group; n_expert_groups={groups} leaves one: use max"
-            )
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested fields with some of them replaced; a part that was None starts from nothing."""
+    merged = dict(base)
+    for name, value in changes.items():
+        held = merged.get(name)
+        merged[name] = merge(held, value) if isinstance(value, Mapping) and isinstance(held, Mapping) else value
+    return merged

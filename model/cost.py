@@ -12,9 +12,9 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
         sizes = {name: parameter.numel() for name, parameter in Decoder(config).named_parameters()}
     total = sum(sizes.values())
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
-    if not routed:
+    if not config.moe:
         return total, total
-    return total, total - routed + routed * config.top_k // config.n_experts
+    return total, total - routed + routed * config.moe.top_k // config.moe.n_experts
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -24,7 +24,8 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     the scores and sums of causal attention over seq_len tokens, half of which the mask hides.
     """
     _, active = count_parameters(config)
-    norms = 2 * config.n_layers * (config.d_model + config.head_dim * config.qk_norm) + config.d_model
+    heads = config.attention
+    norms = 2 * config.n_layers * (config.d_model + heads.head_dim * (heads.qk_norm == "head")) + config.d_model
     lookup = 0 if config.tied_embeddings else config.vocab_size * config.d_model
-    attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len / 2
+    attention = 12 * config.n_layers * heads.n_heads * heads.head_dim * seq_len / 2
     return 6 * (active - norms - lookup) + attention

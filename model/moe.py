@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.balance import TINY, Statistics, statistics_of
 from model.config import ModelConfig
+from model.context import Context
 from model.feedforward import SwiGLU
 from model.grouped import grouped_linear
-
-TINY = 1e-20
-"""Added to sums of scores that are divided by: sigmoids can underflow to 0, all of them."""
 
 
 class Routing(NamedTuple):
@@ -39,24 +38,25 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        assert config.moe
+        self.moe = config.moe
         self.linear = nn.Linear(config.d_model, config.n_experts, bias=False)
         self.register_buffer("bias_E", torch.zeros(config.n_experts))
 
     def forward(self, x_BTD: Tensor) -> Routing:
-        config = self.config
+        moe = self.moe
         logits_NE = self.linear(x_BTD.to(self.linear.weight.dtype)).flatten(0, 1)
         logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
-        scores_NE = logits_NE.sigmoid() if config.score_function == "sigmoid" else logits_NE.softmax(-1)
+        scores_NE = logits_NE.sigmoid() if moe.score == "sigmoid" else logits_NE.softmax(-1)
         # The bias steers which experts are chosen, never how much they count (eq. 16).
         ranking_NE = limit_to_groups(
-            scores_NE.detach() + self.bias_E, config.n_expert_groups, config.top_k_groups, config.group_score
+            scores_NE.detach() + self.bias_E, moe.n_groups, moe.top_k_groups, moe.group_score
         )
-        chosen_NK = ranking_NE.topk(config.top_k, dim=-1).indices
+        chosen_NK = ranking_NE.topk(moe.top_k, dim=-1).indices
         gates_NK = scores_NE.gather(-1, chosen_NK)
-        if config.normalise_gates:
+        if moe.normalise_gates:
             gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + TINY)
-        return Routing(chosen_NK, gates_NK * config.gate_scale, scores_NE)
+        return Routing(chosen_NK, gates_NK * moe.gate_scale, scores_NE)
 
 
 def limit_to_groups(scores_NE: Tensor, groups: int, top_k_groups: int, group_score: str) -> Tensor:
@@ -194,65 +194,43 @@ class Experts(nn.Module):
         return grouped_linear(hidden_MF, down_EDF, counts_E)
 
 
-def sequence_balance(
-    chosen_BTK: Tensor, scores_BTE: Tensor, valid_BT: Tensor, dispatcher: LocalDispatcher
-) -> tuple[Tensor, Tensor]:
-    """How unevenly each sequence uses the experts, summed over the sequences; and the tokens of each expert.
-
-    A sequence's value is sum_i f_i P_i with f_i = E / (K T) times the tokens that chose expert i and P_i its mean
-    normalised score: 1 where balance is perfect, up to E / K. Only valid tokens count.
-
-    Shapes: [B, T, K], [B, T, E], [B, T] (bool) -> scalar, counts_E (int64).
-    Source: DeepSeek-V3, eqs. 17-20.
-    """
-    (batch, _, k), n_experts = chosen_BTK.shape, scores_BTE.shape[-1]
-    weight_BT1 = valid_BT[..., None].to(scores_BTE.dtype)
-    counts_BE = scores_BTE.new_zeros(batch, n_experts)
-    counts_BE.scatter_add_(1, chosen_BTK.flatten(1), weight_BT1.expand(-1, -1, k).flatten(1))
-    counts_E = counts_BE.sum(0).to(torch.int64)
-    counts_BE = dispatcher.total(counts_BE)
-    tokens_B1 = dispatcher.total(weight_BT1.sum(1)).clamp(min=1)
-    shares_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + TINY)
-    mean_share_BE = dispatcher.total((shares_BTE * weight_BT1).sum(1)) / tokens_B1
-    frequency_BE = counts_BE * n_experts / (k * tokens_B1)
-    return (frequency_BE * mean_share_BE).sum(), counts_E
-
-
 class MoE(nn.Module):
     """Routed experts, and shared ones that every token passes (DeepSeekMoE, 2024).
 
-    Shapes: x_BTD, valid_BT (bool: False for padding, which no statistic counts) -> [B, T, D] and the layer's balance
-    term, summed over the sequences of the batch.
+    Shapes: x_BTD -> [B, T, D], and while training what the auxiliary losses are made of (else None).
     """
 
     tokens_E: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_experts = config.n_experts
+        assert config.moe
+        self.moe = config.moe
         self.router = Router(config)
-        self.experts = Experts(config.n_experts, config.d_model, config.d_expert)
-        shared_width = config.n_shared_experts * config.d_expert
+        self.experts = Experts(config.n_experts, config.d_model, config.moe.expert_width)
+        shared_width = config.moe.n_shared * config.moe.expert_width
         self.shared = SwiGLU(config.d_model, shared_width) if shared_width else None
         self.dispatcher = LocalDispatcher()
         # Tokens each expert was chosen for since the last optimizer step, on this rank, in training alone.
         self.register_buffer("tokens_E", torch.zeros(config.n_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
         batch_shape = x_BTD.shape[:2]
         routing = self.router(x_BTD)
-        balance, counts_E = sequence_balance(
-            routing.chosen_NK.unflatten(0, batch_shape),
-            routing.scores_NE.unflatten(0, batch_shape),
-            self.dispatcher.own(valid_BT),
-            self.dispatcher,
-        )
+        statistics = None
         if self.training:
-            self.tokens_E += counts_E
-        rows_MD, counts, plan = self.dispatcher.dispatch(x_BTD.flatten(0, 1), routing.chosen_NK, self.n_experts)
+            statistics = statistics_of(
+                routing.chosen_NK.unflatten(0, batch_shape),
+                routing.scores_NE.unflatten(0, batch_shape),
+                self.dispatcher.own(context.documents.valid_BT),
+                self.moe.group_size,
+            )
+            self.tokens_E += statistics.counts_GE.sum(0).to(torch.int64)
+            statistics = statistics.total(self.dispatcher.total)
+        rows_MD, counts, plan = self.dispatcher.dispatch(x_BTD.flatten(0, 1), routing.chosen_NK, self.moe.n_experts)
         out_ND = self.dispatcher.combine(self.experts(rows_MD, counts), plan, routing.gates_NK)
         out_BTD = out_ND.view_as(x_BTD)
-        return (out_BTD if self.shared is None else out_BTD + self.shared(x_BTD)), balance
+        return (out_BTD if self.shared is None else out_BTD + self.shared(x_BTD)), statistics
 
 
 def updated_bias(bias_E: Tensor, tokens_E: Tensor, rate: float) -> Tensor:

@@ -42,17 +42,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class GlobalLosses:
-    """Of one global batch: mean cross-entropy per valid token, mean balance term per sequence (its layers summed)."""
+    """Of one global batch: mean cross-entropy and output z-loss per valid token, mean auxiliary loss per routing group."""
 
     cross_entropy: float
-    balance: float
+    z: float
+    auxiliary: float
     tokens: int
 
 
 def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], tp: int) -> GlobalLosses:
     """Adds the gradient of the global batch's loss to every parameter, and returns that loss.
 
-    The loss is sum(cross-entropy) / (valid tokens of the global batch) + balance_loss * sum(balance) / (its sequences),
+    The loss is sum(cross-entropy + z) / (valid tokens of the global batch) + sum(auxiliary) / (its routing groups),
     whatever ranks and micro-batches the batch is spread over. `tp` peers hold the same sequences. Each micro-batch's
     gradient is reduced to this rank's shard at once, so that no rank ever holds the whole model's; replicas (HSDP)
     exchange theirs once, with the last. Collective.
@@ -62,21 +63,20 @@ def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], 
     n_sequences = sum(len(batch.tokens_BT) for batch in micro_batches)
     tokens, sequences = (int(x) // tp for x in world_sum(torch.tensor([n_targets, n_sequences])))
     # A batch without a single target has loss 0, not 0/0.
-    per_token, per_balance = 1 / max(tokens, 1), 1 / sequences
+    group_size = config.moe.group_size if config.moe else 1
+    per_token, per_group = 1 / max(tokens, 1), group_size / sequences
     sums = None
     for i, batch in enumerate(micro_batches):
         if isinstance(decoder, FSDPModule):
             decoder.set_requires_all_reduce(i == len(micro_batches) - 1)
         losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents)
-        loss = losses.cross_entropy * per_token
-        if config.n_moe_layers and config.balance_loss:
-            loss = loss + losses.balance * (config.balance_loss * per_balance)
+        loss = (losses.cross_entropy + losses.z) * per_token + losses.auxiliary * per_group
         loss.backward()
         found = torch.stack([part.detach().double() for part in losses])
         sums = found if sums is None else sums + found
     assert sums is not None
-    cross_entropy, balance = (world_sum(sums) / tp).tolist()
-    return GlobalLosses(cross_entropy * per_token, balance * per_balance, tokens)
+    cross_entropy, z, auxiliary = (world_sum(sums) / tp).tolist()
+    return GlobalLosses(cross_entropy * per_token, z * per_token, auxiliary * per_group, tokens)
 
 
 @torch.no_grad()
@@ -141,6 +141,6 @@ def update_routing_bias(decoder: Decoder) -> Tensor | None:
     if dist.is_initialized():
         dist.all_reduce(tokens_LE)
     for layer, tokens_E in zip(layers, tokens_LE, strict=True):
-        layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, tokens_E, decoder.config.bias_update_rate))
+        layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, tokens_E, layer.moe.bias_update_rate))
         layer.tokens_E.zero_()
     return tokens_LE.cpu()

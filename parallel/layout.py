@@ -92,12 +92,13 @@ class Layout(BaseModel):
             raise ValueError(
                 f"layout.ep={self.ep} must divide n_experts={model.n_experts} and dp_shard * tp = {peers}; try {fits}"
             )
-        split = {"n_heads": model.n_heads, "n_kv_heads": model.n_kv_heads, "vocab_size": model.vocab_size}
+        heads = model.attention
+        split = {"n_heads": heads.n_heads, "n_kv_heads": heads.n_kv_heads, "vocab_size": model.vocab_size}
         split["train.seq_len"] = seq_len
         if model.n_moe_layers < model.n_layers:
-            split["d_ff"] = model.d_ff
-        if model.n_experts and model.n_shared_experts:
-            split["n_shared_experts * d_expert"] = model.n_shared_experts * model.d_expert
+            split["ffn.width"] = model.ffn.width
+        if model.moe and model.moe.n_shared:
+            split["moe.n_shared * expert_width"] = model.moe.n_shared * model.moe.expert_width
         for name, value in split.items():
             if value % self.tp:
                 fits = [d for d in _divisors(self.world_size) if all(v % d == 0 for v in split.values())]

@@ -67,22 +67,22 @@ def _block_plan(decoder: Decoder, layer: int) -> dict[str, ParallelStyle]:
         "attention_norm": SequenceParallel(use_local_output=True),
         "ffn_norm": SequenceParallel(use_local_output=True),
         "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
+            input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)
         ),
         "attention.query": ColwiseParallel(),
         "attention.key": ColwiseParallel(),
         "attention.value": ColwiseParallel(),
         "attention.output": RowwiseParallel(output_layouts=Shard(1)),
     }
-    if config.qk_norm:
+    if config.attention.qk_norm == "head":
         # Heads are split, tokens are not: the norm's weight sees a slice of dimension 2.
         plan["attention.query_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
         plan["attention.key_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
-    if not config.is_moe_layer(layer):
+    if config.moe is None or not config.is_moe_layer(layer):
         plan |= _swiglu_plan("ffn")
     else:
         plan["ffn.router.linear"] = SequenceParallel(use_local_output=True)
-        if config.n_shared_experts:
+        if config.moe.n_shared:
             plan |= _swiglu_plan("ffn.shared")
     return plan
 

@@ -1,0 +1,54 @@
+"""What a forward pass knows beside the hidden state."""
+
+# Shapes: B batch, T tokens, d channels of a head that RoPE turns.
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from model.cache import KVCache
+from model.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Which tokens of a packed batch belong together, found once on the CPU: no device has to be waited for.
+
+    lengths: tokens of each document piece in row-major order, or None when every row is one document: attention then
+    runs on the batch whole. valid_BT (bool, on the model's device): False for padding.
+    """
+
+    lengths: list[int] | None
+    valid_BT: Tensor
+
+    @classmethod
+    def of(cls, ids_BT: Tensor, device: torch.device) -> Self:
+        """From each token's document id, [B, T]; -1 is padding."""
+        return cls(document_lengths(ids_BT), (ids_BT >= 0).to(device, non_blocking=True))
+
+
+def document_lengths(documents_BT: Tensor) -> list[int] | None:
+    """Lengths of the runs of equal document ids, row after row; None when every row is a single run."""
+    rows, width = documents_BT.shape
+    starts = torch.ones(rows, width, dtype=torch.bool)
+    starts[:, 1:] = documents_BT[:, 1:].cpu() != documents_BT[:, :-1].cpu()
+    edges = starts.flatten().nonzero().flatten()
+    if len(edges) == rows:
+        return None
+    return torch.diff(edges, append=torch.tensor([rows * width])).tolist()
+
+
+@dataclass(frozen=True)
+class Context:
+    """Made once a forward pass and shared by all layers.
+
+    rope: cosine and sine of every token's angles, two of [B, T, 1, d], or None without RoPE.
+    documents: which tokens see each other. cache: None but in decoding. randomness: None where nothing is drawn.
+    """
+
+    rope: tuple[Tensor, Tensor] | None
+    documents: Documents
+    cache: KVCache | None = None
+    randomness: Randomness | None = None
