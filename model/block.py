@@ -7,7 +7,7 @@ from model.attention import Attention
 from model.balance import Statistics
 from model.config import ModelConfig
 from model.context import Context
-from model.feedforward import SwiGLU
+from model.feedforward import FeedForward
 from model.moe import MoE
 from model.norm import RMSNorm
 
@@ -23,12 +23,11 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.d_model, config.norm.eps)
         self.attention = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.d_model, config.norm.eps)
-        self.ffn = MoE(config) if config.is_moe_layer(layer) else SwiGLU(config.d_model, config.ffn.width)
+        is_moe = config.is_moe_layer(layer)
+        self.ffn = MoE(config) if is_moe else FeedForward(config.d_model, config.ffn.width, config.ffn, layer)
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
-        out_BTD, statistics = self._feed_forward(self.ffn_norm(x_BTD), context)
+        out = self.ffn(self.ffn_norm(x_BTD), context)
+        out_BTD, statistics = out if isinstance(self.ffn, MoE) else (out, None)
         return x_BTD + out_BTD, statistics
-
-    def _feed_forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
-        return self.ffn(x_BTD, context) if isinstance(self.ffn, MoE) else (self.ffn(x_BTD), None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.balance import TINY, Statistics, statistics_of
 from model.config import ModelConfig
 from model.context import Context
-from model.feedforward import SwiGLU
+from model.feedforward import FeedForward
 from model.grouped import grouped_linear
 
 
@@ -209,7 +209,7 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config.n_experts, config.d_model, config.moe.expert_width)
         shared_width = config.moe.n_shared * config.moe.expert_width
-        self.shared = SwiGLU(config.d_model, shared_width) if shared_width else None
+        self.shared = FeedForward(config.d_model, shared_width, config.ffn) if shared_width else None
         self.dispatcher = LocalDispatcher()
         # Tokens each expert was chosen for since the last optimizer step, on this rank, in training alone.
         self.register_buffer("tokens_E", torch.zeros(config.n_experts, dtype=torch.int64), persistent=False)
@@ -230,7 +230,7 @@ class MoE(nn.Module):
         rows_MD, counts, plan = self.dispatcher.dispatch(x_BTD.flatten(0, 1), routing.chosen_NK, self.moe.n_experts)
         out_ND = self.dispatcher.combine(self.experts(rows_MD, counts), plan, routing.gates_NK)
         out_BTD = out_ND.view_as(x_BTD)
-        return (out_BTD if self.shared is None else out_BTD + self.shared(x_BTD)), statistics
+        return (out_BTD if self.shared is None else out_BTD + self.shared(x_BTD, context)), statistics
 
 
 def updated_bias(bias_E: Tensor, tokens_E: Tensor, rate: float) -> Tensor:

@@ -79,17 +79,17 @@ def _block_plan(decoder: Decoder, layer: int) -> dict[str, ParallelStyle]:
         plan["attention.query_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
         plan["attention.key_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
     if config.moe is None or not config.is_moe_layer(layer):
-        plan |= _swiglu_plan("ffn")
+        plan |= _feed_forward_plan("ffn")
     else:
         plan["ffn.router.linear"] = SequenceParallel(use_local_output=True)
         if config.moe.n_shared:
-            plan |= _swiglu_plan("ffn.shared")
+            plan |= _feed_forward_plan("ffn.shared")
     return plan
 
 
-def _swiglu_plan(name: str) -> dict[str, ParallelStyle]:
+def _feed_forward_plan(name: str) -> dict[str, ParallelStyle]:
     return {
-        name: PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        name: PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
         f"{name}.gate": ColwiseParallel(),
         f"{name}.up": ColwiseParallel(),
         f"{name}.down": RowwiseParallel(output_layouts=Shard(1)),
