@@ -38,6 +38,7 @@ class Attention(nn.Module):
         super().__init__()
         attention = config.attention
         self.layer, self.head_dim = layer, attention.head_dim
+        self.interleaved = config.position.interleaved
         self.query = nn.Linear(config.d_model, attention.n_heads * self.head_dim, bias=False)
         self.key = nn.Linear(config.d_model, attention.n_kv_heads * self.head_dim, bias=False)
         self.value = nn.Linear(config.d_model, attention.n_kv_heads * self.head_dim, bias=False)
@@ -51,7 +52,7 @@ class Attention(nn.Module):
         q, k, v = (project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
         q, k = self.query_norm(q), self.key_norm(k)
         if context.rope:
-            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+            q, k = (rotate(x, *context.rope, self.interleaved) for x in (q, k))
         if context.cache is None:
             out = attend(q, k, v, context.documents.lengths)
         else:

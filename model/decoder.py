@@ -97,7 +97,9 @@ class Decoder(nn.Module):
             seen = cache.length if cache else 0
             positions_BT = torch.arange(seen, seen + tokens_BT.shape[1], device=tokens_BT.device)[None]
         x_BTD = self.embedding(tokens_BT)
-        rope = rope_angles(positions_BT, config.rotary_dim, config.position.theta, x_BTD.dtype)
+        rope = None
+        if config.position.kind == "rope":
+            rope = rope_angles(positions_BT, config.rotary_dim, config.position, x_BTD.dtype)
         if documents_BT is None:
             documents_BT = Documents(None, torch.ones_like(tokens_BT, dtype=torch.bool))
         elif isinstance(documents_BT, Tensor):
