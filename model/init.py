@@ -1,38 +1,87 @@
-"""Initial weights as a function of (seed, parameter name) alone, so that every layout starts from the same ones."""
+"""Initial weights as a function of (config, seed, parameter name) alone: every layout starts from the same ones."""
 
 import hashlib
+import math
+import re
 
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
+from model.decoder import Decoder
+
 BLOCK_ROWS = 256
+WRITES_TO_STREAM = ("attention.output.weight", "ffn.down.weight", "shared.down.weight", "experts.down_EDF")
+"""Ends of the names of those matrices whose products are added to the residual stream."""
 
 
-def initial_tensor(name: str, shape: tuple[int, ...], std: float, seed: int, rows: slice = slice(None)) -> Tensor:
-    """Some rows of a parameter's initial fp32 value: norms are 1, everything else is normal with deviation `std`.
+def initial_tensor(
+    config: ModelConfig, name: str, shape: tuple[int, ...], seed: int, rows: slice = slice(None)
+) -> Tensor:
+    """Some rows of a parameter's initial fp32 value: norms are 1, biases 0, matrices normal as `config.init` says.
 
     Drawn on the CPU from generators of their own, keyed by (seed, name, block of rows): neither the device nor the
     order in which parameters are made, nor how many ranks share them, changes a number. A rank draws the blocks (and,
     of stacked experts [E, ...], the experts) that it holds rows of, and no others.
     """
     first, end, _ = rows.indices(shape[0])
-    if len(shape) == 1:
-        return torch.ones(end - first)
+    if len(shape) == 1 or "bias" in name.rpartition(".")[2]:
+        return torch.full((end - first, *shape[1:]), _constant(config, name))
+    deviation = _deviation(config, name, shape)
+    bound = 2 * deviation if config.init.scheme == "fan_in" else math.inf
     if len(shape) == 3:
-        return torch.stack([initial_tensor(f"{name}.{expert}", shape[1:], std, seed) for expert in range(first, end)])
+        experts = range(first, end)
+        return torch.stack([_draw(f"{seed}/{name}.{e}", shape[1:], slice(None), deviation, bound) for e in experts])
+    return _draw(f"{seed}/{name}", shape, rows, deviation, bound)
+
+
+def _constant(config: ModelConfig, name: str) -> float:
+    """What every entry of a bias (0) or a norm's weight is: 1, stored as 0 where the norm scales by 1 + w."""
+    return 0.0 if "bias" in name.rpartition(".")[2] or config.norm.unit_offset else 1.0
+
+
+def _deviation(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a matrix's entries; of a truncated normal, that before it is cut.
+
+    Source: Radford et al., 2019, section 2.3 (megatron); Zhang et al., 2019 (depth); Fedus et al., 2021, section 2.4.
+    """
+    std, scheme = config.init.std, config.init.scheme
+    if "conv" in name:
+        return 1 / math.sqrt(shape[-1])  # each output is a sum over the taps alone, whatever the model's width
+    if scheme == "fan_in":
+        return std / math.sqrt(shape[-1])
+    if scheme == "normal" or not name.endswith(WRITES_TO_STREAM):
+        return std
+    layers = config.n_layers if scheme == "megatron" else _layer(name) + 1
+    return std / math.sqrt(2 * layers)
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"blocks\.(\d+)\.", name)
+    assert found, name
+    return int(found[1])
+
+
+def _draw(key: str, shape: tuple[int, ...], rows: slice, deviation: float, bound: float) -> Tensor:
+    """Some rows of a matrix, drawn in blocks of BLOCK_ROWS."""
+    first, end, _ = rows.indices(shape[0])
     start = first - first % BLOCK_ROWS
-    blocks = [_block(f"{seed}/{name}/{row}", shape, row, std) for row in range(start, end, BLOCK_ROWS)]
+    heights = {row: min(BLOCK_ROWS, shape[0] - row) for row in range(start, end, BLOCK_ROWS)}
+    blocks = [_block(f"{key}/{row}", (height, shape[1]), deviation, bound) for row, height in heights.items()]
     return torch.cat(blocks)[first - start : end - start]
 
 
-def _block(key: str, shape: tuple[int, ...], row: int, std: float) -> Tensor:
+def _block(key: str, shape: tuple[int, int], deviation: float, bound: float) -> Tensor:
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(min(BLOCK_ROWS, shape[0] - row), shape[1]).normal_(0.0, std, generator=generator)
+    block = torch.empty(shape)
+    if bound == math.inf:
+        return block.normal_(0.0, deviation, generator=generator)
+    return torch.nn.init.trunc_normal_(block, 0.0, deviation, -bound, bound, generator=generator)
 
 
 @torch.no_grad()
-def initialise(module: torch.nn.Module, std: float, seed: int) -> None:
-    """Fills every parameter of a module that lives whole on one device."""
-    for name, parameter in module.named_parameters():
-        parameter.copy_(initial_tensor(name, parameter.shape, std, seed))
+def initialise(decoder: Decoder, seed: int) -> None:
+    """Fills every parameter of a decoder that lives whole on one device."""
+    for name, parameter in decoder.named_parameters():
+        parameter.copy_(initial_tensor(decoder.config, name, parameter.shape, seed))

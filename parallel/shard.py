@@ -87,7 +87,7 @@ def initialise_shards(decoder: Decoder, seed: int) -> None:
     for name, parameter in decoder.named_parameters():
         rows, *rest = _held_box(parameter)
         if local(parameter).numel():
-            values = initial_tensor(name, parameter.shape, decoder.config.init.std, seed, rows)
+            values = initial_tensor(decoder.config, name, parameter.shape, seed, rows)
             local(parameter).copy_(values[(slice(None), *rest)])
 
 

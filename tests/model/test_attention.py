@@ -18,7 +18,7 @@ LENGTHS = [[5, 9, 2], [16], [1, 1, 14]]
 
 def decoder_of(name: str) -> Decoder:
     decoder = Decoder(CONFIGS[name]).double()
-    initialise(decoder, CONFIGS[name].init_std, seed=1)
+    initialise(decoder, seed=1)
     return decoder
 
 

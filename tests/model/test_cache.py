@@ -19,7 +19,7 @@ PROMPT = torch.tensor([[5, 9, 2, 33, 17]])
 
 def decoder_of(name: str) -> Decoder:
     decoder = Decoder(CONFIGS[name]).double().eval()
-    initialise(decoder, CONFIGS[name].init_std, seed=4)
+    initialise(decoder, seed=4)
     return decoder
 
 

@@ -41,7 +41,7 @@ CONFIGS = {
 def test_flops_equal_those_that_torch_counts(config: ModelConfig) -> None:
     """Of forward and backward in fp64, where experts are a loop of products that torch can count."""
     decoder = Decoder(config).double()
-    initialise(decoder, 0.2, 0)
+    initialise(decoder, 0)
     tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         F.cross_entropy(decoder(tokens).flatten(0, 1), tokens.flatten()).backward()
