@@ -50,22 +50,22 @@ def transformers_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.
     common = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
+        "intermediate_size": config.ffn.width,
         "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
+        "num_attention_heads": config.attention.n_heads,
+        "num_key_value_heads": config.attention.n_kv_heads,
+        "head_dim": config.attention.head_dim,
         "tie_word_embeddings": config.tied_embeddings,
         "use_cache": False,
     }
-    if config.n_experts:
+    if config.moe:
         peer = transformers.Qwen3MoeForCausalLM(
             transformers.Qwen3MoeConfig(
                 **common,
-                num_experts=config.n_experts,
-                num_experts_per_tok=config.top_k,
-                moe_intermediate_size=config.d_expert,
-                norm_topk_prob=config.normalise_gates,
+                num_experts=config.moe.n_experts,
+                num_experts_per_tok=config.moe.top_k,
+                moe_intermediate_size=config.moe.expert_width,
+                norm_topk_prob=config.moe.normalise_gates,
                 output_router_logits=True,
             )
         )

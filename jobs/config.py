@@ -167,7 +167,7 @@ def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
     Raises ValueError of one line that names the setting, its value and what would be right.
     """
     sections: dict[str, Any] = {}
-    for name, value in [*_flatten(read_recipe(recipe) if recipe else {}), *overrides.items()]:
+    for name, value in [*flatten(read_recipe(recipe) if recipe else {}), *overrides.items()]:
         *path, key = check_name(name).split(".")
         section = sections
         for part in path:
@@ -220,10 +220,11 @@ def _names(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _names(part, f"{prefix}{name}.")
 
 
-def _flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as pairs of a dotted name and a value."""
     for name, value in tables.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

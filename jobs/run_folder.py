@@ -12,7 +12,7 @@ from typing import Any
 
 from data.dataset import Dataset
 from data.tokenizer import copy_tokenizer
-from jobs.config import RunConfig, to_toml
+from jobs.config import RunConfig, flatten, to_toml
 from model import ModelConfig
 from model.cost import count_parameters
 from parallel.checkpoint import Commit, list_commits
@@ -50,7 +50,11 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
     metadata = commit.manifest.metadata
     before = _deciding(ModelConfig(**metadata["config"]["model"]), metadata["config"]["train"])
     wanted = _deciding(now.model, now.train.model_dump())
-    differing = [f"{name}={wanted[name]} (there: {before[name]})" for name in wanted if wanted[name] != before[name]]
+    differing = [
+        f"{name}={wanted.get(name)} (there: {before.get(name)})"
+        for name in {**wanted, **before}
+        if wanted.get(name) != before.get(name)
+    ]
     if differing:
         raise ValueError(
             f"run.dir={now.run.dir} holds a different run: {', '.join(differing)}; "
@@ -66,7 +70,7 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
 
 
 def _deciding(model: ModelConfig, train: dict[str, Any]) -> dict[str, Any]:
-    return {f"model.{name}": value for name, value in model} | {f"train.{name}": train[name] for name in _FIXED}
+    return dict(flatten(model.model_dump(), "model.")) | {f"train.{name}": train[name] for name in _FIXED}
 
 
 @contextmanager

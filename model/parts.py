@@ -89,7 +89,7 @@ class RopeScaling(Part):
 class PositionConfig(Part):
     """How a token knows where it stands in its document."""
 
-    kind: Literal["rope", "learned", "none"] = "rope"
+    kind: Literal["rope", "learned"] | None = "rope"
     theta: float = 1e6
     """RoPE's base."""
     rotary_dim: int | None = None
@@ -141,7 +141,7 @@ class AttentionConfig(Part):
     """Channels of a query and key head; of a value head too, but for latent attention."""
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"
+    qk_norm: Literal["head", "full"] | None = None
     """RMSNorm over each query and key head (Qwen3), or over all heads' channels together (OLMoE)."""
     scale: float | None = None
     """What scores are multiplied with; by default 1 / sqrt(head_dim)."""
@@ -184,7 +184,7 @@ class AttentionConfig(Part):
             )
         if self.n_kv_heads != self.n_heads:
             raise ValueError(f"{prefix}.n_kv_heads={self.n_kv_heads} must be n_heads={self.n_heads} with latent attention")
-        for name, unset in (("qk_norm", "none"), ("window", None), ("qkv_bias", False), ("softcap", None)):
+        for name, unset in (("qk_norm", None), ("window", None), ("qkv_bias", False), ("softcap", None)):
             if getattr(self, name) != unset:
                 raise ValueError(f"{prefix}.{name}={getattr(self, name)} does not go with latent attention; leave it {unset}")
 

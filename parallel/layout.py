@@ -86,7 +86,7 @@ class Layout(BaseModel):
         """Raises ValueError naming the degree to change when this (resolved) layout cannot run the model."""
         peers = self.shard * self.tp
         if self.ep > 1 and not model.n_experts:
-            raise ValueError(f"layout.ep={self.ep} needs experts, but model.n_experts=0; use ep=1")
+            raise ValueError(f"layout.ep={self.ep} needs experts, but model.moe is none; use ep=1")
         if model.n_experts and (model.n_experts % self.ep or peers % self.ep):
             fits = [d for d in _divisors(peers) if model.n_experts % d == 0]
             raise ValueError(

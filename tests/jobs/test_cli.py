@@ -54,7 +54,7 @@ def test_help_is_no_mistake(moray: Moray) -> None:
         ({"model__preset": "demo-moo"}, "model.preset=demo-moo is not known; did you mean demo-moe?"),
         ({"recipe": "dmo"}, "--recipe dmo is not known; did you mean demo?"),
         ({"train__steps": "many"}, "train.steps=many: input should be a valid integer"),
-        ({"model__n_heads": 5}, "model.n_kv_heads=2 must divide n_heads=5; try one of [1, 5]"),
+        ({"model__attention__n_heads": 5}, "model.attention.n_kv_heads=2 must divide n_heads=5; try one of [1, 5]"),
         ({"train__seq_len": 4096}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
         ({"data__path": "nowhere"}, f"data.path={Path.cwd() / 'nowhere'} does not exist; make it with `moray prepare"),
         ({"model__vocab_size": 300}, "entries, more than the model's vocab_size=300; set model.vocab_size=400"),
@@ -125,8 +125,8 @@ def test_an_altered_shard_is_named_with_sample_and_byte(moray: Moray, copied: Pa
 def test_a_run_folder_of_another_model(moray: Moray, dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert moray("pretrain", *tiny(dataset, run, train__steps=2)).code == 0
-    line = line_of(moray("pretrain", *tiny(dataset, run, train__steps=2, model__d_ff=64)))
-    assert line.startswith(f"moray: run.dir={run} holds a different run: model.d_ff=64 (there: 48); choose another")
+    line = line_of(moray("pretrain", *tiny(dataset, run, train__steps=2, model__ffn__width=64)))
+    assert line.startswith(f"moray: run.dir={run} holds a different run: model.ffn.width=64 (there: 48); choose another")
 
 
 def test_a_run_trained_on_other_data(moray: Moray, dataset: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import parse_settings
-from jobs.config import RunConfig, check_name, load_config, to_toml
+from jobs.config import RunConfig, check_name, flatten, load_config, to_toml
 from model import ModelConfig
 
 NEEDED = {"data.path": "d", "run.dir": "r", "cluster.launcher": "local"}
@@ -36,9 +36,9 @@ def refusal(**settings: str) -> str:
 
 def test_the_command_line_wins_over_the_recipe_over_the_preset_over_the_default(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[model]\npreset = "minimind-3"\nn_layers = 3\nd_ff = 64\n[train]\nsteps = 50\nseq_len = 128\n')
-    config = load(recipe, model__d_ff="96", train__steps="70")
-    assert (config.model.d_ff, config.train.steps) == (96, 70), "the command line"
+    recipe.write_text('[model]\npreset = "minimind-3"\nn_layers = 3\n[model.ffn]\nwidth = 64\n[train]\nsteps = 50\nseq_len = 128\n')
+    config = load(recipe, model__ffn__width="96", train__steps="70")
+    assert (config.model.ffn.width, config.train.steps) == (96, 70), "the command line"
     assert (config.model.n_layers, config.train.seq_len) == (3, 128), "the recipe"
     assert config.model.d_model == ModelConfig.preset("minimind-3").d_model, "the preset"
     assert config.train.global_batch == RunConfig.model_fields["train"].default.global_batch, "the default"
@@ -60,11 +60,23 @@ def test_every_setting_of_the_contract_is_known() -> None:
             assert check_name(f"{section}.{key}") == f"{section}.{key}"
 
 
-@pytest.mark.parametrize("name", ModelConfig.model_fields)
+FIELDS = dict(flatten(ModelConfig.preset("demo-moe").model_dump()))
+
+
+@pytest.mark.parametrize("name", FIELDS)
 def test_every_field_of_the_model_is_a_setting(name: str) -> None:
-    value = getattr(ModelConfig(), name)
-    config = load(**{"model__preset": "minimind-3", f"model__{name}": str(value)})
-    assert getattr(config.model, name) == value
+    value = FIELDS[name]
+    written = ",".join(value) if isinstance(value, tuple) else str(value)
+    config = load(**{"model__preset": "demo-moe", f"model__{name.replace('.', '__')}": written})
+    assert dict(flatten(config.model.model_dump()))[name] == value
+
+
+def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
+    scaling = {"kind": "linear", "factor": "4"}
+    config = load(model__preset="demo-dense", **{f"model__position__scaling__{name}": x for name, x in scaling.items()})
+    assert (config.model.position.scaling.kind, config.model.position.scaling.factor) == ("linear", 4.0)
+    assert load(model__preset="demo-moe", model__moe="none").model == ModelConfig.preset("demo-dense")
+    assert "model.moe.expert_width" in refusal(model__preset="demo-dense", model__moe__n_experts="4")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +84,7 @@ def test_every_field_of_the_model_is_a_setting(name: str) -> None:
     [
         ({"train.step": "3"}, "train.step is not a setting; did you mean train.steps?"),
         ({"trian.steps": "3"}, "trian.steps is not a setting; did you mean train.steps?"),
-        ({"model.n_expert": "3"}, "model.n_expert is not a setting; did you mean model.n_experts?"),
+        ({"model.moe.n_expert": "3"}, "model.moe.n_expert is not a setting; did you mean model.moe.n_experts?"),
         ({"steps": "3"}, "steps is not a setting; "),
         ({"model.preset": "demo-mo"}, "model.preset=demo-mo is not known; did you mean demo-moe?"),
         ({"data.path": ""}, "data.path is missing"),
@@ -84,14 +96,14 @@ def test_every_field_of_the_model_is_a_setting(name: str) -> None:
         ({"optimizer.lr": "nan"}, "optimizer.lr=nan: input should be a finite number"),
         ({"optimizer.lr": "inf"}, "optimizer.lr=inf: input should be a finite number"),
         ({"optimizer.eps": "inf"}, "optimizer.eps=inf: input should be a finite number"),
-        ({"model.rope_theta": "inf"}, "model.rope_theta=inf: input should be a finite number"),
-        ({"model.d_expert": "20"}, "model.d_expert=20 must be a multiple of 8"),
+        ({"model.position.theta": "inf"}, "model.position.theta=inf: input should be a finite number"),
+        ({"model.moe.expert_width": "20"}, "model.moe.expert_width=20 must be a multiple of 8"),
         ({"train.seed": str(2**63)}, "train.seed=9223372036854775808: input should be less than"),
         ({"cluster.workers": "4"}, "cluster.workers=4 must be 1 with cluster.launcher=local; or choose ray"),
         ({"cluster.startup_timeout_s": "0"}, "cluster.startup_timeout_s=0: input should be greater than 0"),
         ({"cluster.launcher": "slurm"}, "cluster.launcher=slurm: input should be 'ray', 'torchrun' or 'local'"),
-        ({"model.qk_norm": "perhaps"}, "model.qk_norm=perhaps: input should be a valid boolean"),
-        ({"model.n_heads": "3"}, "model.n_kv_heads=2 must divide n_heads=3; try one of [1, 3]"),
+        ({"model.tied_embeddings": "perhaps"}, "model.tied_embeddings=perhaps: input should be a valid boolean"),
+        ({"model.attention.n_heads": "3"}, "model.attention.n_kv_heads=2 must divide n_heads=3; try one of [1, 3]"),
         ({"train.seq_len": "4096"}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
         ({"train.steps": "5"}, "optimizer.warmup_steps=20 must be at most train.steps=5"),
     ],
@@ -110,7 +122,7 @@ ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}
         ({"layout__dp_shard": "2"}, "= 2 must equal the 4 workers; leave dp_shard out or ask for 2 workers"),
         ({"layout__ep": "3"}, "layout.ep=3 must divide n_experts=16 and dp_shard * tp = 4; try [1, 2, 4]"),
         ({"layout__ep": "8"}, "layout.ep=8 must divide n_experts=16 and dp_shard * tp = 4; try [1, 2, 4]"),
-        ({"layout__ep": "2", "model__preset": "demo-dense"}, "layout.ep=2 needs experts, but model.n_experts=0"),
+        ({"layout__ep": "2", "model__preset": "demo-dense"}, "layout.ep=2 needs experts, but model.moe is none"),
         ({"layout__tp": "4"}, "layout.tp=4 must divide n_kv_heads=2; try [1, 2]"),
         ({"layout__tp": "0"}, "layout.tp=0 must be at least 1"),
         ({"train__global_batch": "30"}, "train.global_batch=30 must be a multiple of the 4 data-parallel ranks"),
@@ -156,10 +168,11 @@ def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
     [
         {},
         {"model__preset": "minimind-3-moe", "optimizer__lr": "3e-7", "optimizer__eps": "1e-12"},
-        {"checkpoint__keep_every": "50", "layout__dp_shard": "1", "model__qk_norm": "false"},
+        {"checkpoint__keep_every": "50", "layout__dp_shard": "1", "model__attention__qk_norm": "none"},
         {"run__dir": 'a "quoted" C:\\folder\twith é and 🐟\nlines'},
+        {"model__moe": "none"},
     ],
-    ids=["defaults", "small numbers", "optional ones", "a strange name"],
+    ids=["defaults", "small numbers", "optional ones", "a strange name", "dense"],
 )
 def test_a_config_written_as_toml_is_read_as_the_same(tmp_path: Path, settings: dict[str, str]) -> None:
     config = load(**settings)
@@ -212,6 +225,6 @@ def test_paths_are_those_of_the_folder_that_the_command_was_given_in(
 
 
 def test_only_a_dense_layer_asks_tensor_parallel_ranks_to_share_its_width() -> None:
-    shared = {**ON_4, "layout__tp": "2", "model__d_ff": "767"}
-    assert "layout.tp=2 must divide d_ff=767" in refusal(**shared, model__n_dense_layers="1")
-    assert load(**shared, model__n_dense_layers="0").resolved_layout.tp == 2
+    shared = {**ON_4, "layout__tp": "2", "model__ffn__width": "767"}
+    assert "layout.tp=2 must divide ffn.width=767" in refusal(**shared, model__moe__n_dense_layers="1")
+    assert load(**shared, model__moe__n_dense_layers="0").resolved_layout.tp == 2

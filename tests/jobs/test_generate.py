@@ -79,11 +79,18 @@ def test_sampling_that_makes_no_sense_is_refused(settings: dict[str, float], mes
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     config = ModelConfig.preset(
-        "demo-moe", n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, d_expert=16, max_seq_len=32,
+        "demo-moe",
+        n_layers=2,
+        d_model=32,
+        max_seq_len=32,
         vocab_size=64,
-    )  # fmt: skip
+        attention={"n_heads": 4, "n_kv_heads": 2, "head_dim": 8},
+        ffn={"width": 48},
+        moe={"expert_width": 16},
+        init={"std": 0.3},
+    )
     module = Decoder(config).eval()
-    initialise(module, 0.3, seed=0)
+    initialise(module, seed=0)
     return module
 
 

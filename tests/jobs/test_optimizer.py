@@ -11,13 +11,20 @@ from jobs.optimizer import build_optimizer, set_learning_rate, training_state
 from model import Decoder, ModelConfig, initialise
 
 CONFIG = ModelConfig.preset(
-    "demo-moe", n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, d_expert=16, vocab_size=64
+    "demo-moe",
+    n_layers=2,
+    d_model=32,
+    vocab_size=64,
+    attention={"n_heads": 4, "n_kv_heads": 2, "head_dim": 8},
+    ffn={"width": 48},
+    moe={"expert_width": 16},
+    init={"std": 0.1},
 )
 
 
 def decoder() -> Decoder:
     module = Decoder(CONFIG)
-    initialise(module, 0.1, seed=0)
+    initialise(module, seed=0)
     return module
 
 

@@ -36,7 +36,7 @@ STEPS, BATCH, SEQ_LEN = 8, 4, 64
 ROOT = Path(__file__).parents[2]
 KEYS = {"step", "loss", "tokens", "tokens_per_second", "grad_norm", "lr", "generation", "layout"}  # the contract
 KEYS |= {"positions", "mfu", "expert_balance", "memory_bytes"}
-EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "positions", "balance_loss", "expert_balance")
+EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "positions", "auxiliary_loss", "expert_balance")
 
 
 def arguments(dataset: Path, run: Path, **changes: object) -> list[str]:
@@ -79,7 +79,7 @@ def assert_close_history(run: Path, truth: Path) -> None:
     ours, theirs = read_metrics(run), read_metrics(truth)
     assert [row["positions"] for row in ours] == [row["positions"] for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        for key in ("loss", "grad_norm", "balance_loss", "validation_loss"):
+        for key in ("loss", "grad_norm", "auxiliary_loss", "validation_loss"):
             assert mine.get(key) == (pytest.approx(other[key], rel=1e-4) if key in other else None)
 
 
@@ -112,7 +112,7 @@ def test_a_run_leaves_what_the_contract_promises(untouched: Path) -> None:
 def test_the_first_loss_is_that_of_the_initial_weights_on_the_first_batch(untouched: Path, dataset: Path) -> None:
     config = load_config(str(untouched / "config.toml"), {})
     decoder = Decoder(config.model)
-    initialise(decoder, config.model.init_std, config.train.seed)
+    initialise(decoder, config.train.seed)
     lanes = {"seq_len": SEQ_LEN, "global_batch": BATCH, "seed": 0, "lanes": range(BATCH)}
     batch = Stream(Dataset.open(dataset), "train", **lanes).batch(0)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -338,7 +338,7 @@ def test_a_longer_run_goes_on_from_the_end(dataset: Path, untouched: Path, tmp_p
 
 
 def test_bf16_and_a_dense_model_train_too(dataset: Path, tmp_path: Path) -> None:
-    changes = {"train__steps": 3, "optimizer__warmup_steps": 1, "train__dtype": "bfloat16", "model__n_experts": 0}
+    changes = {"train__steps": 3, "optimizer__warmup_steps": 1, "train__dtype": "bfloat16", "model__moe": "none"}
     assert dispatch(arguments(dataset, tmp_path, **changes)) == 0
     rows = read_metrics(tmp_path)
     assert rows[-1]["loss"] < rows[0]["loss"]

@@ -61,7 +61,7 @@ def test_a_new_folder_gets_config_and_tokenizer(dataset: Path, tmp_path: Path) -
         ({"train__global_batch": "8"}, "train.global_batch=8 (there: 4)"),
         ({"train__seq_len": "32"}, "train.seq_len=32 (there: 64)"),
         ({"model__d_model": "64"}, "model.d_model=64 (there: 32)"),
-        ({"model__bias_update_rate": "0.5"}, "model.bias_update_rate=0.5 (there: 0.001)"),
+        ({"model__moe__bias_update_rate": "0.5"}, "model.moe.bias_update_rate=0.5 (there: 0.001)"),
     ],
 )
 def test_another_run_is_refused_with_both_values(

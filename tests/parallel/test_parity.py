@@ -25,17 +25,22 @@ from parallel.shard import build_decoder, initialise_shards
 STEPS, BATCH, TOKENS, SEED = 5, 8, 16, 3
 MAX_NORM = 0.5
 OPTIMIZER = OptimizerSection(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
-NARROW = {"n_layers": 3, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 48, "vocab_size": 64}
+HEADS = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8}
+NARROW: dict[str, Any] = {"n_layers": 3, "d_model": 32, "vocab_size": 64, "attention": HEADS, "ffn": {"width": 48}}
 # A wide initialisation, so that routing and attention are far from uniform.
-NARROW |= {"init_std": 0.2}
+NARROW |= {"init": {"std": 0.2}}
 
 MODELS = {
     "dense": ModelConfig.preset("minimind-3", **NARROW),
-    "dense-untied": ModelConfig.preset("demo-dense", **NARROW, tied_embeddings=False, qk_norm=False),
+    "dense-untied": ModelConfig.preset("demo-dense", **{**NARROW, "attention": {**HEADS, "qk_norm": None}}, tied_embeddings=False),
     "moe-deepseek": ModelConfig.preset(
-        "demo-moe", **NARROW, n_experts=8, top_k=3, d_expert=16, balance_loss=0.1, bias_update_rate=0.05
+        "demo-moe",
+        **NARROW,
+        moe={"n_experts": 8, "top_k": 3, "expert_width": 16, "balance_loss": 0.1, "bias_update_rate": 0.05},
     ),
-    "moe-softmax": ModelConfig.preset("minimind-3-moe", **NARROW, n_experts=4, top_k=2, d_expert=24, balance_loss=0.1),
+    "moe-softmax": ModelConfig.preset(
+        "minimind-3-moe", **NARROW, moe={"n_experts": 4, "top_k": 2, "expert_width": 24, "balance_loss": 0.1}
+    ),
 }
 IDLE_EXPERT = 1
 
@@ -78,7 +83,7 @@ def starve(decoder: torch.nn.Module) -> None:
 
 def truth(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     decoder = Decoder(config).to(dtype)
-    initialise(decoder, config.init_std, SEED)
+    initialise(decoder, SEED)
     starve(decoder)
     matrices, vectors = ([p for p in decoder.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
     optimizer = torch.optim.AdamW(
@@ -93,12 +98,11 @@ def truth(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         logits = decoder(**inputs)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets_BT"].flatten(), ignore_index=-100)
         losses.append(loss.item())
-        if config.n_moe_layers:
+        if config.moe:
             for module in decoder.modules():
                 if isinstance(module, MoE):
                     module.tokens_E.zero_()
-            balance = decoder.loss(**inputs, targets_BT=batch["targets_BT"]).balance
-            loss = loss + config.balance_loss * balance / BATCH
+            loss = loss + decoder.loss(**inputs, targets_BT=batch["targets_BT"]).auxiliary / BATCH
         optimizer.zero_grad()
         loss.backward()
         gradients = gradients or {name: p.grad.clone() for name, p in decoder.named_parameters()}
@@ -107,8 +111,8 @@ def truth(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         for module in decoder.modules():
             if isinstance(module, MoE):
                 assert module.tokens_E[IDLE_EXPERT] == 0
-                assert module.tokens_E.sum() == (BATCH * TOKENS - 3) * config.top_k
-                bias = updated_bias(module.router.bias_E, module.tokens_E, config.bias_update_rate)
+                assert module.tokens_E.sum() == (BATCH * TOKENS - 3) * config.moe.top_k
+                bias = updated_bias(module.router.bias_E, module.tokens_E, module.moe.bias_update_rate)
                 module.router.bias_E.copy_(bias)
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": state(decoder)}
 
