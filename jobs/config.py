@@ -154,7 +154,18 @@ class RunConfig(Section):
                 f"train.global_batch={self.train.global_batch} must be a multiple of the {layout.dp} data-parallel "
                 f"ranks of layout {layout}; try {nearest}"
             )
+        self._check_routing_groups(layout)
         return self
+
+    def _check_routing_groups(self, layout: Layout) -> None:
+        """A routing group lies within one rank's lanes and one micro-batch, or its statistics would depend on both."""
+        size = self.model.moe.group_size if self.model.moe else 1
+        lanes, micro_batch = self.train.global_batch // layout.dp, self.train.micro_batch
+        if lanes % size or micro_batch % size:
+            raise ValueError(
+                f"model.moe.group_size={size} must divide train.micro_batch={micro_batch} and the {lanes} sequences "
+                "of each data-parallel rank; try 1, or a larger batch"
+            )
 
     @property
     def resolved_layout(self) -> Layout:

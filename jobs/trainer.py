@@ -23,7 +23,7 @@ from jobs.metrics import MetricsLog, expert_balance, matmul_peak
 from jobs.optimizer import build_optimizer, set_learning_rate, training_state
 from jobs.run_folder import check_same_run
 from jobs.schedule import learning_rate
-from model import Decoder
+from model import Decoder, Randomness
 from model.cost import train_flops_per_token
 from parallel.checkpoint import Checkpointer, DiskFullError
 from parallel.gradients import (
@@ -254,14 +254,12 @@ def validate(training: Training) -> dict[str, float]:
 
 def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
     """This rank's lanes in pieces of at most micro_batch sequences, on its device."""
-    size = training.config.train.micro_batch
-    parts = zip(
-        *(tensor.split(size) for tensor in (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT)),
-        strict=True,
-    )
+    train, device = training.config.train, training.context.device
+    sequences_B = torch.arange(batch.first + training.lanes.start, batch.first + training.lanes.stop)
+    tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT, sequences_B)
     return [
-        MicroBatch.of(tokens, targets, positions, documents, training.context.device)
-        for tokens, targets, positions, documents in parts
+        MicroBatch.of(*inputs, device, Randomness(train.seed, training.step, sequences.to(device)))
+        for *inputs, sequences in zip(*(tensor.split(train.micro_batch) for tensor in tensors), strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from model import Documents
+from model import Documents, Randomness
 from model.decoder import IGNORED, Decoder
 from model.moe import MoE, local, updated_bias
 
@@ -25,10 +25,17 @@ class MicroBatch:
     positions_BT: Tensor
     documents: Documents
     n_targets: int
+    randomness: Randomness | None = None
 
     @classmethod
     def of(
-        cls, tokens_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor, documents_BT: Tensor, device: torch.device
+        cls,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        positions_BT: Tensor,
+        documents_BT: Tensor,
+        device: torch.device,
+        randomness: Randomness | None = None,
     ) -> Self:
         """From tensors on the CPU: what is counted here costs no wait for the device later."""
         return cls(
@@ -37,12 +44,13 @@ class MicroBatch:
             positions_BT.to(device, non_blocking=True),
             Documents.of(documents_BT, device),
             int((targets_BT != IGNORED).sum()),
+            randomness,
         )
 
 
 @dataclass(frozen=True)
 class GlobalLosses:
-    """Of one global batch: mean cross-entropy and output z-loss per valid token, mean auxiliary loss per routing group."""
+    """Of one global batch: cross-entropy and output z-loss per valid token, auxiliary loss per routing group."""
 
     cross_entropy: float
     z: float
@@ -69,7 +77,7 @@ def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], 
     for i, batch in enumerate(micro_batches):
         if isinstance(decoder, FSDPModule):
             decoder.set_requires_all_reduce(i == len(micro_batches) - 1)
-        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents)
+        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents, batch.randomness)
         loss = (losses.cross_entropy + losses.z) * per_token + losses.auxiliary * per_group
         loss.backward()
         found = torch.stack([part.detach().double() for part in losses])

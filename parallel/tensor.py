@@ -66,9 +66,7 @@ def _block_plan(decoder: Decoder, layer: int) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(use_local_output=True),
         "ffn_norm": SequenceParallel(use_local_output=True),
-        "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)
-        ),
+        "attention": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
         "attention.query": ColwiseParallel(),
         "attention.key": ColwiseParallel(),
         "attention.value": ColwiseParallel(),

@@ -126,7 +126,9 @@ def test_a_run_folder_of_another_model(moray: Moray, dataset: Path, tmp_path: Pa
     run = tmp_path / "run"
     assert moray("pretrain", *tiny(dataset, run, train__steps=2)).code == 0
     line = line_of(moray("pretrain", *tiny(dataset, run, train__steps=2, model__ffn__width=64)))
-    assert line.startswith(f"moray: run.dir={run} holds a different run: model.ffn.width=64 (there: 48); choose another")
+    assert line.startswith(
+        f"moray: run.dir={run} holds a different run: model.ffn.width=64 (there: 48); choose another"
+    )
 
 
 def test_a_run_trained_on_other_data(moray: Moray, dataset: Path, tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def refusal(**settings: str) -> str:
 
 def test_the_command_line_wins_over_the_recipe_over_the_preset_over_the_default(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[model]\npreset = "minimind-3"\nn_layers = 3\n[model.ffn]\nwidth = 64\n[train]\nsteps = 50\nseq_len = 128\n')
+    recipe.write_text(
+        '[model]\npreset = "minimind-3"\nn_layers = 3\n[model.ffn]\nwidth = 64\n[train]\nsteps = 50\nseq_len = 128\n'
+    )
     config = load(recipe, model__ffn__width="96", train__steps="70")
     assert (config.model.ffn.width, config.train.steps) == (96, 70), "the command line"
     assert (config.model.n_layers, config.train.seq_len) == (3, 128), "the recipe"
@@ -105,6 +107,10 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
         ({"model.tied_embeddings": "perhaps"}, "model.tied_embeddings=perhaps: input should be a valid boolean"),
         ({"model.attention.n_heads": "3"}, "model.attention.n_kv_heads=2 must divide n_heads=3; try one of [1, 3]"),
         ({"train.seq_len": "4096"}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
+        (
+            {"model.moe.group_size": "4", "train.micro_batch": "6"},
+            "model.moe.group_size=4 must divide train.micro_batch=6 and the 32 sequences of each data-parallel rank",
+        ),
         ({"train.steps": "5"}, "optimizer.warmup_steps=20 must be at most train.steps=5"),
     ],
 )
