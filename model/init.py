@@ -25,7 +25,7 @@ def initial_tensor(
     of stacked experts [E, ...], the experts) that it holds rows of, and no others.
     """
     first, end, _ = rows.indices(shape[0])
-    if len(shape) == 1 or "bias" in name.rpartition(".")[2]:
+    if len(shape) == 1 or _is_zero(name):
         return torch.full((end - first, *shape[1:]), _constant(config, name))
     deviation = _deviation(config, name, shape)
     bound = 2 * deviation if config.init.scheme == "fan_in" else math.inf
@@ -35,9 +35,14 @@ def initial_tensor(
     return _draw(f"{seed}/{name}", shape, rows, deviation, bound)
 
 
+def _is_zero(name: str) -> bool:
+    """Whether a parameter starts at zero: biases, and the second matrix of a low-rank adapter (Hu et al., 2021)."""
+    return "bias" in name.rpartition(".")[2] or name.endswith("adapter.b.weight")
+
+
 def _constant(config: ModelConfig, name: str) -> float:
     """What every entry of a bias (0) or a norm's weight is: 1, stored as 0 where the norm scales by 1 + w."""
-    return 0.0 if "bias" in name.rpartition(".")[2] or config.norm.unit_offset else 1.0
+    return 0.0 if _is_zero(name) or config.norm.unit_offset else 1.0
 
 
 def _deviation(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float:

@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.context import Context
 from model.feedforward import FeedForward
 from model.grouped import grouped_linear
+from model.sharded import local
 
 
 class Routing(NamedTuple):
@@ -169,11 +170,6 @@ class LocalDispatcher:
     def total(self, x: Tensor) -> Tensor:
         """Sums a statistic over the ranks that hold parts of the same sequences: here, one rank holds them whole."""
         return x
-
-
-def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a weight: under expert parallelism the weights are DTensors, split over the experts."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 class Experts(nn.Module):

@@ -63,7 +63,7 @@ def _mscale(factor: float, weight: float = 1.0) -> float:
 
 
 def _attention_factor(scaling: RopeScaling | None) -> float:
-    """What cosine and sine are multiplied with. Source: YaRN, eq. 22, and DeepSeek's m(mscale) / m(mscale_all_dim)."""
+    """What cosine and sine are multiplied with. Source: YaRN, section 3.4; DeepSeek's m(mscale) / m(mscale_all_dim)."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
@@ -84,11 +84,10 @@ def _frequencies(rotary_dim: int, position: PositionConfig, device: torch.device
         return frequencies_f
     if scaling.kind == "linear":
         return frequencies_f / scaling.factor
-    kept_f = (
-        _kept_by_bands(frequencies_f, scaling)
-        if scaling.kind == "llama3"
-        else _kept_by_ramp(frequencies_f, rotary_dim, theta, scaling)
-    )
+    if scaling.kind == "llama3":
+        kept_f = _kept_by_bands(frequencies_f, scaling)
+    else:
+        kept_f = _kept_by_ramp(frequencies_f, rotary_dim, theta, scaling)
     return frequencies_f / scaling.factor * (1 - kept_f) + frequencies_f * kept_f
 
 
@@ -101,7 +100,11 @@ def _kept_by_bands(frequencies_f: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _kept_by_ramp(frequencies_f: Tensor, rotary_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """How much of each frequency YaRN keeps: a ramp over the channels between beta_fast and beta_slow turns (eqs. 17-20)."""
+    """How much of each frequency YaRN keeps: all where it turns more than beta_fast times over the old length.
+
+    From there to beta_slow turns it falls linearly over the channels, as in the published code; the paper's own ramp is
+    linear in the turns. Source: YaRN, section 3.2.
+    """
     assert scaling.original_max_seq_len
     length = scaling.original_max_seq_len
 
