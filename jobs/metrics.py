@@ -92,3 +92,11 @@ def expert_balance(tokens_LE: Tensor | None) -> list[float]:
         return []
     load_LE = tokens_LE.double()
     return (load_LE.amax(1) / load_LE.mean(1).clamp(min=1)).tolist()
+
+
+def expert_entropy(tokens_LE: Tensor | None) -> list[float]:
+    """Entropy of each MoE layer's use of its experts over that of even use: 1 is perfect balance, 0 is collapse."""
+    if tokens_LE is None:
+        return []
+    share_LE = tokens_LE.double() / tokens_LE.sum(1, keepdim=True).clamp(min=1)
+    return (torch.special.entr(share_LE).sum(1) / math.log(max(tokens_LE.shape[1], 2))).tolist()

@@ -19,7 +19,7 @@ from cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, WorkerContext
 from data.dataset import Dataset
 from data.stream import Batch, Stream, evaluation_batches
 from jobs.config import RunConfig
-from jobs.metrics import MetricsLog, expert_balance, matmul_peak
+from jobs.metrics import MetricsLog, expert_balance, expert_entropy, matmul_peak
 from jobs.optimizer import build_optimizer, set_learning_rate, training_state
 from jobs.run_folder import check_same_run
 from jobs.schedule import learning_rate
@@ -121,7 +121,7 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any]:
     set_learning_rate(training.optimizer, rate)
     training.optimizer.step()
     training.optimizer.zero_grad()
-    balance = expert_balance(update_routing_bias(decoder))
+    tokens_LE = update_routing_bias(decoder)
     training.step += 1
     return {
         "step": training.step,
@@ -132,7 +132,8 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any]:
         "positions": [batch.first, batch.first + config.train.global_batch],
         "grad_norm": norm,
         "lr": rate,
-        "expert_balance": balance,
+        "expert_balance": expert_balance(tokens_LE),
+        "expert_entropy": expert_entropy(tokens_LE),
         "generation": training.context.generation,
         "layout": str(training.layout),
     }

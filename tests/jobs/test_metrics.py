@@ -1,6 +1,7 @@
 """metrics.jsonl after crashes and restarts, TensorBoard, and the numbers derived for them."""
 
 import json
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.metrics import MetricsLog, expert_balance, matmul_peak, read_metrics
+from jobs.metrics import MetricsLog, expert_balance, expert_entropy, matmul_peak, read_metrics
 
 
 def write(run: Path, steps: range, generation: int = 1, **fields: object) -> None:
@@ -79,6 +80,14 @@ def test_expert_balance_is_the_busiest_over_the_mean() -> None:
     assert expert_balance(tokens) == [1.0, 4.0, 1.5]
     assert expert_balance(torch.zeros(1, 4, dtype=torch.int64)) == [0.0]
     assert expert_balance(None) == []
+
+
+def test_expert_entropy_is_that_of_torchs_categorical_over_that_of_even_use() -> None:
+    tokens = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 2]])
+    shares = tokens / tokens.sum(1, keepdim=True)
+    expected = torch.distributions.Categorical(shares).entropy() / math.log(4)
+    assert expert_entropy(tokens) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert expert_entropy(None) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
