@@ -13,8 +13,8 @@ from model.block import Block
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.context import Context, Documents
-from model.loss import IGNORED, WholeVocabulary, cross_entropy_sum
-from model.norm import RMSNorm
+from model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
+from model.norm import build_norm
 from model.randomness import Randomness
 from model.rope import rope_angles
 
@@ -22,8 +22,9 @@ from model.rope import rope_angles
 class Losses(NamedTuple):
     """Sums, so that their scope is the caller's. Their factors (`z_loss`, those of `moe`) are in them.
 
-    cross_entropy, z: over the tokens that have a target. auxiliary: over the routing groups of `moe.group_size`
-    sequences; 0 but in training.
+    cross_entropy, z: over the tokens that have a target; the gradient of their sum flows through cross_entropy, so it
+    is z's value alone that is told apart. auxiliary: over the routing groups of `moe.group_size` sequences; 0 but in
+    training.
     """
 
     cross_entropy: Tensor
@@ -41,9 +42,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        is_learned = config.position.kind == "learned"
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if is_learned else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm.eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        # After post-norm blocks the stream is normalised already.
+        is_post = config.norm.placement == "post"
+        self.norm = nn.Identity() if is_post else build_norm(config.d_model, config.norm)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
         self.vocabulary = WholeVocabulary()
@@ -61,7 +66,9 @@ class Decoder(nn.Module):
         documents_BT: document of each token (-1: padding), as ids or as Documents; attention stays within a document.
         """
         x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache, None)
-        return F.linear(self.vocabulary.gather(x_BTD), self.vocabulary.weight(self.head.weight))
+        logits_BTV = F.linear(self.vocabulary.gather(x_BTD), *self._head())
+        cap = self.config.final_softcap
+        return soft_cap(logits_BTV, cap) if cap else logits_BTV
 
     def loss(
         self,
@@ -77,11 +84,24 @@ class Decoder(nn.Module):
         """
         x_BTD, statistics = self._hidden(tokens_BT, positions_BT, documents_BT, None, randomness)
         x_ND = self.vocabulary.gather(x_BTD).flatten(0, 1)
-        weight = self.vocabulary.weight(self.head.weight)
-        cross_entropy = cross_entropy_sum(x_ND, weight, targets_BT.flatten(), self.vocabulary)
-        zero = torch.zeros_like(cross_entropy)
+        weight_VD, bias_V = self._head()
+        cross_entropy, z = cross_entropy_sum(
+            x_ND,
+            weight_VD,
+            targets_BT.flatten(),
+            self.vocabulary,
+            bias_V=bias_V,
+            softcap=self.config.final_softcap,
+            z_loss=self.config.z_loss,
+        )
         moe = self.config.moe
-        return Losses(cross_entropy, zero, auxiliary_loss(statistics, moe) if moe and statistics else zero)
+        auxiliary = auxiliary_loss(statistics, moe) if moe and statistics else torch.zeros_like(z)
+        return Losses(cross_entropy, z, auxiliary)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's rows of the head's weight and bias."""
+        bias = self.head.bias
+        return self.vocabulary.weight(self.head.weight), None if bias is None else self.vocabulary.weight(bias)
 
     def _hidden(
         self,
@@ -92,12 +112,10 @@ class Decoder(nn.Module):
         randomness: Randomness | None,
     ) -> tuple[Tensor, list[Statistics]]:
         """What the head reads, and every MoE layer's statistics."""
-        config = self.config
         if positions_BT is None:
-            seen = cache.length if cache else 0
-            positions_BT = torch.arange(seen, seen + tokens_BT.shape[1], device=tokens_BT.device)[None]
-        x_BTD = self.embedding(tokens_BT)
-        rope = None
+            positions_BT = self._positions(tokens_BT, 0 if cache is None else cache.length)
+        x_BTD = self._embed(tokens_BT, positions_BT)
+        config, rope = self.config, None
         if config.position.kind == "rope":
             rope = rope_angles(positions_BT, config.rotary_dim, config.position, x_BTD.dtype)
         if documents_BT is None:
@@ -113,6 +131,21 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         return self.norm(x_BTD), statistics
+
+    def _positions(self, tokens_BT: Tensor, seen: int) -> Tensor:
+        """Places of tokens that follow `seen` others."""
+        end = seen + tokens_BT.shape[1]
+        if self.position_embedding is not None and end > self.config.max_seq_len:
+            raise ValueError(
+                f"model.max_seq_len={self.config.max_seq_len} learned positions are too few for {end} tokens"
+            )
+        return torch.arange(seen, end, device=tokens_BT.device)[None]
+
+    def _embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        x_BTD = self.embedding(tokens_BT)
+        if self.config.embedding_scale != 1:
+            x_BTD = x_BTD * self.config.embedding_scale
+        return x_BTD if self.position_embedding is None else x_BTD + self.position_embedding(positions_BT)
 
 
 __all__ = ["IGNORED", "Decoder", "Losses"]

@@ -2,7 +2,7 @@
 
 # Shapes: N tokens, C tokens of one chunk, D model width, V vocabulary entries on this rank.
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,50 +34,89 @@ class WholeVocabulary:
         return x
 
 
-def cross_entropy_sum(x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, vocabulary: WholeVocabulary) -> Tensor:
-    """Sum of -log softmax(x w^T)[target] over the tokens whose target is not IGNORED; a scalar, at least fp32.
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Keeps values within (-cap, cap), and small ones as they are: cap * tanh(x / cap) (Gemma 2, section 2)."""
+    return cap * torch.tanh(x / cap)
 
-    No [N, V] tensor exists: each chunk's logits are turned into its part of both gradients and forgotten, so memory is
+
+def cross_entropy_sum(
+    x_ND: Tensor,
+    w_VD: Tensor,
+    targets_N: Tensor,
+    vocabulary: WholeVocabulary,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Sums over the tokens whose target is not IGNORED of -log softmax(logits)[target], and of the z-loss.
+
+    logits = x w^T + bias, through `soft_cap`; the z-loss is z_loss * logsumexp(logits)^2 (PaLM, section 5). Two
+    scalars, at least fp32. The first carries the gradient of both, the second none: one pass forms one gradient.
+
+    No [N, V] tensor exists: each chunk's logits are turned into its part of the gradients and forgotten, so memory is
     CHUNK_TOKENS * V. The weight's gradient is collected in fp32 at least.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(x_ND, w_VD, targets_N, vocabulary, torch.is_grad_enabled())
-    return loss
+    head = Head(w_VD, bias_V, softcap, z_loss, vocabulary)
+    losses: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
+        x_ND, w_VD, bias_V, targets_N, head, torch.is_grad_enabled()
+    )
+    return losses
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits and their losses."""
+
+    w_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    z_loss: float
+    vocabulary: WholeVocabulary
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, vocabulary: WholeVocabulary, training: bool
-    ) -> Tensor:
+        ctx: Any, x_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head, training: bool
+    ) -> tuple[Tensor, Tensor]:
         accurate = torch.promote_types(x_ND.dtype, torch.float32)
-        loss = x_ND.new_zeros((), dtype=accurate)
+        loss, z = x_ND.new_zeros(2, dtype=accurate).unbind()
         grad_x_ND = torch.empty_like(x_ND) if training else None
         grad_w_VD = torch.zeros_like(w_VD, dtype=accurate) if training else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=accurate) if training and bias_V is not None else None
         for start in range(0, len(x_ND), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            chunk_loss, grad_CV = _chunk(x_ND[rows], w_VD, targets_N[rows], vocabulary, accurate)
+            chunk_loss, chunk_z, grad_CV = _chunk(x_ND[rows], targets_N[rows], head, accurate)
             loss += chunk_loss
+            z += chunk_z
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(0)
             if grad_x_ND is not None and grad_w_VD is not None:
                 grad_CV = grad_CV.to(x_ND.dtype)
                 torch.mm(grad_CV, w_VD, out=grad_x_ND[rows])
                 _accumulate(grad_w_VD, grad_CV.t(), x_ND[rows])
-        ctx.save_for_backward(grad_x_ND, grad_w_VD)
-        return loss
+        ctx.save_for_backward(grad_x_ND, grad_w_VD, grad_bias_V)
+        ctx.mark_non_differentiable(z)
+        return loss, z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        grad_x_ND, grad_w_VD = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_x_ND, grad_w_VD, grad_bias_V = ctx.saved_tensors
         scaled_w = (grad_w_VD * grad).to(grad_x_ND.dtype)
-        return grad_x_ND * grad.to(grad_x_ND.dtype), scaled_w, None, None, None
+        scaled_bias = None if grad_bias_V is None else (grad_bias_V * grad).to(grad_x_ND.dtype)
+        return grad_x_ND * grad.to(grad_x_ND.dtype), scaled_w, scaled_bias, None, None, None
 
 
-def _chunk(
-    x_CD: Tensor, w_VD: Tensor, targets_C: Tensor, vocabulary: WholeVocabulary, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """One chunk's loss and its gradient with respect to the logits, softmax - onehot (0 for ignored tokens)."""
-    logits_CV = (x_CD @ w_VD.t()).to(dtype)
+def _chunk(x_CD: Tensor, targets_C: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk's loss, its z-loss, and the gradient of their sum with respect to x w^T (0 for ignored tokens).
+
+    That of the loss is softmax - onehot, that of the z-loss 2 z_loss logsumexp softmax.
+    """
+    vocabulary = head.vocabulary
+    logits_CV, slope_CV = _logits(x_CD, head, dtype)
     valid_C = targets_C != IGNORED
-    logits_CV -= vocabulary.highest(logits_CV.amax(-1))[:, None]
+    highest_C = vocabulary.highest(logits_CV.amax(-1))
+    logits_CV -= highest_C[:, None]
     # Under a vocabulary shard, the target's logit is on one rank alone; elsewhere the row contributes 0.
     index_C = targets_C - vocabulary.start
     here_C = valid_C & (index_C >= 0) & (index_C < logits_CV.shape[1])
@@ -85,10 +124,24 @@ def _chunk(
     target_C = vocabulary.total(logits_CV.gather(1, index_C1)[:, 0] * here_C)
     exponentials_CV = logits_CV.exp_()
     sums_C = vocabulary.total(exponentials_CV.sum(-1))
-    loss = ((sums_C.log() - target_C) * valid_C).sum()
-    grad_CV = exponentials_CV.mul_((valid_C / sums_C)[:, None])
+    logs_C = sums_C.log()
+    loss = ((logs_C - target_C) * valid_C).sum()
+    normaliser_C = (logs_C + highest_C) * valid_C
+    z = head.z_loss * normaliser_C.square().sum()
+    grad_CV = exponentials_CV.mul_(((valid_C + 2 * head.z_loss * normaliser_C) / sums_C)[:, None])
     grad_CV.scatter_add_(1, index_C1, -here_C[:, None].to(dtype))
-    return loss, grad_CV
+    return loss, z, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
+
+
+def _logits(x_CD: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A chunk's logits, and the soft-cap's derivative, 1 - tanh^2 (None without one)."""
+    w_DV = head.w_VD.t()
+    logits_CV = (x_CD @ w_DV if head.bias_V is None else torch.addmm(head.bias_V, x_CD, w_DV)).to(dtype)
+    if head.softcap is None:
+        return logits_CV, None
+    tanh_CV = logits_CV.div_(head.softcap).tanh_()
+    slope_CV = 1 - tanh_CV.square()
+    return tanh_CV.mul_(head.softcap), slope_CV
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:

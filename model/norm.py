@@ -1,20 +1,74 @@
 """Normalisation of the residual stream."""
 
+# Shapes: D width.
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.parts import NormConfig
 
-class RMSNorm(nn.Module):
+
+class _Norm(nn.Module):
+    """A weight, a bias where there is one, and the choice of scaling by 1 + weight (Gemma), formed in fp32."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, width: int, eps: float, *, unit_offset: bool = False, bias: bool = False) -> None:
+        super().__init__()
+        self.eps, self.unit_offset = eps, unit_offset
+        self.weight = nn.Parameter(torch.zeros(width) if unit_offset else torch.ones(width))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.unit_offset:
+            return self.normalise(x, self.weight, self.bias)
+        accurate = torch.promote_types(x.dtype, torch.float32)
+        bias_D = None if self.bias is None else self.bias.to(accurate)
+        return self.normalise(x.to(accurate), 1 + self.weight.to(accurate), bias_D).to(x.dtype)
+
+    def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class RMSNorm(_Norm):
     """Divides by the root mean square of the last dimension, in fp32 whatever the input's dtype.
 
     Shapes: x [..., D] -> [..., D]. Source: Zhang and Sennrich, 2019.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+    def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:
+        out = F.rms_norm(x, weight_D.shape, weight_D, self.eps)
+        return out if bias_D is None else out + bias_D
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+class LayerNorm(_Norm):
+    """Subtracts the mean of the last dimension and divides by its deviation, in fp32 whatever the input's dtype.
+
+    Shapes: x [..., D] -> [..., D]. Source: Ba et al., 2016.
+    """
+
+    def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:
+        return F.layer_norm(x, weight_D.shape, weight_D, bias_D, self.eps)
+
+
+class CRMSNorm(_Norm):
+    """The RMSNorm of a vector of D + 1 entries with mean 0, the last of which, minus the others' sum, is left out.
+
+    Shapes: x [..., D] -> [..., D]. Source: Jiang et al., 2023, section 3.2.
+    """
+
+    def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:
+        accurate = x.to(torch.promote_types(x.dtype, torch.float32))
+        left_out = accurate.sum(-1, keepdim=True)
+        mean_square = (accurate.square().sum(-1, keepdim=True) + left_out.square()) / (x.shape[-1] + 1)
+        out = accurate * torch.rsqrt(mean_square + self.eps) * weight_D
+        return (out if bias_D is None else out + bias_D).to(x.dtype)
+
+
+_KINDS: dict[str, type[_Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "crmsnorm": CRMSNorm}
+
+
+def build_norm(width: int, config: NormConfig) -> nn.Module:
+    """The norm that the config describes, for vectors of this width."""
+    return _KINDS[config.kind](width, config.eps, unit_offset=config.unit_offset, bias=config.bias)
