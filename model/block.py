@@ -4,7 +4,7 @@
 
 from torch import Tensor, nn
 
-from model.attention import Attention
+from model.attention import build_attention
 from model.balance import Statistics
 from model.config import ModelConfig
 from model.context import Context
@@ -28,7 +28,7 @@ class Block(nn.Module):
         norm = config.norm
         self.is_post, self.is_parallel = norm.placement == "post", config.residual == "parallel"
         self.attention_norm = build_norm(config.d_model, norm)
-        self.attention = Attention(config, layer)
+        self.attention = build_attention(config, layer)
         self.ffn_norm = build_norm(config.d_model, norm)
         is_moe = config.is_moe_layer(layer)
         self.ffn = MoE(config) if is_moe else FeedForward(config.d_model, config.ffn.width, config.ffn, layer)

@@ -62,7 +62,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits of the next token, [B, T, V].
 
-        positions_BT: place of each token in its document; by default 0 … T-1, behind what the cache holds.
+        positions_BT: place of each token in its document; by default 0 … T-1, or behind what the cache holds; there,
+        padding before a document is not counted.
         documents_BT: document of each token (-1: padding), as ids or as Documents; attention stays within a document.
         """
         x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache, None)
@@ -112,16 +113,18 @@ class Decoder(nn.Module):
         randomness: Randomness | None,
     ) -> tuple[Tensor, list[Statistics]]:
         """What the head reads, and every MoE layer's statistics."""
+        if isinstance(documents_BT, Tensor):
+            documents_BT = Documents.of(documents_BT, tokens_BT.device)
+        if cache is not None and documents_BT is not None:
+            cache.note_padding(documents_BT.lengths, documents_BT.valid_BT)
+        if documents_BT is None:
+            documents_BT = Documents(None, torch.ones_like(tokens_BT, dtype=torch.bool))
         if positions_BT is None:
-            positions_BT = self._positions(tokens_BT, 0 if cache is None else cache.length)
+            positions_BT = self._positions(tokens_BT, cache)
         x_BTD = self._embed(tokens_BT, positions_BT)
         config, rope = self.config, None
         if config.position.kind == "rope":
             rope = rope_angles(positions_BT, config.rotary_dim, config.position, x_BTD.dtype)
-        if documents_BT is None:
-            documents_BT = Documents(None, torch.ones_like(tokens_BT, dtype=torch.bool))
-        elif isinstance(documents_BT, Tensor):
-            documents_BT = Documents.of(documents_BT, tokens_BT.device)
         context = Context(rope, documents_BT, cache, randomness)
         statistics = []
         for block in self.blocks:
@@ -132,14 +135,15 @@ class Decoder(nn.Module):
             cache.length += tokens_BT.shape[1]
         return self.norm(x_BTD), statistics
 
-    def _positions(self, tokens_BT: Tensor, seen: int) -> Tensor:
-        """Places of tokens that follow `seen` others."""
-        end = seen + tokens_BT.shape[1]
+    def _positions(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
+        """Places of tokens that follow those in the cache."""
+        new = tokens_BT.shape[1]
+        end = new + (cache.length if cache else 0)
         if self.position_embedding is not None and end > self.config.max_seq_len:
             raise ValueError(
                 f"model.max_seq_len={self.config.max_seq_len} learned positions are too few for {end} tokens"
             )
-        return torch.arange(seen, end, device=tokens_BT.device)[None]
+        return cache.positions(new) if cache else torch.arange(new, device=tokens_BT.device)[None]
 
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         x_BTD = self.embedding(tokens_BT)

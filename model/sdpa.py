@@ -1,0 +1,133 @@
+"""Causal attention within documents: neither a [T, T] mask nor the products that it would hide exist.
+
+A document runs as one causal call of PyTorch's kernel. With a window, or a soft cap, its queries run in blocks, each
+against the blocks of keys that it can see. (On GPUs, flex attention would compile both into one kernel.)
+"""
+
+# Shapes: B batch, T queries, S keys, H query heads, G key and value heads (each serves R = H / G query heads in a row),
+# d channels of a query or key, e of a value.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+SOFTCAP_BLOCK = 256
+"""Queries whose soft-capped scores exist at the same time."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a query and a key make of each other.
+
+    scale: what their product is multiplied with. window: a token sees itself and the window - 1 tokens before it.
+    softcap: scores s become softcap * tanh(s / softcap) (Gemma 2, section 2).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGe: Tensor, scoring: Scoring, lengths: list[int] | None) -> Tensor:
+    """Causal attention in which no token sees another document (`Documents.lengths`). Shapes: -> [B, T, H, e]."""
+    if lengths is None:
+        return _attend_document(q_BTHd, k_BTGd, v_BTGe, scoring)
+    pieces = zip(*(x.flatten(0, 1).split(lengths) for x in (q_BTHd, k_BTGd, v_BTGe)), strict=True)
+    outputs = [_attend_document(q[None], k[None], v[None], scoring)[0] for q, k, v in pieces]
+    return torch.cat(outputs).unflatten(0, q_BTHd.shape[:2])
+
+
+def attend_visible(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSe: Tensor, scoring: Scoring, visible: Tensor | None) -> Tensor:
+    """Attention of a few queries to the keys that each may see: [T, S] or [B, 1, T, S], None for all; at least one.
+
+    The window is not looked at: it is in `visible`. Shapes: -> [B, H, T, e].
+    """
+    if scoring.softcap is None:
+        return _kernel(q_BHTd, k_BGSd, v_BGSe, scoring.scale, visible=visible)
+    blocks = q_BHTd.split(SOFTCAP_BLOCK, dim=2)
+    masks = [None] * len(blocks) if visible is None else visible.split(SOFTCAP_BLOCK, dim=-2)
+    outputs = [
+        _softcapped(q, k_BGSd, v_BGSe, scoring.scale, scoring.softcap, mask)
+        for q, mask in zip(blocks, masks, strict=True)
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+def sees(query_T: Tensor, key_S: Tensor, window: int | None) -> Tensor:
+    """Whether the token at one place sees the token at another, [T, S]."""
+    distance_TS = query_T[:, None] - key_S
+    behind_TS = distance_TS >= 0
+    return behind_TS if window is None else behind_TS & (distance_TS < window)
+
+
+def _attend_document(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGe: Tensor, scoring: Scoring) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BTGd, v_BTGe))
+    fits = scoring.window is None or q.shape[2] <= scoring.window
+    if fits and scoring.softcap is None:
+        out = _kernel(q, k, v, scoring.scale, causal=True)
+    else:
+        out = _attend_in_blocks(q, k, v, scoring)
+    return out.transpose(1, 2)
+
+
+def _attend_in_blocks(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTe: Tensor, scoring: Scoring) -> Tensor:
+    """Work and memory grow with T * (window + block), or without a window with T^2 / 2 but a block's at a time."""
+    window = scoring.window
+    width = scoring.window if scoring.softcap is None and scoring.window else SOFTCAP_BLOCK
+    # Split and joined again rather than sliced: the gradient of a slice is as long as the whole.
+    keys, values = k_BGTd.split(width, dim=2), v_BGTe.split(width, dim=2)
+    place_T = torch.arange(q_BHTd.shape[2], device=q_BHTd.device)
+    places = place_T.split(width)
+
+    def block(q: Tensor, seen: slice, visible: Tensor) -> Tensor:
+        return attend_visible(q, _join(keys[seen]), _join(values[seen]), scoring, visible)
+
+    outputs = []
+    for i, q in enumerate(q_BHTd.split(width, dim=2)):
+        first = 0 if window is None else max(0, i - (window - 2 + width) // width)
+        seen = slice(first, i + 1)
+        visible = sees(places[i], torch.cat(places[seen]), window)
+        if scoring.softcap is None:
+            outputs.append(block(q, seen, visible))
+        else:
+            # Scores are computed again in the backward pass, or all blocks' would be kept until then.
+            outputs.append(checkpoint(block, q, seen, visible, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(outputs, dim=2)
+
+
+def _join(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(tuple(blocks), dim=2)
+
+
+def _kernel(
+    q_BHTd: Tensor, k_BGSd: Tensor, v_BGSe: Tensor, scale: float, visible: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    d, e = q_BHTd.shape[-1], v_BGSe.shape[-1]
+    # The fused kernels want values as wide as keys; zeros cost less than the scores that the plain one would keep.
+    q, k, v = (F.pad(x, (0, max(d, e) - x.shape[-1])) if d != e else x for x in (q_BHTd, k_BGSd, v_BGSe))
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and visible is not None and q.is_cuda:
+        # CUDA's only fused kernel that takes a mask knows no groups.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out[..., :e]
+
+
+def _softcapped(
+    q_BHTd: Tensor, k_BGSd: Tensor, v_BGSe: Tensor, scale: float, softcap: float, visible: Tensor | None
+) -> Tensor:
+    n_groups, tokens = k_BGSd.shape[1], q_BHTd.shape[2]
+    # The query heads of a group become rows of one product: keys and values are read once, not once a head.
+    q_BGrd = (q_BHTd * (scale / softcap)).unflatten(1, (n_groups, -1)).flatten(2, 3)
+    scores_BGrS = q_BGrd @ k_BGSd.transpose(-2, -1)
+    accurate = torch.promote_types(scores_BGrS.dtype, torch.float32)
+    scores_BGRTS = softcap * scores_BGrS.to(accurate).tanh().unflatten(2, (-1, tokens))
+    if visible is not None:
+        scores_BGRTS = scores_BGRTS.masked_fill(~visible.unsqueeze(-3), -torch.inf)
+    weights_BGrS = scores_BGRTS.softmax(-1).to(v_BGSe.dtype).flatten(2, 3)
+    return (weights_BGrS @ v_BGSe).unflatten(2, (-1, tokens)).flatten(1, 2)
