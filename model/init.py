@@ -42,7 +42,8 @@ def _is_zero(name: str) -> bool:
 
 def _constant(config: ModelConfig, name: str) -> float:
     """What every entry of a bias (0) or a norm's weight is: 1, stored as 0 where the norm scales by 1 + w."""
-    return 0.0 if _is_zero(name) or config.norm.unit_offset else 1.0
+    has_offset = config.norm.unit_offset and ".attention." not in name  # norms within attention have none
+    return 0.0 if _is_zero(name) or has_offset else 1.0
 
 
 def _deviation(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float:

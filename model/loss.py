@@ -80,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head, training: bool
     ) -> tuple[Tensor, Tensor]:
         accurate = torch.promote_types(x_ND.dtype, torch.float32)
-        loss, z = x_ND.new_zeros(2, dtype=accurate).unbind()
+        loss, z = (x_ND.new_zeros((), dtype=accurate) for _ in range(2))
         grad_x_ND = torch.empty_like(x_ND) if training else None
         grad_w_VD = torch.zeros_like(w_VD, dtype=accurate) if training else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=accurate) if training and bias_V is not None else None

@@ -55,7 +55,7 @@ class LayerNorm(_Norm):
 class CRMSNorm(_Norm):
     """The RMSNorm of a vector of D + 1 entries with mean 0, the last of which, minus the others' sum, is left out.
 
-    Shapes: x [..., D] -> [..., D]. Source: Jiang et al., 2023, section 3.2.
+    Shapes: x [..., D] -> [..., D]. Source: Jiang et al., 2023, section 3.
     """
 
     def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:

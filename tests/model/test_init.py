@@ -103,16 +103,22 @@ def test_fan_in_is_a_normal_truncated_at_2_deviations() -> None:
 
 def test_with_a_unit_offset_norms_start_at_0_and_biases_always() -> None:
     offset = MOE.but(norm={"unit_offset": True})
-    assert not initial_tensor(offset, "blocks.0.ffn_norm.weight", (8,), 0).any()
+    assert not initial_tensor(offset, "blocks.0.attention_norm.weight", (8,), 0).any()
+    assert initial_tensor(offset, "blocks.0.attention.query_norm.weight", (8,), 0).all()
     for config in (MOE, offset):
-        for name, shape in (("norm.bias", (8,)), ("head.bias", (8,)), ("blocks.0.ffn.experts.down_bias_ED", (2, 8))):
+        for name, shape in (
+            ("norm.bias", (8,)),
+            ("blocks.0.ffn.adapter.b.weight", (8, 2)),
+            ("head.bias", (8,)),
+            ("blocks.0.ffn.experts.down_bias_ED", (2, 8)),
+        ):
             assert not initial_tensor(config, name, shape, 0).any()
 
 
 @pytest.mark.parametrize("scheme", ["normal", "megatron"])
 def test_a_depthwise_convolution_goes_by_its_taps(scheme: str) -> None:
     config = MOE.but(init={"scheme": scheme})
-    assert_deviation(initial_tensor(config, "blocks.0.ffn.conv.weight_FK", (2000, 4), 0), 0.5, scheme)
+    assert_deviation(initial_tensor(config, "blocks.0.ffn.conv.weight", (2000, 4), 0), 0.5, scheme)
 
 
 def test_tied_weights_are_one() -> None:
