@@ -7,6 +7,7 @@ against the blocks of keys that it can see. (On GPUs, flex attention would compi
 # Shapes: B batch, T queries, S keys, H query heads, G key and value heads (each serves R = H / G query heads in a row),
 # d channels of a query or key, e of a value.
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SOFTCAP_BLOCK = 256
-"""Queries whose soft-capped scores exist at the same time."""
+QUERY_BLOCK = 128
+"""Queries whose soft-capped scores exist at the same time; the least that a window's blocks hold."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def attend_visible(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSe: Tensor, scoring: Scor
     """
     if scoring.softcap is None:
         return _kernel(q_BHTd, k_BGSd, v_BGSe, scoring.scale, visible=visible)
-    blocks = q_BHTd.split(SOFTCAP_BLOCK, dim=2)
-    masks = [None] * len(blocks) if visible is None else visible.split(SOFTCAP_BLOCK, dim=-2)
+    blocks = q_BHTd.split(QUERY_BLOCK, dim=2)
+    masks = [None] * len(blocks) if visible is None else visible.split(QUERY_BLOCK, dim=-2)
     outputs = [
         _softcapped(q, k_BGSd, v_BGSe, scoring.scale, scoring.softcap, mask)
         for q, mask in zip(blocks, masks, strict=True)
@@ -77,25 +78,22 @@ def _attend_document(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGe: Tensor, scoring: Sc
 def _attend_in_blocks(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTe: Tensor, scoring: Scoring) -> Tensor:
     """Work and memory grow with T * (window + block), or without a window with T^2 / 2 but a block's at a time."""
     window = scoring.window
-    width = scoring.window if scoring.softcap is None and scoring.window else SOFTCAP_BLOCK
+    width = QUERY_BLOCK if window is None or scoring.softcap else max(window, QUERY_BLOCK)
+    reach = q_BHTd.shape[2] if window is None else math.ceil((window - 1) / width)
     # Split and joined again rather than sliced: the gradient of a slice is as long as the whole.
-    keys, values = k_BGTd.split(width, dim=2), v_BGTe.split(width, dim=2)
-    place_T = torch.arange(q_BHTd.shape[2], device=q_BHTd.device)
-    places = place_T.split(width)
+    queries, keys, values = (x.split(width, dim=2) for x in (q_BHTd, k_BGTd, v_BGTe))
+    places = torch.arange(q_BHTd.shape[2], device=q_BHTd.device).split(width)
 
-    def block(q: Tensor, seen: slice, visible: Tensor) -> Tensor:
-        return attend_visible(q, _join(keys[seen]), _join(values[seen]), scoring, visible)
+    def block(i: int) -> Tensor:
+        seen = slice(max(0, i - reach), i + 1)
+        visible_TS = sees(places[i], torch.cat(places[seen]), window)
+        return attend_visible(queries[i], _join(keys[seen]), _join(values[seen]), scoring, visible_TS)
 
-    outputs = []
-    for i, q in enumerate(q_BHTd.split(width, dim=2)):
-        first = 0 if window is None else max(0, i - (window - 2 + width) // width)
-        seen = slice(first, i + 1)
-        visible = sees(places[i], torch.cat(places[seen]), window)
-        if scoring.softcap is None:
-            outputs.append(block(q, seen, visible))
-        else:
-            # Scores are computed again in the backward pass, or all blocks' would be kept until then.
-            outputs.append(checkpoint(block, q, seen, visible, use_reentrant=False, preserve_rng_state=False))
+    if scoring.softcap is None:
+        outputs = [block(i) for i in range(len(queries))]
+    else:
+        # Scores are computed again in the backward pass, or all blocks' would be kept until then.
+        outputs = [checkpoint(block, i, use_reentrant=False, preserve_rng_state=False) for i in range(len(queries))]
     return torch.cat(outputs, dim=2)
 
 
