@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.attention = build_attention(config, layer)
         self.ffn_norm = build_norm(config.d_model, norm)
         is_moe = config.is_moe_layer(layer)
-        self.ffn = MoE(config) if is_moe else FeedForward(config.d_model, config.ffn.width, config.ffn, layer)
+        self.ffn = MoE(config, layer) if is_moe else FeedForward(config.d_model, config.ffn.width, config.ffn, layer)
         is_sandwich = norm.placement == "sandwich"
         self.attention_post_norm = build_norm(config.d_model, norm) if is_sandwich else nn.Identity()
         self.ffn_post_norm = build_norm(config.d_model, norm) if is_sandwich else nn.Identity()

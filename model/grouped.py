@@ -25,6 +25,16 @@ def grouped_mm_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     return F.grouped_mm(x_MI, w_EOI.transpose(-2, -1), offs=counts_E.cumsum(0).to(torch.int32))
 
 
+def grouped_bias(bias_EO: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+    """Each expert's bias for each of its rows, [M, O].
+
+    A bias is the weight of an input that is always 1, so its gradient is a grouped product too: a sum over rows in
+    fp32, where the scatter of an indexing would add up thousands of rows in bf16, in any order.
+    """
+    # Eight inputs, of which seven weigh nothing, are 16 bytes in bf16.
+    return grouped_linear(bias_EO.new_ones(rows, 8), F.pad(bias_EO[..., None], (0, 7)), counts_E)
+
+
 class _Loop(torch.autograd.Function):
     """The same by one product an expert, each written straight to its place in the output or the gradient."""
 

@@ -3,8 +3,8 @@
 route -> sort by expert -> exchange counts -> exchange rows -> grouped products -> exchange back -> weighted sum
 """
 
-# Shapes: N tokens on this rank, K experts per token, M = N * K rows that leave, R rows that arrive, D model width,
-# E experts, e experts of this rank, P expert-parallel ranks.
+# Shapes: N tokens on this rank, K experts per token, M rows that leave (N * K but for those dropped), R rows that
+# arrive, D model width, E experts, e experts of this rank, P expert-parallel ranks.
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from model.decoder import Decoder
-from model.moe import LocalDispatcher, MoE, Permute, Sorted, invert, sort_by_expert, unsort
+from model.dispatch import LocalDispatcher, Permute, Sorted, invert, sort_by_expert, unsort
+from model.moe import MoE
 from parallel.layout import Meshes
 
 
@@ -28,6 +29,13 @@ class SequenceSlice(LocalDispatcher):
 
     def own(self, x_BT: Tensor) -> Tensor:
         return x_BT.chunk(self.tp.size(), dim=1)[self.tp.get_local_rank()]
+
+    def whole(self, x_BTK: Tensor) -> Tensor:
+        if self.tp.size() == 1:
+            return x_BTK
+        parts = [torch.empty_like(x_BTK, memory_format=torch.contiguous_format) for _ in range(self.tp.size())]
+        dist.all_gather(parts, x_BTK.contiguous(), group=self.tp.get_group())
+        return torch.cat(parts, dim=1)
 
     def total(self, x: Tensor) -> Tensor:
         return x if self.tp.size() == 1 else _SumForward.apply(x, self.tp.get_group())
@@ -45,7 +53,7 @@ class Journey:
 
 
 class AllToAllDispatcher(SequenceSlice):
-    """Experts spread over the `ep` mesh: rank p holds the p-th run of neighbouring experts. Dropless.
+    """Experts spread over the `ep` mesh: rank p holds the p-th run of neighbouring experts. What is dropped stays home.
 
     A rank that sends or receives nothing still takes part in every exchange.
     """
@@ -54,12 +62,14 @@ class AllToAllDispatcher(SequenceSlice):
         super().__init__(tp)
         self.group, self.size = ep.get_group(), ep.size()
 
-    def dispatch(self, x_ND: Tensor, chosen_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Journey]:  # type: ignore[override]
-        plan = sort_by_expert(x_ND, chosen_NK, n_experts)
+    def dispatch(  # type: ignore[override]
+        self, x_ND: Tensor, chosen_NK: Tensor, kept_NK: Tensor | None, n_experts: int
+    ) -> tuple[Tensor, Tensor, Journey]:
+        plan = sort_by_expert(x_ND, chosen_NK, kept_NK, n_experts)
         arriving_E = torch.empty_like(plan.counts_E)
         dist.all_to_all_single(arriving_E, plan.counts_E, group=self.group)
         arriving_Pe = arriving_E.view(self.size, -1)
-        # The only wait for the device: the exchange needs its sizes on the host.
+        # A wait for the device: the exchange needs its sizes on the host.
         sent_P, received_P = torch.stack((plan.counts_E.view(self.size, -1).sum(1), arriving_Pe.sum(1))).tolist()
         rows_RD = _Exchange.apply(plan.rows_MD, sent_P, received_P, self.group)
         # Rows arrive ordered by (source rank, expert); the grouped product wants them by expert.
@@ -72,7 +82,7 @@ class AllToAllDispatcher(SequenceSlice):
     def combine(self, rows_RD: Tensor, journey: Journey, gates_NK: Tensor) -> Tensor:  # type: ignore[override]
         rows_RD = Permute.apply(rows_RD, journey.inverse_R, journey.order_R)
         rows_MD = _Exchange.apply(rows_RD, journey.received_P, journey.sent_P, self.group)
-        return unsort(rows_MD, journey.plan.inverse_M, gates_NK)
+        return unsort(rows_MD, journey.plan, gates_NK)
 
 
 def apply_expert_parallel(decoder: Decoder, meshes: Meshes) -> None:

@@ -12,8 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from model import Documents, Randomness
+from model.balance import updated_bias
 from model.decoder import IGNORED, Decoder
-from model.moe import MoE, local, updated_bias
+from model.experts import local
+from model.moe import MoE
 
 
 @dataclass(frozen=True)

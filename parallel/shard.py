@@ -9,8 +9,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from model import ModelConfig
 from model.decoder import Decoder
+from model.experts import Experts, local
 from model.init import initial_tensor
-from model.moe import Experts, MoE, Router, local
+from model.moe import MoE, Router
 from parallel.expert import apply_expert_parallel
 from parallel.layout import Meshes
 from parallel.tensor import apply_tensor_parallel
@@ -69,7 +70,7 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
 
 def _shard_experts(experts: Experts, mesh: DeviceMesh, ranks: int, policy: MixedPrecisionPolicy) -> None:
     """By expert where that divides evenly, else by width, so that no rank is left without a share."""
-    held, width, d_model = local(experts.gate_EFD).shape
+    held, width, d_model = local(experts.up_EFD).shape
     by_width = held % ranks and width % ranks == 0 and d_model % ranks == 0
     placement = Shard(1) if by_width else Shard(0)
     fully_shard(
