@@ -1,0 +1,77 @@
+"""Which family can hold a model: the first whose config.json, read again, describes the same function."""
+
+from typing import Any
+
+from model.config import ModelConfig
+from model.hf.families import FAMILIES
+from model.hf.family import Family
+from model.hf.places import places
+
+_TRAINING_ONLY = """
+z_loss moe.noisy moe.jitter moe.second_expert moe.group_size moe.capacity_factor moe.drop_by moe.balance_loss
+moe.balance_counts moe.balance_over moe.device_loss moe.communication_loss moe.importance_loss moe.load_loss
+moe.router_z_loss moe.bias_update_rate init.scheme init.std
+"""
+
+
+def family_for(config: ModelConfig) -> Family:
+    """The first family that computes what `config` does outside of training.
+
+    Raises ValueError saying what the nearest family would change.
+    """
+    misses = []
+    for family in FAMILIES:
+        changed = _changes(family, config)
+        if not changed:
+            return family
+        misses.append((len(changed), family.model_type, changed))
+    _, nearest, changed = min(misses)
+    raise ValueError(
+        f"no Hugging Face family expresses this model; the nearest, {nearest}, would not: {'; '.join(changed)}"
+    )
+
+
+def _changes(family: Family, config: ModelConfig) -> list[str]:
+    """What would be lost in this family's config.json."""
+    try:
+        held = essence(family.read(family.write(config)))
+    except ValueError as error:
+        return [str(error)]
+    wanted = essence(config)
+    changed = [
+        f"model.{name}={wanted.get(name)} (it has {held.get(name)})"
+        for name in sorted(wanted.keys() | held.keys())
+        if wanted.get(name) != held.get(name)
+    ]
+    if not changed:
+        homeless = places(config, family.table(config))[1]
+        is_moving = config.moe is not None and config.moe.bias_update_rate > 0
+        changed += [f"{name} has no place in it" for name in homeless if is_moving or not is_bias(name)]
+    return changed
+
+
+def is_bias(name: str) -> bool:
+    """Whether this is a routing bias, which is zero in models that do not use it."""
+    return name.endswith("ffn.router.bias_E")
+
+
+def essence(config: ModelConfig) -> dict[str, Any]:
+    """Every field that bears on the function the model computes outside of training, by its path."""
+    values = _flat(config.model_dump())
+    values["attention.scale"] = config.attention.scale or config.attention.head_dim**-0.5
+    values["attention.pattern"] = [config.attention.is_local(layer) for layer in range(config.n_layers)]
+    values["position.rotary_dim"] = config.rotary_dim if config.position.kind == "rope" else None
+    if not any(values["attention.pattern"]):
+        values["attention.window"] = None
+    if config.n_moe_layers == config.n_layers:
+        values["ffn.width"] = None
+    if config.moe and config.moe.n_groups == config.moe.top_k_groups:
+        values |= {"moe.n_groups": 1, "moe.top_k_groups": 1, "moe.group_score": None}
+    return {name: value for name, value in values.items() if name not in _TRAINING_ONLY.split()}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

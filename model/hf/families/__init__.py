@@ -1,0 +1,30 @@
+"""All families, in the order in which `save_pretrained` tries them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model.hf.families.llama import LLAMA
+from model.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from model.hf.family import Family
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+
+
+def config_json(folder: Path | str) -> dict[str, Any]:
+    """A folder's config.json. Raises ValueError if there is none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json")
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def family_of(folder: Path | str) -> Family:
+    """The family of a folder's model_type. Raises ValueError naming the model_type and those that are known."""
+    model_type = config_json(folder).get("model_type")
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(sorted(family.model_type for family in FAMILIES))
+    raise ValueError(f"{folder}: model_type={model_type!r} is not supported; there are {known}")

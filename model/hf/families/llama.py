@@ -1,0 +1,21 @@
+"""Llama 2, 3 and 3.1: https://arxiv.org/abs/2307.09288, https://arxiv.org/abs/2407.21783."""
+
+from model.hf.family import Family
+from model.hf.names import DENSE
+from model.hf.rope import rope
+from model.hf.rules import ATTENTION_BIAS, HEADS, SILU, decoder, same
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    rules=(
+        *decoder(eps=1e-6),
+        HEADS,
+        SILU,
+        rope(),
+        ATTENTION_BIAS,
+        same("intermediate_size", "ffn.width"),
+        same("mlp_bias", "ffn.bias", False),
+    ),
+    table=lambda config: DENSE,
+)

@@ -1,0 +1,58 @@
+"""A family: what a Hugging Face model_type says in config.json and how it names its weights. Data, not code."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from model.config import ModelConfig, merge
+from model.hf.fields import Fields
+from model.hf.places import Table
+
+
+class Rule(NamedTuple):
+    """Some fields of config.json and what they are in a ModelConfig, both ways.
+
+    read: their fields -> ours, nested. write: a config -> their fields. Both raise ValueError naming what they cannot
+    express.
+    """
+
+    read: Callable[[Fields], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type of transformers.
+
+    rules: together they map all of config.json. table: where our weights lie in theirs. ignored: a pattern of names in
+    their files that compute nothing (buffers) or nothing of ours (layers that predict further tokens).
+    """
+
+    model_type: str
+    architecture: str
+    rules: tuple[Rule, ...]
+    table: Callable[[ModelConfig], Table]
+    ignored: str = r".*\.rotary_emb\.inv_freq"
+
+    def read(self, values: Mapping[str, Any]) -> ModelConfig:
+        """The architecture that config.json describes.
+
+        Raises ValueError naming every field that would change the mathematics and has no place in a ModelConfig.
+        """
+        fields = Fields(values)
+        ours: dict[str, Any] = {}
+        for rule in self.rules:
+            ours = merge(ours, rule.read(fields))
+        fields.finish()
+        return ModelConfig(**ours)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """config.json as both 4.57 and 5.x of transformers read it."""
+        theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        for rule in self.rules:
+            theirs |= rule.write(config)
+        return theirs
+
+    def ignores(self, name: str) -> bool:
+        return re.fullmatch(self.ignored, name) is not None

@@ -1,0 +1,131 @@
+"""Where every weight of ours lies in a Hugging Face file, stated once and used both ways."""
+
+# Shapes: E experts.
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+
+Box = tuple[slice, ...]
+"""A part of a tensor: one slice a dimension, of step 1."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of their tensors, or some of its rows.
+
+    name: may hold {layer} and {expert}. rows: the runs of rows that ours is made of, in order; by default all.
+    transposed: theirs is [inputs, outputs] (GPT-2's Conv1D); rows are counted after transposing. Of a bias, which has
+    one dimension, nothing is transposed.
+    """
+
+    name: str
+    rows: tuple[slice, ...] | None = None
+    transposed: bool = False
+
+
+Table = Mapping[str, str | Source]
+"""Our module or parameter -> theirs. A module stands for its weight and bias. {layer} and {expert} are filled in; a
+name with {expert} is a matrix of each expert, which we stack."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor of ours lies: in one source, or stacked [E, …] in one an expert."""
+
+    shape: torch.Size
+    sources: tuple[Source, ...]
+    stacked: bool
+
+
+class Piece(NamedTuple):
+    """A part of one of their tensors: all of our tensor `name`, or one expert of it if that is stacked."""
+
+    name: str
+    expert: int | None
+    source: Source
+
+
+def our_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every tensor of a decoder that a checkpoint holds; a tied head is the embedding's."""
+    with torch.device("meta"):
+        tensors = Decoder(config).state_dict()
+    if config.tied_embeddings:
+        tensors.pop("head.weight", None)
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def places(config: ModelConfig, table: Table) -> tuple[dict[str, Place], list[str]]:
+    """Where each tensor of ours lies in theirs, and those that have no place there."""
+    found, homeless = {}, []
+    for name, shape in our_shapes(config).items():
+        source, layer = look_up(name, table)
+        if source is None:
+            homeless.append(name)
+            continue
+        stacked = "{expert}" in source.name
+        named = [
+            replace(source, name=source.name.format(layer=layer, expert=expert))
+            for expert in range(shape[0] if stacked else 1)
+        ]
+        found[name] = Place(shape, tuple(named), stacked)
+    return found, homeless
+
+
+def look_up(name: str, table: Table) -> tuple[Source | None, str]:
+    """The table's entry for the parameter itself, or for its module with the parameter's last name added."""
+    layer = match[1] if (match := re.match(r"blocks\.(\d+)\.", name)) else ""
+    general = re.sub(r"^blocks\.\d+\.", "blocks.{layer}.", name)
+    module, _, last = general.rpartition(".")
+    if general in table:
+        entry = table[general]
+        return (entry if isinstance(entry, Source) else Source(entry)), layer
+    if module not in table:
+        return None, layer
+    entry = table[module]
+    source = entry if isinstance(entry, Source) else Source(entry)
+    return replace(source, name=f"{source.name}.{last}"), layer
+
+
+def inverse(found: Mapping[str, Place]) -> dict[str, list[Piece]]:
+    """Which pieces each of their tensors is made of."""
+    theirs = defaultdict(list)
+    for name, place in found.items():
+        for expert, source in enumerate(place.sources):
+            theirs[source.name].append(Piece(name, expert if place.stacked else None, source))
+    return dict(theirs)
+
+
+def their_shape(pieces: list[Piece], found: Mapping[str, Place]) -> torch.Size:
+    """The shape of a tensor of theirs that these pieces cover."""
+    name, expert, source = pieces[0]
+    shape = found[name].shape if expert is None else found[name].shape[1:]
+    if source.rows is not None:
+        shape = torch.Size((max(run.stop for piece in pieces for run in piece.source.rows or ()), *shape[1:]))
+    return torch.Size(reversed(shape)) if source.transposed else shape
+
+
+def runs(source: Source, rows: slice) -> Iterator[slice]:
+    """Which rows of theirs, in order, make the given rows of ours."""
+    if source.rows is None:
+        yield rows
+        return
+    before = 0
+    for run in source.rows:
+        length = run.stop - run.start
+        start, stop = max(rows.start - before, 0), min(rows.stop - before, length)
+        if start < stop:
+            yield slice(run.start + start, run.start + stop)
+        before += length
+
+
+def whole(shape: torch.Size) -> Box:
+    """The box that is all of a tensor."""
+    return tuple(slice(0, size) for size in shape)

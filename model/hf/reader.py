@@ -1,0 +1,94 @@
+"""Reads any part of any of our tensors from a Hugging Face folder, and no more of its files than that part."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.hf.families import family_of
+from model.hf.places import Box, Source, inverse, look_up, places, runs, their_shape, whole
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class HFWeights:
+    """The weights of a Hugging Face folder under our names.
+
+    Raises ValueError listing at once all that are missing, unknown or of a wrong shape, and for an output head that
+    differs from the embedding it should be tied to.
+    """
+
+    def __init__(self, folder: Path | str, config: ModelConfig) -> None:
+        self.folder = Path(folder)
+        family = family_of(self.folder)
+        table = family.table(config)
+        self.places, self.homeless = places(config, table)
+        self._files = _open(self.folder)
+        tied_head = look_up("head.weight", table)[0] if config.tied_embeddings else None
+        expected = {name: their_shape(pieces, self.places) for name, pieces in inverse(self.places).items()}
+        if tied_head and tied_head.name in self._files:
+            expected[tied_head.name] = self.places["embedding.weight"].shape
+        self._check(expected, family.ignores)
+        if tied_head and tied_head.name in self._files:
+            self._check_tied(tied_head)
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """A part of our tensor `name`, in the file's dtype; by default all of it.
+
+        Raises KeyError for a tensor that the family does not have (a routing bias in most).
+        """
+        place = self.places[name]
+        box = tuple(
+            slice(*part.indices(size)) for part, size in zip(box or whole(place.shape), place.shape, strict=True)
+        )
+        if not place.stacked:
+            return self._part(place.sources[0], box)
+        return torch.stack([self._part(source, box[1:]) for source in place.sources[box[0]]])
+
+    def _part(self, source: Source, box: Box) -> Tensor:
+        theirs = self._files[source.name].get_slice(source.name)
+        if source.transposed and len(box) == 2:
+            parts = [theirs[box[1], rows].t() for rows in runs(source, box[0])]
+        else:
+            parts = [theirs[(rows, *box[1:])] for rows in runs(source, box[0])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _check(self, expected: dict[str, torch.Size], ignores: Any) -> None:
+        wrong = [f"{name} is missing" for name in expected if name not in self._files]
+        for name, file in self._files.items():
+            if name not in expected:
+                wrong += [] if ignores(name) else [f"{name} is unknown"]
+            elif (shape := file.get_slice(name).get_shape()) != list(expected[name]):
+                wrong.append(f"{name} is {shape} and must be {list(expected[name])}")
+        if wrong:
+            raise ValueError(f"{self.folder}: config.json describes other weights:\n  " + "\n  ".join(wrong))
+
+    def _check_tied(self, head: Source, rows: int = 4096) -> None:
+        vocabulary = self.places["embedding.weight"].shape[0]
+        for start in range(0, vocabulary, rows):
+            part = (slice(start, min(start + rows, vocabulary)), slice(None))
+            if not torch.equal(self._part(head, part), self.read("embedding.weight", part)):
+                raise ValueError(
+                    f"{self.folder}: tie_word_embeddings=true, but {head.name} differs from the embedding; "
+                    "set it to false in config.json"
+                )
+
+
+def _open(folder: Path) -> dict[str, Any]:
+    """The open file that holds each tensor. Headers alone are read."""
+    if (folder / INDEX).is_file():
+        shards = json.loads((folder / INDEX).read_text())["weight_map"]
+    elif (folder / SINGLE).is_file():
+        shards = {}
+    else:
+        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors")
+    names = sorted(set(shards.values())) or [SINGLE]
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f"{folder} lacks files that {INDEX} names: {', '.join(absent)}")
+    files = [safe_open(folder / name, framework="pt") for name in names]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118

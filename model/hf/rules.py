@@ -1,0 +1,225 @@
+"""The rules that families share: how fields of config.json and of ModelConfig become each other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.config import ModelConfig
+from model.hf.family import Rule
+from model.hf.fields import MISSING, Fields, refused
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`nested("moe.top_k", 2)` is {"moe": {"top_k": 2}}."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+def at(config: ModelConfig, path: str) -> Any:
+    """A field of the config by its path. Raises ValueError where a part of the way is None."""
+    value: Any = config
+    for part in path.split("."):
+        if value is None:
+            raise ValueError(f"there is no model.{path}")
+        value = getattr(value, part)
+    return value
+
+
+def same(their: str, our: str, default: Any = MISSING, *, alias: str = "") -> Rule:
+    """One field under two names. default: what transformers takes where the file is silent. alias: read if given."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        other = fields.take(alias, None) if alias else None
+        return nested(our, fields.take(their, default) if other is None else other)
+
+    return Rule(read, lambda config: {their: at(config, our)})
+
+
+def translated(their: str, our: str, words: Mapping[Any, Any], default: Any = MISSING) -> Rule:
+    """One field whose values have other names too: theirs -> ours."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        value = fields.take(their, default)
+        if value not in words:
+            raise refused(their, value, f"moray knows {', '.join(map(repr, words))}")
+        return nested(our, words[value])
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        value = at(config, our)
+        found = [name for name, meaning in words.items() if meaning == value]
+        if not found:
+            raise ValueError(f"model.{our}={value} has no name in {their}")
+        return {their: found[0]}
+
+    return Rule(read, write)
+
+
+def fixed(their: str, value: Any, default: Any = MISSING) -> Rule:
+    """A field that must have one value. `default`: what transformers takes where the file is silent, if another."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        found = fields.take(their, value if default is MISSING else default)
+        if found != value:
+            raise refused(their, found, f"moray computes {their}={value!r}")
+        return {}
+
+    return Rule(read, lambda config: {their: value})
+
+
+def ours(**values: Any) -> Rule:
+    """What all models of a family have in common and config.json does not say."""
+    return Rule(lambda fields: values, lambda config: {})
+
+
+def decoder(*, eps: float, tied: bool = False) -> tuple[Rule, ...]:
+    """The sizes that every Llama-like config.json states. eps, tied: the family's defaults in transformers."""
+    return (
+        same("vocab_size", "vocab_size"),
+        same("hidden_size", "d_model"),
+        same("num_hidden_layers", "n_layers"),
+        same("max_position_embeddings", "max_seq_len"),
+        same("rms_norm_eps", "norm.eps", eps),
+        same("initializer_range", "init.std", 0.02),
+        same("tie_word_embeddings", "tied_embeddings", tied),
+    )
+
+
+def _read_heads(fields: Fields) -> dict[str, Any]:
+    heads = fields.take("num_attention_heads")
+    kv_heads = fields.take("num_key_value_heads", None)
+    head_dim = fields.take("head_dim", None)
+    return {
+        "attention": {
+            "n_heads": heads,
+            "n_kv_heads": heads if kv_heads is None else kv_heads,
+            "head_dim": fields.take("hidden_size") // heads if head_dim is None else head_dim,
+        }
+    }
+
+
+def _write_heads(config: ModelConfig) -> dict[str, Any]:
+    attention = config.attention
+    return {
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
+    }
+
+
+HEADS = Rule(_read_heads, _write_heads)
+"""Heads whose width is hidden_size / num_attention_heads unless head_dim says otherwise."""
+
+SILU = fixed("hidden_act", "silu")
+
+
+def _read_natural_heads(fields: Fields) -> dict[str, Any]:
+    read = _read_heads(fields)
+    natural = fields.take("hidden_size") // read["attention"]["n_heads"]
+    if read["attention"]["head_dim"] != natural:
+        raise refused(
+            "head_dim", read["attention"]["head_dim"], f"this family has hidden_size / num_attention_heads = {natural}"
+        )
+    return read
+
+
+def _write_natural_heads(config: ModelConfig) -> dict[str, Any]:
+    written = _write_heads(config)
+    if written.pop("head_dim") * config.attention.n_heads != config.d_model:
+        raise ValueError(f"model.attention.head_dim={config.attention.head_dim} is not d_model / n_heads")
+    return written
+
+
+NATURAL_HEADS = Rule(_read_natural_heads, _write_natural_heads)
+"""Heads of width hidden_size / num_attention_heads and no other."""
+
+
+def _read_biases(fields: Fields) -> dict[str, Any]:
+    bias = fields.take("attention_bias", False)
+    return {"attention": {"qkv_bias": bias, "output_bias": bias}}
+
+
+def _write_biases(config: ModelConfig) -> dict[str, Any]:
+    if config.attention.qkv_bias != config.attention.output_bias:
+        raise ValueError(f"model.attention.qkv_bias={config.attention.qkv_bias} must be that of output_bias")
+    return {"attention_bias": config.attention.qkv_bias}
+
+
+ATTENTION_BIAS = Rule(_read_biases, _write_biases)
+"""One switch for the biases of all four projections."""
+
+
+def window_everywhere(default: int | None, *, switched: bool = False) -> Rule:
+    """A window in all layers or none. default: theirs. switched: use_sliding_window says whether it counts (Qwen)."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        window = fields.take("sliding_window", default)
+        if switched:
+            fields.take("max_window_layers", None)
+            window = window if fields.take("use_sliding_window", False) else None
+        return {"attention": {"window": window, "pattern": ("local",)}}
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        local = {config.attention.is_local(layer) for layer in range(config.n_layers)}
+        if len(local) > 1:
+            raise ValueError(f"model.attention.pattern={config.attention.pattern}: all layers slide a window or none")
+        window = config.attention.window if local == {True} else None
+        return {"sliding_window": window} | ({"use_sliding_window": window is not None} if switched else {})
+
+    return Rule(read, write)
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """transformers' names of what each layer's attention sees."""
+    local = (config.attention.is_local(layer) for layer in range(config.n_layers))
+    return ["sliding_attention" if is_local else "full_attention" for is_local in local]
+
+
+def pattern(types: list[str]) -> tuple[str, ...]:
+    """The shortest pattern that, repeated, gives these layer types."""
+    words = {"sliding_attention": "local", "full_attention": "global"}
+    for kind in types:
+        if kind not in words:
+            raise refused("layer_types", kind, f"moray knows {', '.join(words)}")
+    layers = [words[kind] for kind in types]
+    lengths = (n for n in range(1, len(layers) + 1) if all(layers[i] == layers[i % n] for i in range(len(layers))))
+    return tuple(layers[: next(lengths)])
+
+
+def _read_qwen_window(fields: Fields) -> dict[str, Any]:
+    layers, since = fields.take("num_hidden_layers"), fields.take("max_window_layers", 28)
+    given, switched = fields.take("layer_types", None), fields.take("use_sliding_window", False)
+    window = fields.take("sliding_window", 4096) if switched else None
+    types = given or ["sliding_attention" if layer >= since else "full_attention" for layer in range(layers)]
+    if window is None:
+        if given and "sliding_attention" in given:
+            raise refused("layer_types", given, "sliding layers need use_sliding_window=true and a sliding_window")
+        return {"attention": {"window": None, "pattern": ("local",)}}
+    return {"attention": {"window": window, "pattern": pattern(types)}}
+
+
+def _write_qwen_window(config: ModelConfig) -> dict[str, Any]:
+    types = layer_types(config)
+    slides = "sliding_attention" in types
+    window = config.attention.window if slides else None
+    return {"use_sliding_window": slides, "sliding_window": window, "layer_types": types}
+
+
+QWEN_WINDOW = Rule(_read_qwen_window, _write_qwen_window)
+"""Windows in the layers that layer_types names, or else in those from max_window_layers on."""
+
+
+def _read_balance(fields: Fields, default: float) -> dict[str, Any]:
+    # Theirs counts a token once an expert it chose, ours divides by top_k.
+    factor = fields.take("router_aux_loss_coef", default) * fields.take("num_experts_per_tok")
+    return {"moe": {"balance_loss": factor, "balance_over": "model"}}
+
+
+def _write_balance(config: ModelConfig) -> dict[str, Any]:
+    moe = config.moe
+    alike = moe is not None and moe.balance_over == "model" and moe.balance_counts == "all"
+    return {"router_aux_loss_coef": moe.balance_loss / moe.top_k if moe and alike else 0.0}
+
+
+def balance_loss(default: float) -> Rule:
+    """Mixtral's loss over all layers together; another one is not written, which changes training alone."""
+    return Rule(lambda fields: _read_balance(fields, default), _write_balance)
