@@ -36,6 +36,7 @@ def build_decoder(config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, co
     for module in decoder.modules():
         if isinstance(module, MoE):
             module.tokens_E.zero_()
+            module.dropped.zero_()
             module.router.bias_E.zero_()
     return decoder
 

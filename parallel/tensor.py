@@ -80,6 +80,10 @@ def _block_plan(decoder: Decoder, layer: int) -> dict[str, ParallelStyle]:
         plan |= _feed_forward_plan("ffn")
     else:
         plan["ffn.router.linear"] = SequenceParallel(use_local_output=True)
+        if config.moe.noisy:
+            plan["ffn.router.noise"] = SequenceParallel(use_local_output=True)
+        if config.moe.shared_gate:
+            plan["ffn.shared_gate"] = SequenceParallel(use_local_output=True)
         if config.moe.n_shared:
             plan |= _feed_forward_plan("ffn.shared")
     return plan
