@@ -49,7 +49,8 @@ def _constant(config: ModelConfig, name: str) -> float:
 def _deviation(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float:
     """Standard deviation of a matrix's entries; of a truncated normal, that before it is cut.
 
-    Source: Radford et al., 2019, section 2.3 (megatron); Zhang et al., 2019 (depth); Fedus et al., 2021, section 2.4.
+    Source: Radford et al., 2019, section 2.3 (megatron); after Zhang et al., 2019, who scale all of a layer's matrices
+    with its depth (depth); Fedus et al., 2021, section 2.4 (fan_in).
     """
     std, scheme = config.init.std, config.init.scheme
     if "conv" in name:

@@ -139,3 +139,17 @@ def test_with_learned_positions_nothing_else_tells_the_order() -> None:
     assert change(equal_places=True, kind="learned") < 1e-12
     assert change(equal_places=False, kind="learned") > 1e-3
     assert change(equal_places=True, kind="rope") > 1e-3
+
+
+@pytest.mark.parametrize("name", ["plain", "gpt"])
+def test_left_padding_changes_nothing(name: str) -> None:
+    """Learned positions too count from a row's first token: prompts of 5 and 9 tokens, side by side and alone."""
+    decoder = decoder_of(CONFIGS[name]).eval()
+    cache = KVCache(decoder.config, 2, LONGEST, decoder.embedding.weight)
+    ids = torch.tensor([[-1] * 4 + [0] * 5, [0] * 9])
+    with torch.no_grad():
+        prompts = decoder(TOKENS[:, :9], documents_BT=ids, cache=cache)
+        following = decoder(TOKENS[:, 9:10], cache=cache)
+        found = torch.cat((prompts, following), 1)
+        torch.testing.assert_close(found[:1, 4:], decoder(TOKENS[:1, 4:10]), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found[1:], decoder(TOKENS[1:, :10]), rtol=1e-10, atol=1e-10)
