@@ -26,7 +26,7 @@ class Family:
     """One model_type of transformers.
 
     rules: together they map all of config.json. table: where our weights lie in theirs. ignored: a pattern of names in
-    their files that compute nothing (buffers) or nothing of ours (layers that predict further tokens).
+    their files that compute nothing (buffers) or nothing of ours (layer {n_layers}, which predicts further tokens).
     """
 
     model_type: str
@@ -54,5 +54,6 @@ class Family:
             theirs |= rule.write(config)
         return theirs
 
-    def ignores(self, name: str) -> bool:
-        return re.fullmatch(self.ignored, name) is not None
+    def ignores(self, name: str, config: ModelConfig) -> bool:
+        """Whether a tensor of this name in a file of theirs may be left unread."""
+        return re.fullmatch(self.ignored.replace("{n_layers}", str(config.n_layers)), name) is not None

@@ -1,6 +1,7 @@
 """Reads any part of any of our tensors from a Hugging Face folder, and no more of its files than that part."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class HFWeights:
         expected = {name: their_shape(pieces, self.places) for name, pieces in inverse(self.places).items()}
         if tied_head and tied_head.name in self._files:
             expected[tied_head.name] = self.places["embedding.weight"].shape
-        self._check(expected, family.ignores)
+        self._check(expected, lambda name: family.ignores(name, config))
         if tied_head and tied_head.name in self._files:
             self._check_tied(tied_head)
 
@@ -57,7 +58,7 @@ class HFWeights:
             parts = [theirs[(rows, *box[1:])] for rows in runs(source, box[0])]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _check(self, expected: dict[str, torch.Size], ignores: Any) -> None:
+    def _check(self, expected: dict[str, torch.Size], ignores: Callable[[str], bool]) -> None:
         wrong = [f"{name} is missing" for name in expected if name not in self._files]
         for name, file in self._files.items():
             if name not in expected:

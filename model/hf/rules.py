@@ -223,3 +223,12 @@ def _write_balance(config: ModelConfig) -> dict[str, Any]:
 def balance_loss(default: float) -> Rule:
     """Mixtral's loss over all layers together; another one is not written, which changes training alone."""
     return Rule(lambda fields: _read_balance(fields, default), _write_balance)
+
+
+def _read_expert_width(fields: Fields) -> dict[str, Any]:
+    width = fields.take("intermediate_size")
+    return {"ffn": {"width": width}, "moe": {"expert_width": width}}
+
+
+EXPERT_WIDTH = Rule(_read_expert_width, lambda config: {"intermediate_size": at(config, "moe.expert_width")})
+"""All layers have experts, and the width is theirs."""

@@ -4,11 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from model.hf.families.gemma2 import GEMMA2
+from model.hf.families.glm4_moe import GLM4_MOE
 from model.hf.families.llama import LLAMA
+from model.hf.families.mistral import MISTRAL, MIXTRAL
+from model.hf.families.olmoe import OLMOE
 from model.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from model.hf.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    MIXTRAL,
+    OLMOE,
+    QWEN3_MOE,
+    GLM4_MOE,
+)
 
 
 def config_json(folder: Path | str) -> dict[str, Any]:

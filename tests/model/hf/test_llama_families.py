@@ -14,6 +14,10 @@ DENSE = {
     "max_position_embeddings": 64,
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.3}
+NARROW = {"moe_intermediate_size": 48}
+MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
+# Caps that are far below what random weights would give.
+GEMMA2 = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 40, "head_dim": 24}
 
 
 def rope(theta: float, **scaling: object) -> dict[str, object]:
@@ -25,19 +29,53 @@ def rope(theta: float, **scaling: object) -> dict[str, object]:
     }
 
 
+WHOLE = {"partial_rotary_factor": 1.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"factor": 4.0, "beta_fast": 4.0, "original_max_position_embeddings": 16}
+WINDOW = {"sliding_window": 5}
+GROUPS = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
+
 CASES = [
     Case("Llama 2", "Llama", DENSE),
+    Case("Llama 2", "Llama", {**DENSE, "attention_bias": True, "mlp_bias": True}, "with biases"),
+    Case("Llama 2", "Llama", {**DENSE, **rope(1e4, rope_type="linear", factor=4.0)}, "linear"),
+    Case("Llama 2", "Llama", {**DENSE, **rope(1e4, rope_type="yarn", **YARN), "head_dim": 32}, "YaRN"),
+    Case("Llama 3.1", "Llama", {**DENSE, **rope(5e5, rope_type="llama3", **LLAMA3)}),
     Case(
-        "Llama 2",
-        "Llama",
-        {**DENSE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-        "biased, tied",
+        "Llama 3.1", "Llama", {**DENSE, **rope(5e5, rope_type="llama3", **LLAMA3), "tie_word_embeddings": True}, "tied"
     ),
-    Case("Qwen3", "Qwen3", {**DENSE, "head_dim": 24, "attention_bias": True}),
+    Case("Mistral", "Mistral", {**DENSE, **WINDOW}),
+    Case("Mistral", "Mistral", {**DENSE, "sliding_window": None, "head_dim": 24}, "without a window"),
+    Case("Mixtral", "Mixtral", {**DENSE, **MIXTRAL}),
+    Case("Mixtral", "Mixtral", {**DENSE, **MIXTRAL, **WINDOW, "tie_word_embeddings": True}, "window, tied"),
+    Case("Qwen2", "Qwen2", {**DENSE, "tie_word_embeddings": True}),
+    Case("Qwen2", "Qwen2", {**DENSE, **WINDOW, "use_sliding_window": True, "max_window_layers": 1}, "window"),
+    Case("Qwen3", "Qwen3", {**DENSE, "head_dim": 24}),
+    Case("Qwen3", "Qwen3", {**DENSE, "attention_bias": True, "tie_word_embeddings": True}, "with biases, tied"),
+    Case("Qwen3-MoE", "Qwen3Moe", {**DENSE, **EXPERTS, **NARROW, "head_dim": 24, "mlp_only_layers": [0]}),
     Case(
         "Qwen3-MoE",
         "Qwen3Moe",
-        {**DENSE, **EXPERTS, "head_dim": 24, "moe_intermediate_size": 48, "mlp_only_layers": [0]},
+        {**DENSE, **EXPERTS, **NARROW, "norm_topk_prob": True, "decoder_sparse_step": 2},
+        "every 2nd",
+    ),
+    Case("Gemma 2", "Gemma2", {**DENSE, **WINDOW, **GEMMA2}),
+    Case("OLMoE", "Olmoe", {**DENSE, **EXPERTS, "intermediate_size": 48}),
+    Case("OLMoE", "Olmoe", {**DENSE, **EXPERTS, "attention_bias": True, "norm_topk_prob": True}, "with biases"),
+    Case("GLM-4 MoE", "Glm4Moe", {**DENSE, **GROUPS, "use_qk_norm": True, "head_dim": 24}),
+    Case(
+        "GLM-4 MoE",
+        "Glm4Moe",
+        {**DENSE, **GROUPS, **WHOLE, "attention_bias": True, "norm_topk_prob": False},
+        "whole heads",
     ),
 ]
 

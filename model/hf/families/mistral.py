@@ -1,0 +1,40 @@
+"""Mistral and Mixtral: https://arxiv.org/abs/2310.06825, https://arxiv.org/abs/2401.04088."""
+
+from model.hf.family import Family
+from model.hf.names import DENSE
+from model.hf.rope import rope
+from model.hf.rules import EXPERT_WIDTH, HEADS, SILU, balance_loss, decoder, fixed, same, window_everywhere
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    rules=(*decoder(eps=1e-6), HEADS, SILU, rope(), window_everywhere(4096), same("intermediate_size", "ffn.width")),
+    table=lambda config: DENSE,
+)
+
+_EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}."
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    rules=(
+        *decoder(eps=1e-5),
+        HEADS,
+        SILU,
+        rope(1e6),
+        window_everywhere(None),
+        EXPERT_WIDTH,
+        same("num_local_experts", "moe.n_experts"),
+        same("num_experts_per_tok", "moe.top_k"),
+        balance_loss(0.001),
+        # Theirs scales what the experts read too, not what the router reads alone.
+        fixed("router_jitter_noise", 0.0),
+    ),
+    table=lambda config: {
+        **DENSE,
+        "blocks.{layer}.ffn.router.linear": "model.layers.{layer}.block_sparse_moe.gate",
+        "blocks.{layer}.ffn.experts.gate_EFD": _EXPERT + "w1.weight",
+        "blocks.{layer}.ffn.experts.up_EFD": _EXPERT + "w3.weight",
+        "blocks.{layer}.ffn.experts.down_EDF": _EXPERT + "w2.weight",
+    },
+)

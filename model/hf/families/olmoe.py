@@ -1,0 +1,26 @@
+"""OLMoE: https://arxiv.org/abs/2409.02060."""
+
+from model.hf.family import Family
+from model.hf.names import MOE
+from model.hf.rope import rope
+from model.hf.rules import ATTENTION_BIAS, EXPERT_WIDTH, NATURAL_HEADS, SILU, balance_loss, decoder, fixed, ours, same
+
+OLMOE = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    rules=(
+        *decoder(eps=1e-5),
+        NATURAL_HEADS,
+        SILU,
+        rope(),
+        ATTENTION_BIAS,
+        ours(attention={"qk_norm": "full"}),
+        fixed("clip_qkv", None),
+        EXPERT_WIDTH,
+        same("num_experts", "moe.n_experts", alias="num_local_experts"),
+        same("num_experts_per_tok", "moe.top_k"),
+        same("norm_topk_prob", "moe.normalise_gates", False),
+        balance_loss(0.01),
+    ),
+    table=lambda config: MOE,
+)
