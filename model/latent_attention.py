@@ -43,8 +43,9 @@ class LatentAttention(nn.Module):
             self.query_down = nn.Linear(config.d_model, latent.q_rank, bias=False)
             self.query_norm = RMSNorm(latent.q_rank, LATENT_EPS)
             self.query_up = nn.Linear(latent.q_rank, q_width, bias=False)
-        self.key_rope = nn.Linear(config.d_model, latent.rope_dim, bias=False)
-        self.kv_down = nn.Linear(config.d_model, latent.kv_rank, bias=False)
+        self.kv_down = nn.Linear(config.d_model, latent.kv_rank + latent.rope_dim, bias=False)
+        # Passes on the key's turned channels, which every head reads: tensor parallelism sums their gradient here.
+        self.key_rope = nn.Identity()
         self.kv_norm = RMSNorm(latent.kv_rank, LATENT_EPS)
         # Each head's rows: nope_dim for the key, then value_dim for the value.
         self.kv_up = nn.Linear(latent.kv_rank, attention.n_heads * (latent.nope_dim + latent.value_dim), bias=False)
@@ -53,7 +54,8 @@ class LatentAttention(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         assert context.rope is not None  # the config wants RoPE with latent attention
         q_nope_BTHn, q_rope_BTHp = self._queries(x_BTD)
-        compressed_BTr, k_rope_BT1p = self.kv_norm(self.kv_down(x_BTD)), self.key_rope(x_BTD)[:, :, None]
+        compressed_BTr, k_rope_BTp = self.kv_down(x_BTD).split([self.latent.kv_rank, self.latent.rope_dim], dim=-1)
+        compressed_BTr, k_rope_BT1p = self.kv_norm(compressed_BTr), self.key_rope(k_rope_BTp)[:, :, None]
         q_rope_BTHp, k_rope_BT1p = (rotate(x, *context.rope, self.interleaved) for x in (q_rope_BTHp, k_rope_BT1p))
         cache = context.cache
         if cache is not None:
