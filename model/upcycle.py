@@ -5,18 +5,15 @@
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.hf.places import Box
+from model.hf.writer import Read
 from model.init import initial_tensor
-
-Box = tuple[slice, ...]
-Read = Callable[[str, Box], Tensor]
-"""Gives a part of a named tensor: one slice a dimension."""
 
 BALANCE_LOSS = 0.01
 """Without one, a router that starts among equal experts soon uses few of them (Fedus et al., 2021: 1e-2)."""

@@ -5,6 +5,7 @@ disappears by one rename.
 """
 
 import hashlib
+import os
 import re
 import secrets
 import shutil
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from parallel.manifest import Manifest, StoredFile, StoredTensor, coverage_problem
-from parallel.tensor_file import DTYPE_OF_NAME
+from parallel.tensor_file import DTYPE_OF_NAME, flush_folder
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
@@ -128,6 +129,20 @@ def prune(folder: Path, step: int, keep: int, keep_every: int | None) -> list[in
     for commit in removed:
         discard(commit.path)
     return [commit.step for commit in removed]
+
+
+def publish(staging: Path, target: Path, manifest: Manifest) -> int:
+    """Makes a commit of a folder whose files are all written: the manifest last, then one rename; returns its size."""
+    with open(staging / MANIFEST, "x") as file:
+        size = file.write(manifest.to_json()) + sum(file.size for file in manifest.files.values())
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folder(staging)
+    if target.exists():
+        discard(target)
+    staging.rename(target)
+    flush_folder(target.parent)
+    return size
 
 
 def discard(path: Path) -> None:

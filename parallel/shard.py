@@ -10,6 +10,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model import ModelConfig
 from model.decoder import Decoder
 from model.experts import Experts, local
+from model.hf.places import our_shapes
+from model.hf.writer import Read
 from model.init import initial_tensor
 from model.moe import MoE, Router
 from parallel.expert import apply_expert_parallel
@@ -91,6 +93,15 @@ def initialise_shards(decoder: Decoder, seed: int) -> None:
         if local(parameter).numel():
             values = initial_tensor(decoder.config, name, parameter.shape, seed, rows)
             local(parameter).copy_(values[(slice(None), *rest)])
+
+
+@torch.no_grad()
+def load_shards(decoder: Decoder, read: Read) -> None:
+    """Fills this rank's part of every weight, and the routing biases, with what `read` gives, and asks for no more."""
+    tensors = decoder.state_dict()
+    for name in our_shapes(decoder.config):
+        if local(tensors[name]).numel():
+            local(tensors[name]).copy_(read(name, tuple(_held_box(tensors[name]))))
 
 
 def _held_box(parameter: Tensor) -> list[slice]:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from parallel.commits import MANIFEST, ChunkReader, Commit, commit_name, discard
+from parallel.commits import ChunkReader, Commit, commit_name, publish
 from parallel.manifest import Chunk, Manifest, StoredFile, StoredTensor, coverage_problem
 from parallel.tensor_file import DTYPE_OF_NAME, dtype_name, flush_folder, write_tensors
 
@@ -110,16 +110,7 @@ class CommitWriter(StorageWriter):
             tensors=_stored_tensors(metadata, written),
         )
         self._check(manifest)
-        with open(self.staging / MANIFEST, "x") as file:
-            self.size = file.write(manifest.to_json()) + sum(file.size for file in manifest.files.values())
-            file.flush()
-            os.fsync(file.fileno())
-        flush_folder(self.staging)
-        target = self._folder / commit_name(self._step)
-        if target.exists():
-            discard(target)
-        self.staging.rename(target)
-        flush_folder(self._folder)
+        self.size = publish(self.staging, self._folder / commit_name(self._step), manifest)
 
     def drop_copy(self) -> None:
         """Gives the memory of the copy back."""
