@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.grouped import grouped_linear, grouped_mm_linear
+from model.grouped import grouped_bias, grouped_linear, grouped_mm_linear
 
 COUNTS = {"empty first, middle and last": [0, 5, 0, 1, 26, 0], "even": [4] * 6, "all on one": [0, 0, 40, 0, 0, 0]}
 # On the CPU, grouped_linear takes the loop but for bf16.
@@ -53,3 +53,21 @@ def test_no_rows_at_all(linear: Callable[..., Tensor]) -> None:
     (out * 1.0).sum().backward()
     assert w.grad is not None
     assert not w.grad.any()
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_biases(dtype: torch.dtype, tolerance: float, counts: list[int]) -> None:
+    """Against indexing by each row's expert, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(6, 24, generator=generator).to(dtype).requires_grad_()
+    direction = torch.randn(sum(counts), 24, generator=generator).to(dtype)
+    out = grouped_bias(bias, torch.tensor(counts), sum(counts))
+    (grad,) = torch.autograd.grad((out * direction).sum(), [bias])
+    exact = bias.detach().double().requires_grad_()
+    expected = exact[torch.arange(6).repeat_interleave(torch.tensor(counts))]
+    (truth,) = torch.autograd.grad((expected * direction.double()).sum(), [exact])
+    assert torch.equal(out.double(), expected)
+    torch.testing.assert_close(grad.double(), truth, rtol=tolerance, atol=tolerance)

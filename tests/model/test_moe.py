@@ -1,165 +1,132 @@
-"""The MoE layer's three pieces: routing by hand-made scores, and dispatch and experts against a dense loop over all."""
+"""The whole layer against a dense loop over all experts: every kind of expert, shared ones, their gate."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from model import ModelConfig, initialise
-from model.moe import LocalDispatcher, MoE, Router, limit_to_groups
-
-SMALL = {"n_layers": 1, "d_model": 24, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "d_ff": 16, "vocab_size": 16}
-
-
-def config_of(**fields: object) -> ModelConfig:
-    return ModelConfig(**{**SMALL, "n_experts": 8, "top_k": 3, "d_expert": 16, **fields})  # type: ignore[arg-type]
-
-
-def router_of_logits(**fields: object) -> Router:
-    """A router whose logits are its input: scores can then be written by hand."""
-    config = config_of(**{"n_experts": 4, "top_k": 2, **fields})
-    router = Router(config).double()
-    router.linear.weight = nn.Parameter(torch.eye(config.n_experts, dtype=torch.float64))
-    return router
+from model import Documents, ModelConfig
+from model.balance import auxiliary_loss
+from model.context import Context
+from model.dispatch import LocalDispatcher
+from model.moe import MoE
 
 
-def logits(*rows: list[float]) -> Tensor:
-    return torch.tensor([rows], dtype=torch.float64)
+def layer_of(ffn: dict[str, object] | None = None, **moe: object) -> MoE:
+    moe = {"n_experts": 8, "top_k": 3, "expert_width": 16, "score": "sigmoid", **moe}
+    layer = MoE(ModelConfig(d_model=24, ffn=ffn or {}, moe=moe), 0).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0.0, 0.5, generator=generator)
+    return layer
 
 
-# Softmax of the logarithms of probabilities gives these probabilities back.
-PROBABILITIES = torch.tensor([[[0.1, 0.4, 0.3, 0.2], [0.7, 0.1, 0.05, 0.15]]], dtype=torch.float64)
+def everything(batch: int, tokens: int) -> Context:
+    return Context(None, Documents(None, torch.ones(batch, tokens, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize(
-    ("normalise", "scale", "gates"),
-    [
-        (False, 1.0, [[0.4, 0.3], [0.7, 0.15]]),
-        (True, 1.0, [[4 / 7, 3 / 7], [14 / 17, 3 / 17]]),
-        (True, 2.5, [[10 / 7, 7.5 / 7], [35 / 17, 7.5 / 17]]),
-    ],
-)
-def test_softmax_gates(normalise: bool, scale: float, gates: list[list[float]]) -> None:
-    routing = router_of_logits(normalise_gates=normalise, gate_scale=scale)(PROBABILITIES.log())
-    assert routing.chosen_NK.tolist() == [[1, 2], [0, 3]]
-    torch.testing.assert_close(routing.gates_NK, torch.tensor(gates, dtype=torch.float64), rtol=1e-12, atol=0)
-    torch.testing.assert_close(routing.scores_NE, PROBABILITIES[0], rtol=1e-12, atol=0)
+def dense_loop(layer: MoE, x_BTD: Tensor, context: Context) -> Tensor:
+    """Every expert for every token, weighted with 0 where it was not chosen: what sparse dispatch saves."""
+    experts, routing = layer.experts, layer.router(x_BTD)
+    out = torch.zeros_like(x_BTD)
+    for e in range(layer.moe.n_experts):
+        up, down = x_BTD @ experts.up_EFD[e].T, experts.down_EDF[e].T
+        if experts.up_bias_EF is not None:
+            up = up + experts.up_bias_EF[e]
+        if experts.gate_EFD is None:
+            hidden = layer.experts.activation(up)
+        else:
+            gate = x_BTD @ experts.gate_EFD[e].T
+            if experts.gate_bias_EF is not None:
+                gate = gate + experts.gate_bias_EF[e]
+            hidden = layer.experts.activation(gate) * up
+        result = hidden @ down
+        if experts.down_bias_ED is not None:
+            result = result + experts.down_bias_ED[e]
+        out = out + (routing.gates_BTK * (routing.chosen_BTK == e)).sum(-1, keepdim=True) * result
+    if layer.shared is not None:
+        shared = layer.shared(x_BTD, context)
+        out = out + (shared if layer.shared_gate is None else shared * (x_BTD @ layer.shared_gate.weight.T).sigmoid())
+    return out
 
 
-def test_sigmoid_gates_are_normalised_over_the_chosen_alone() -> None:
-    x = (PROBABILITIES / (1 - PROBABILITIES)).log()
-    routing = router_of_logits(score_function="sigmoid", gate_scale=1.5)(x)
-    expected = torch.tensor([[4 / 7, 3 / 7], [14 / 17, 3 / 17]], dtype=torch.float64) * 1.5
-    torch.testing.assert_close(routing.gates_NK, expected, rtol=1e-12, atol=0)
+CASES = {
+    "top-1": {"top_k": 1},
+    "top-3": {},
+    "shared": {"n_shared": 2},
+    "shared with a gate": {"n_shared": 1, "shared_gate": True},
+    "GELU without a gate": {"ffn": {"activation": "gelu", "gated": False}},
+    "ReLU without a gate, biases": {"ffn": {"activation": "relu", "gated": False, "bias": True}},
+    "GeGLU, biases": {"ffn": {"activation": "gelu_tanh", "bias": True}},
+}
 
 
-def test_the_bias_steers_the_choice_and_not_the_gates() -> None:
-    router = router_of_logits(normalise_gates=False)
-    router.bias_E.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
-    routing = router(PROBABILITIES[:, :1].log())
-    assert routing.chosen_NK.tolist() == [[0, 1]]
-    torch.testing.assert_close(routing.gates_NK[0], torch.tensor([0.1, 0.4], dtype=torch.float64))
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+def test_the_layer_equals_a_dense_loop_over_all_experts(fields: dict) -> None:
+    layer = layer_of(**fields)
+    layer.router.bias_E[[2, 5]] = -10.0  # two experts that no token chooses
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 10, 24, dtype=torch.float64, generator=generator).requires_grad_()
+    direction = torch.randn(3, 10, 24, dtype=torch.float64, generator=generator)
+    context = everything(3, 10)
+
+    def gradients(out: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((out * direction).sum(), [x, *layer.parameters()]))
+
+    out, expected = layer(x, context)[0], dense_loop(layer, x, context)
+    assert not {2, 5} & set(layer.router(x).chosen_BTK.flatten().tolist())
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
+    for ours, truth in zip(gradients(out), gradients(expected), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-11)
 
 
-def test_routers_score_bf16_tokens_in_fp32() -> None:
-    """In bf16, 1 and 1 + 2^-9 are one number: the second expert must still win."""
-    router = router_of_logits(top_k=1).float()
+def test_a_gate_on_the_shared_expert_is_qwen2_moes() -> None:
+    config = Qwen2MoeConfig(
+        hidden_size=24, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16,
+        shared_expert_intermediate_size=32, norm_topk_prob=False,
+    )  # fmt: skip
+    theirs = Qwen2MoeSparseMoeBlock(config).double()
+    layer = layer_of(n_shared=2, shared_gate=True, score="softmax", normalise_gates=False)
+    assert layer.shared is not None
+    assert layer.shared.gate is not None
+    assert layer.shared_gate is not None
+    if not hasattr(theirs.experts, "gate_up_proj"):
+        pytest.skip("transformers below 5 keeps experts apart")
     with torch.no_grad():
-        router.linear.weight[1, 1] += 2**-9
-    routing = router(torch.tensor([[[1.0, 1.0, 0.0, 0.0]]], dtype=torch.bfloat16))
-    assert routing.chosen_NK.tolist() == [[1]]
-    assert routing.gates_NK.dtype == routing.scores_NE.dtype == torch.float32
+        theirs.gate.weight.copy_(layer.router.linear.weight)
+        theirs.experts.gate_up_proj.copy_(torch.cat((layer.experts.gate_EFD, layer.experts.up_EFD), 1))
+        theirs.experts.down_proj.copy_(layer.experts.down_EDF)
+        theirs.shared_expert.gate_proj.weight.copy_(layer.shared.gate.weight)
+        theirs.shared_expert.up_proj.weight.copy_(layer.shared.up.weight)
+        theirs.shared_expert.down_proj.weight.copy_(layer.shared.down.weight)
+        theirs.shared_expert_gate.weight.copy_(layer.shared_gate.weight)
+    x = torch.randn(2, 10, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = theirs(x)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    # Their softmax is fp32 whatever the dtype.
+    torch.testing.assert_close(layer(x, everything(2, 10))[0], expected, rtol=0, atol=1e-5)
 
 
 def test_all_scores_underflowing_gives_no_nan() -> None:
-    moe = MoE(config_of(n_experts=4, d_model=8, score_function="sigmoid"))
-    initialise(moe, 0.1, seed=0)
+    layer = layer_of(balance_loss=1.0, importance_loss=1.0).float()
     with torch.no_grad():
-        moe.router.linear.weight.fill_(-1000)
-    out, balance = moe(torch.ones(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
-    (out.sum() * 1.0 + balance).backward()
+        layer.router.linear.weight.fill_(-1000)
+    out, statistics = layer(torch.ones(1, 3, 24), everything(1, 3))
+    assert statistics is not None
+    auxiliary = auxiliary_loss([statistics], layer.moe)
+    (out.sum() * 1.0 + auxiliary).backward()
     assert out.isfinite().all()
-    assert balance.isfinite()
-    assert all(parameter.grad.isfinite().all() for parameter in moe.parameters())
-
-
-#                 group 0     group 1     group 2
-SCORES = [
-    [9.0, 0.0, 5.0, 5.0, 6.0, 1.0],
-    [0.1, 0.2, 0.9, 0.0, 0.5, 0.5],
-]
-
-
-@pytest.mark.parametrize(
-    ("score", "groups", "kept"),
-    [
-        ("max", 1, [{0}, {1}]),
-        ("max", 2, [{0, 2}, {1, 2}]),
-        ("top2", 1, [{1}, {2}]),  # sums: 9, 10, 7 and 0.3, 0.9, 1.0
-        ("top2", 2, [{0, 1}, {1, 2}]),
-        ("max", 3, [{0, 1, 2}, {0, 1, 2}]),
-    ],
-)
-def test_the_best_groups_are_kept(score: str, groups: int, kept: list[set[int]]) -> None:
-    scores = torch.tensor(SCORES)
-    limited = limit_to_groups(scores, 3, groups, score)
-    for token, wanted in enumerate(kept):
-        for expert in range(6):
-            expected = SCORES[token][expert] if expert // 2 in wanted else -torch.inf
-            assert limited[token, expert] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("score", ["max", "top2"])
-@pytest.mark.parametrize("most", [1, 2, 3])
-def test_no_token_touches_more_groups_than_allowed(score: str, most: int) -> None:
-    torch.manual_seed(0)
-    config = config_of(n_experts=16, n_expert_groups=8, top_k_groups=most, top_k=2 * most, group_score=score)
-    router = Router(config)
-    initialise(router, 1.0, seed=0)
-    router.bias_E.normal_(0, 0.2)
-    chosen = router(torch.randn(4, 100, config.d_model)).chosen_NK
-    assert all(len(set(row)) == 2 * most for row in chosen.tolist()), "each expert once"
-    assert {len(set(row)) for row in (chosen // 2).tolist()} == {most}
-
-
-def dense_loop(moe: MoE, x_ND: Tensor, chosen_NK: Tensor, gates_NK: Tensor) -> Tensor:
-    """Every expert for every token, weighted with 0 where it was not chosen: what sparse dispatch saves."""
-    experts = moe.experts
-    out = torch.zeros_like(x_ND)
-    for e in range(moe.n_experts):
-        gate, up, down = (w[e] for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF))
-        weight_N = (gates_NK * (chosen_NK == e)).sum(-1)
-        out = out + weight_N[:, None] * (F.silu(x_ND @ gate.T) * (x_ND @ up.T) @ down.T)
-    return out if moe.shared is None else out + moe.shared(x_ND)
-
-
-@pytest.mark.parametrize("shared", [0, 2])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_the_layer_equals_a_dense_loop_over_all_experts(top_k: int, shared: int) -> None:
-    torch.manual_seed(0)
-    moe = MoE(config_of(top_k=top_k, n_shared_experts=shared, score_function="sigmoid")).double()
-    initialise(moe, 0.3, seed=0)
-    moe.router.bias_E[[2, 5]] = -10.0  # two experts that no token chooses
-    x = torch.randn(3, 10, 24, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(30, 24, dtype=torch.float64)
-
-    def gradients(out_ND: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad((out_ND * direction).sum(), [x, *moe.parameters()]))
-
-    out = moe(x, torch.ones(3, 10, dtype=torch.bool))[0].flatten(0, 1)
-    routing = moe.router(x)
-    expected = dense_loop(moe, x.flatten(0, 1), routing.chosen_NK, routing.gates_NK)
-    assert not {2, 5} & set(routing.chosen_NK.flatten().tolist())
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    for ours, truth in zip(gradients(out), gradients(expected), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
+    assert auxiliary.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters() if parameter.grad is not None)
 
 
 def test_dispatch_sorts_by_expert_and_combine_brings_back() -> None:
     x = torch.tensor([[1.0], [2.0], [3.0]])
     chosen = torch.tensor([[2, 0], [0, 3], [2, 3]])
     dispatcher = LocalDispatcher()
-    rows, counts, plan = dispatcher.dispatch(x, chosen, 4)
+    rows, counts, plan = dispatcher.dispatch(x, chosen, None, 4)
     assert rows[:, 0].tolist() == [1, 2, 1, 3, 2, 3], "in the order of experts, and of tokens within an expert"
     assert counts.tolist() == [2, 0, 2, 2]
     gates = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
@@ -167,3 +134,36 @@ def test_dispatch_sorts_by_expert_and_combine_brings_back() -> None:
     results = rows * torch.tensor([1.0, 1, 100, 100, 1000, 1000])[:, None]
     expected = [0.5 * 100 + 0.25 * 1, 1.0 * 2, 0.1 * 300 + 0.2 * 3000]
     assert dispatcher.combine(results, plan, gates)[:, 0].tolist() == pytest.approx(expected)
+
+
+def test_dispatch_sends_no_dropped_row() -> None:
+    x = torch.tensor([[1.0], [2.0], [3.0]])
+    chosen = torch.tensor([[2, 0], [0, 3], [2, 3]])
+    kept = torch.tensor([[True, True], [False, False], [False, True]])
+    dispatcher = LocalDispatcher()
+    rows, counts, plan = dispatcher.dispatch(x, chosen, kept, 4)
+    assert rows[:, 0].tolist() == [1, 1, 3]
+    assert counts.tolist() == [1, 0, 1, 1]
+    gates = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
+    results = rows * torch.tensor([1.0, 100, 1000])[:, None]
+    assert dispatcher.combine(results, plan, gates)[:, 0].tolist() == pytest.approx([0.5 * 100 + 0.25, 0, 0.2 * 3000])
+
+
+def test_which_layers_have_experts() -> None:
+    def layers(n: int, **moe: int) -> list[int]:
+        config = ModelConfig(n_layers=n, moe={"n_experts": 2, "expert_width": 8, **moe})
+        return [layer for layer in range(n) if config.is_moe_layer(layer)]
+
+    assert layers(4) == [0, 1, 2, 3]
+    assert layers(6, every=2) == [1, 3, 5], "Switch, GLaM"
+    assert layers(5, n_dense_layers=1) == [1, 2, 3, 4], "DeepSeek-V2"
+
+
+def test_experts_use_the_configs_activation() -> None:
+    """Squared ReLU by hand, for one expert that copies its input."""
+    layer = layer_of(ffn={"activation": "relu2", "gated": False}, n_experts=1, top_k=1, expert_width=24)
+    with torch.no_grad():
+        layer.experts.up_EFD[0].copy_(torch.eye(24))
+        layer.experts.down_EDF[0].copy_(torch.eye(24))
+    x = torch.randn(1, 4, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x, everything(1, 4))[0], F.relu(x) ** 2, rtol=0, atol=1e-12)
