@@ -93,8 +93,10 @@ class Layout(BaseModel):
                 f"layout.ep={self.ep} must divide n_experts={model.n_experts} and dp_shard * tp = {peers}; try {fits}"
             )
         heads = model.attention
-        split = {"n_heads": heads.n_heads, "n_kv_heads": heads.n_kv_heads, "vocab_size": model.vocab_size}
+        split = {"attention.n_heads": heads.n_heads, "vocab_size": model.vocab_size}
         split["train.seq_len"] = seq_len
+        if model.position.kind == "learned":
+            split["max_seq_len"] = model.max_seq_len
         if model.n_moe_layers < model.n_layers:
             split["ffn.width"] = model.ffn.width
         if model.moe and model.moe.n_shared:

@@ -4,10 +4,20 @@ Between layers each rank holds a slice of every sequence's tokens; inside attent
 and a slice of the heads or the width (Korthikanti et al., 2022).
 """
 
+from typing import Any
+
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -17,8 +27,13 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from model.attention import Attention
+from model.block import Block
 from model.decoder import Decoder
+from model.feedforward import FeedForward
 from model.loss import WholeVocabulary
+from model.moe import MoE
+from model.parts import AttentionConfig, LatentConfig
 
 
 class VocabularyShard(WholeVocabulary):
@@ -46,53 +61,150 @@ class VocabularyShard(WholeVocabulary):
         return x
 
 
+class Replicated(ParallelStyle):
+    """A module that every rank computes whole, from whole inputs.
+
+    grads: what comes back to its output. Replicate() where the readers are parallel modules, which sum their input's
+    gradient; Partial() where each rank's heads read a part of the output themselves.
+    """
+
+    def __init__(self, grads: Placement | None = None) -> None:
+        super().__init__()
+        self.grads = grads or Replicate()
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def read(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+            return _as_dtensor(inputs[0], mesh, Replicate()), *inputs[1:]
+
+        def write(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+            return output.to_local(grad_placements=[self.grads])
+
+        return distribute_module(module, device_mesh, None, read, write)  # type: ignore[arg-type]
+
+
+class WidthSharded(ParallelStyle):
+    """A norm over channels of which each rank holds a run: the mean square is summed over the ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def read(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+            return _as_dtensor(inputs[0], mesh, Shard(2)), *inputs[1:]
+
+        def write(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+            return output.redistribute(placements=[Shard(2)]).to_local()
+
+        return distribute_module(module, device_mesh, _split_parameters, read, write)  # type: ignore[arg-type]
+
+
+class ChannelSharded(ParallelStyle):
+    """A module that treats each channel by itself, on this rank's channels: its weights are split, nothing is sent."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, _split_parameters)
+
+
+def _as_dtensor(x: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [placement], run_check=False)
+
+
+def _split_parameters(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        split: DTensor = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(split))
+
+
 def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Turns a decoder's weights into DTensors over the `tp` mesh and inserts the collectives between them."""
-    top: dict[str, ParallelStyle] = {
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "norm": SequenceParallel(use_local_output=True),
-        "head": ColwiseParallel(),
-    }
-    parallelize_module(decoder, mesh, top)
+    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    top: dict[str, ParallelStyle] = {"embedding": embedding, "head": ColwiseParallel()}
+    if decoder.position_embedding is not None:
+        top["position_embedding"] = embedding
+    parallelize_module(decoder, mesh, top | _norms_plan(decoder, "norm"))
     if decoder.config.tied_embeddings:
         decoder.head.weight = decoder.embedding.weight
     decoder.vocabulary = VocabularyShard(mesh, decoder.config.vocab_size)
-    for layer, block in enumerate(decoder.blocks):
-        parallelize_module(block, mesh, _block_plan(decoder, layer))
+    for block in decoder.blocks:
+        assert isinstance(block, Block)
+        parallelize_module(block, mesh, _block_plan(block, decoder.config.attention, mesh.size()))
+        if isinstance(block.attention, Attention):
+            block.attention.kv_heads = kv_heads_read(decoder.config.attention, mesh.size(), mesh.get_local_rank())
 
 
-def _block_plan(decoder: Decoder, layer: int) -> dict[str, ParallelStyle]:
-    config = decoder.config
+def kv_heads_read(config: AttentionConfig, ranks: int, rank: int) -> list[int] | None:
+    """Which key and value heads a rank's query heads read, where every rank computes all of them; None where it has its
+    own. One entry for each group of query heads, or for each query head where the groups are uneven.
+    """
+    if config.n_kv_heads % ranks == 0:
+        return None
+    share = config.n_heads // ranks
+    read = [head * config.n_kv_heads // config.n_heads for head in range(rank * share, (rank + 1) * share)]
+    groups = sorted(set(read))
+    is_even = all(read.count(group) * len(groups) == share for group in groups)
+    return groups if is_even else read
+
+
+def _block_plan(block: Block, config: AttentionConfig, ranks: int) -> dict[str, ParallelStyle]:
+    names = ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm")
+    plan = _norms_plan(block, *names) | {"attention": _gather_tokens()}
+    attention = _latent_plan(config.latent) if config.latent else _attention_plan(config, ranks)
+    plan |= {f"attention.{name}": style for name, style in attention.items()}
+    if not isinstance(block.ffn, MoE):
+        return plan | _feed_forward_plan("ffn", block.ffn)
+    on_slices = [name for name in ("router.linear", "router.noise", "shared_gate") if _has(block.ffn, name)]
+    plan |= {f"ffn.{name}": SequenceParallel(use_local_output=True) for name in on_slices}
+    return plan if block.ffn.shared is None else plan | _feed_forward_plan("ffn.shared", block.ffn.shared)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(found == name for found, _ in module.named_modules())
+
+
+def _norms_plan(module: nn.Module, *names: str) -> dict[str, ParallelStyle]:
+    """Norms of the residual stream see a slice of the tokens."""
+    norms = [name for name in names if list(module.get_submodule(name).parameters())]
+    return {name: SequenceParallel(use_local_output=True) for name in norms}
+
+
+def _gather_tokens() -> ParallelStyle:
+    return PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None))
+
+
+def _attention_plan(config: AttentionConfig, ranks: int) -> dict[str, ParallelStyle]:
+    plan: dict[str, ParallelStyle] = {"query": ColwiseParallel(), "output": RowwiseParallel(output_layouts=Shard(1))}
+    # Heads are split, tokens are not: a norm of heads has a slice of dimension 2, one of all heads a slice of width.
+    of_slices = WidthSharded() if config.qk_norm == "full" else SequenceParallel(sequence_dim=2, use_local_output=True)
+    norms: dict[str, ParallelStyle] = {"query_norm": of_slices, "key_norm": of_slices} if config.qk_norm else {}
+    if config.n_kv_heads % ranks == 0:
+        return plan | norms | {"key": ColwiseParallel(), "value": ColwiseParallel()}
+    # Fewer heads than ranks: each rank computes all of them and reads some.
+    plan |= {"key": Replicated(None if norms else Partial()), "value": Replicated(Partial())}
+    return plan | ({**norms, "key_norm": Replicated(Partial())} if norms else {})
+
+
+def _latent_plan(config: LatentConfig) -> dict[str, ParallelStyle]:
+    """What is small is computed whole by every rank; heads are split. All heads read the same turned channels."""
     plan: dict[str, ParallelStyle] = {
-        "attention_norm": SequenceParallel(use_local_output=True),
-        "ffn_norm": SequenceParallel(use_local_output=True),
-        "attention": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
-        "attention.query": ColwiseParallel(),
-        "attention.key": ColwiseParallel(),
-        "attention.value": ColwiseParallel(),
-        "attention.output": RowwiseParallel(output_layouts=Shard(1)),
+        "kv_down": Replicated(),
+        "key_rope": Replicated(Partial()),
+        "kv_norm": Replicated(),
+        "kv_up": ColwiseParallel(),
+        "output": RowwiseParallel(output_layouts=Shard(1)),
     }
-    if config.attention.qk_norm == "head":
-        # Heads are split, tokens are not: the norm's weight sees a slice of dimension 2.
-        plan["attention.query_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
-        plan["attention.key_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
-    if config.moe is None or not config.is_moe_layer(layer):
-        plan |= _feed_forward_plan("ffn")
-    else:
-        plan["ffn.router.linear"] = SequenceParallel(use_local_output=True)
-        if config.moe.noisy:
-            plan["ffn.router.noise"] = SequenceParallel(use_local_output=True)
-        if config.moe.shared_gate:
-            plan["ffn.shared_gate"] = SequenceParallel(use_local_output=True)
-        if config.moe.n_shared:
-            plan |= _feed_forward_plan("ffn.shared")
-    return plan
+    if config.q_rank is None:
+        return plan | {"query": ColwiseParallel()}
+    return plan | {"query_down": Replicated(), "query_norm": Replicated(), "query_up": ColwiseParallel()}
 
 
-def _feed_forward_plan(name: str) -> dict[str, ParallelStyle]:
-    return {
-        name: PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
-        f"{name}.gate": ColwiseParallel(),
+def _feed_forward_plan(name: str, ffn: FeedForward) -> dict[str, ParallelStyle]:
+    plan: dict[str, ParallelStyle] = {
+        name: _gather_tokens(),
         f"{name}.up": ColwiseParallel(),
         f"{name}.down": RowwiseParallel(output_layouts=Shard(1)),
     }
+    if ffn.gate is not None:
+        plan[f"{name}.gate"] = ColwiseParallel()
+    if ffn.conv is not None:
+        plan[f"{name}.conv"] = ChannelSharded()
+    if ffn.adapter is not None:
+        plan[f"{name}.adapter.a"] = RowwiseParallel(output_layouts=Replicate())
+        plan[f"{name}.adapter.b"] = ColwiseParallel()
+    return plan

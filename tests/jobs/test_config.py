@@ -129,7 +129,7 @@ ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}
         ({"layout__ep": "3"}, "layout.ep=3 must divide n_experts=16 and dp_shard * tp = 4; try [1, 2, 4]"),
         ({"layout__ep": "8"}, "layout.ep=8 must divide n_experts=16 and dp_shard * tp = 4; try [1, 2, 4]"),
         ({"layout__ep": "2", "model__preset": "demo-dense"}, "layout.ep=2 needs experts, but model.moe is none"),
-        ({"layout__tp": "4"}, "layout.tp=4 must divide n_kv_heads=2; try [1, 2]"),
+        ({"layout__tp": "4", "model__attention__n_heads": "2"}, "layout.tp=4 must divide attention.n_heads=2; try [1, 2]"),
         ({"layout__tp": "0"}, "layout.tp=0 must be at least 1"),
         ({"train__global_batch": "30"}, "train.global_batch=30 must be a multiple of the 4 data-parallel ranks"),
         ({"train__global_batch": "30"}, "; try 32"),
