@@ -49,16 +49,17 @@ class MoEConfig(Part):
     group_size: int = 1
     """Neighbouring sequences of a batch that share capacity and balance statistics."""
     capacity_factor: float | None = None
-    """While training, an expert takes at most ceil(capacity_factor * top_k * tokens / n_experts) of a group's tokens;
-    the others' assignments are dropped, and the residual stream passes them on. By default nothing is dropped."""
+    """While training, an expert takes at most ceil(capacity_factor * top_k * tokens / n_experts) of a routing group's
+    tokens, padding not counted; the others' assignments are dropped, and the residual stream passes them on. By default
+    nothing is dropped."""
     drop_by: Literal["position", "gate"] = "position"
     """Which are dropped: those that come last (all first choices before second ones), or those of the smallest gate."""
 
     balance_loss: float = 0.0
-    """Factor of sum_i f_i P_i, f_i = n_experts / (top_k * tokens) * those that chose expert i, P_i its mean share of the
-    scores (Switch, eqs. 4-6; DeepSeek-V2, eqs. 23-25; DeepSeek-V3, eqs. 17-20)."""
+    """Factor of sum_i f_i P_i, f_i = n_experts / (top_k * tokens) * those that chose expert i, P_i its mean share of
+    the scores (Switch, eqs. 4-6; DeepSeek-V2, eqs. 23-25; DeepSeek-V3, eqs. 17-20)."""
     balance_counts: Literal["all", "first"] = "all"
-    """first: f_i counts each token's first choice alone (GShard)."""
+    """first: f_i counts each token's first choice alone, without the division by top_k (GShard)."""
     balance_over: Literal["layer", "model"] = "layer"
     """model: f_i and P_i are means over all MoE layers together (Mixtral)."""
     device_loss: float = 0.0
@@ -66,7 +67,8 @@ class MoEConfig(Part):
     communication_loss: float = 0.0
     """Factor of DeepSeek-V2's communication balance loss (eqs. 29-31)."""
     importance_loss: float = 0.0
-    """Factor of the squared coefficient of variation of the experts' summed gates (Shazeer et al., 2017, eqs. 6-7)."""
+    """Factor of the squared coefficient of variation of the experts' summed gates (Shazeer et al., 2017, eqs. 6-7);
+    before anything is dropped."""
     load_loss: float = 0.0
     """The same of their expected loads under the noise (Shazeer et al., 2017, eqs. 8-11)."""
     router_z_loss: float = 0.0
@@ -83,7 +85,9 @@ class MoEConfig(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         prefix = "model.moe"
-        at_least(self, prefix, 1, "n_experts", "top_k", "expert_width", "every", "n_groups", "top_k_groups", "group_size")
+        at_least(
+            self, prefix, 1, "n_experts", "top_k", "expert_width", "every", "n_groups", "top_k_groups", "group_size"
+        )
         at_least(self, prefix, 0, "n_shared", "n_dense_layers", "bias_update_rate")
         losses = [name for name in type(self).model_fields if name.endswith("_loss")]
         at_least(self, prefix, 0, *losses)
@@ -126,10 +130,19 @@ class MoEConfig(Part):
                 f"{prefix}.load_loss={self.load_loss} is the expected load under noise: it needs noisy=true "
                 f"and top_k={self.top_k} below n_experts={self.n_experts}"
             )
+        if self.load_loss and (self.top_k_groups < self.n_groups or self.bias_update_rate):
+            raise ValueError(
+                f"{prefix}.load_loss={self.load_loss} knows the noise alone: it needs top_k_groups={self.top_k_groups} "
+                f"to be n_groups={self.n_groups}, and bias_update_rate={self.bias_update_rate} to be 0"
+            )
         if self.noisy and (self.score != "softmax" or not self.normalise_gates):
-            raise ValueError(f"{prefix}.noisy=true is a softmax over the top-k: it needs score=softmax, normalise_gates=true")
+            raise ValueError(
+                f"{prefix}.noisy=true is a softmax over the top-k: it needs score=softmax, normalise_gates=true"
+            )
         if self.shared_gate and not self.n_shared:
             raise ValueError(f"{prefix}.shared_gate=true needs a shared expert; n_shared=0")
         for name in ("device_loss", "communication_loss"):
             if getattr(self, name) and self.n_groups == 1:
-                raise ValueError(f"{prefix}.{name}={getattr(self, name)} balances groups of experts: it needs n_groups > 1")
+                raise ValueError(
+                    f"{prefix}.{name}={getattr(self, name)} balances groups of experts: it needs n_groups > 1"
+                )
