@@ -142,3 +142,19 @@ def test_a_document_shorter_than_its_window_is_one_causal_call() -> None:
     with Sizes() as sizes:
         attend(*qkv, Scoring(0.4, TOKENS), None)
     assert sizes.pairs == 2 * TOKENS**2
+
+
+@pytest.mark.parametrize(("d", "e"), [(12, 8), (8, 12)])
+def test_values_of_another_width_bring_no_scores_into_being(d: int, e: int) -> None:
+    tokens = 512
+    qkv = inputs(2, 2, d, e, tokens)
+    with Sizes() as sizes:
+        attend(*qkv, Scoring(0.4), None).sum().backward()
+    assert sizes.largest <= 2 * tokens * 2 * 12 < tokens**2
+
+
+def test_in_bf16_scores_are_capped_and_normalised_in_fp32() -> None:
+    qkv = [x.detach().bfloat16() for x in inputs(4, 2, 8, 8)]
+    out = attend(*qkv, Scoring(0.4, 6, 1.5), None)
+    expected = textbook(*(x.double() for x in qkv), Scoring(0.4, 6, 1.5), None)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2**-6)
