@@ -167,14 +167,17 @@ def check_gradients(pair: Pair) -> None:
     pair.compare("gradients", torch.stack(relative), torch.zeros(len(relative)), scale=1.0)
 
 
-def check_decoding(pair: Pair) -> None:
-    """Greedy, token by token with our cache, beside their `generate` with theirs: equal tokens, near logits."""
+def _decode(pair: Pair, pads_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of greedy decoding, ours token by token with our cache and those of their `generate` with theirs.
+
+    Rows of the prompt begin with padding of these lengths. Asserts that the chosen tokens are the same.
+    """
     prompt_BT = pair.tokens_BT[:, :PROMPT]
-    steps = TOKENS - PROMPT
+    real_BT = torch.arange(PROMPT)[None] >= pads_B[:, None]
     generated = pair.theirs.generate(
         prompt_BT,
-        attention_mask=torch.ones_like(prompt_BT),
-        max_new_tokens=steps,
+        attention_mask=real_BT.long(),
+        max_new_tokens=TOKENS - PROMPT,
         do_sample=False,
         pad_token_id=0,
         eos_token_id=None,
@@ -182,25 +185,31 @@ def check_decoding(pair: Pair) -> None:
         return_dict_in_generate=True,
     )
     cache = KVCache(pair.ours.config, BATCH, TOKENS, pair.ours.embedding.weight)
+    documents_BT = torch.where(real_BT, 0, -1) if pads_B.any() else None
     new_BT, logits, chosen = prompt_BT, [], []
     with torch.no_grad():
-        for _ in range(steps):
-            logits.append(pair.ours(new_BT, cache=cache)[:, -1])
-            new_BT = logits[-1].argmax(-1, keepdim=True)
+        for _ in range(TOKENS - PROMPT):
+            logits.append(pair.ours(new_BT, documents_BT=documents_BT, cache=cache)[:, -1])
+            new_BT, documents_BT = logits[-1].argmax(-1, keepdim=True), None
             chosen.append(new_BT)
     assert torch.equal(torch.cat(chosen, 1), generated.sequences[:, PROMPT:])
-    pair.compare("decoding", torch.stack(logits), torch.stack(generated.logits))
+    return torch.stack(logits), torch.stack(generated.logits)
+
+
+def check_decoding(pair: Pair) -> None:
+    pair.compare("decoding", *_decode(pair, torch.zeros(BATCH, dtype=torch.int64)))
 
 
 def check_padding(pair: Pair) -> None:
-    """Rows that begin with padding of different lengths."""
-    pads_B1 = torch.tensor([[0], [5], [9]])
-    real_BT = torch.arange(TOKENS)[None] >= pads_B1
-    positions_BT = (torch.arange(TOKENS)[None] - pads_B1).clamp(min=0)
+    """Rows that begin with padding of different lengths, in one pass and in decoding."""
+    pads_B = torch.tensor([0, 5, 9])
+    real_BT = torch.arange(TOKENS)[None] >= pads_B[:, None]
+    positions_BT = (torch.arange(TOKENS)[None] - pads_B[:, None]).clamp(min=0)
     with torch.no_grad():
         theirs = pair.theirs(pair.tokens_BT, attention_mask=real_BT.long(), position_ids=positions_BT).logits
         ours = pair.ours(pair.tokens_BT, positions_BT, torch.where(real_BT, 0, -1))
     pair.compare("padding", ours[real_BT], theirs[real_BT])
+    pair.compare("padding", *_decode(pair, pads_B))
 
 
 def check_export(pair: Pair) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.hf.families import FAMILIES
 from model.hf.family import Family
-from model.hf.places import places
+from model.hf.places import is_bias, is_optional, places
 
 _TRAINING_ONLY = """
 z_loss moe.noisy moe.jitter moe.second_expert moe.group_size moe.capacity_factor moe.drop_by moe.balance_loss
@@ -24,11 +24,9 @@ def family_for(config: ModelConfig) -> Family:
         changed = _changes(family, config)
         if not changed:
             return family
-        misses.append((len(changed), family.model_type, changed))
-    _, nearest, changed = min(misses)
-    raise ValueError(
-        f"no Hugging Face family expresses this model; the nearest, {nearest}, would not: {'; '.join(changed)}"
-    )
+        misses.append((len(changed), changed, family.model_type))
+    _, changed, nearest = min(misses)
+    raise ValueError(f"no Hugging Face family expresses this model; the nearest is {nearest}, but {'; '.join(changed)}")
 
 
 def _changes(family: Family, config: ModelConfig) -> list[str]:
@@ -39,20 +37,16 @@ def _changes(family: Family, config: ModelConfig) -> list[str]:
         return [str(error)]
     wanted = essence(config)
     changed = [
-        f"model.{name}={wanted.get(name)} (it has {held.get(name)})"
+        f"model.{name}={wanted.get(name)} would be {held.get(name)}"
         for name in sorted(wanted.keys() | held.keys())
         if wanted.get(name) != held.get(name)
     ]
     if not changed:
-        homeless = places(config, family.table(config))[1]
         is_moving = config.moe is not None and config.moe.bias_update_rate > 0
-        changed += [f"{name} has no place in it" for name in homeless if is_moving or not is_bias(name)]
+        homeless = places(config, family.table(config))[1]
+        lost = [name for name in homeless if not is_optional(name) or (is_moving and is_bias(name))]
+        changed += [f"it has no {name}" for name in lost[:1]]
     return changed
-
-
-def is_bias(name: str) -> bool:
-    """Whether this is a routing bias, which is zero in models that do not use it."""
-    return name.endswith("ffn.router.bias_E")
 
 
 def essence(config: ModelConfig) -> dict[str, Any]:

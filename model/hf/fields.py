@@ -24,7 +24,7 @@ MISSING = object()
 
 
 class Fields:
-    """The fields of one config.json, each of which must be taken, or be harmless, or be off (null, false or empty)."""
+    """The fields of one config.json: each must be taken, or be harmless, or be off (null, false, 0 or empty)."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values

@@ -62,13 +62,13 @@ def our_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def places(config: ModelConfig, table: Table) -> tuple[dict[str, Place], list[str]]:
-    """Where each tensor of ours lies in theirs, and those that have no place there."""
-    found, homeless = {}, []
+def places(config: ModelConfig, table: Table) -> tuple[dict[str, Place], dict[str, torch.Size]]:
+    """Where each tensor of ours lies in theirs, and the shapes of those that have no place there."""
+    found, homeless = {}, {}
     for name, shape in our_shapes(config).items():
         source, layer = look_up(name, table)
         if source is None:
-            homeless.append(name)
+            homeless[name] = shape
             continue
         stacked = "{expert}" in source.name
         named = [
@@ -77,6 +77,16 @@ def places(config: ModelConfig, table: Table) -> tuple[dict[str, Place], list[st
         ]
         found[name] = Place(shape, tuple(named), stacked)
     return found, homeless
+
+
+def is_bias(name: str) -> bool:
+    """Whether this is a routing bias, which is 0 in models that do not use it."""
+    return name.endswith("ffn.router.bias_E")
+
+
+def is_optional(name: str) -> bool:
+    """Whether a family may lack this tensor: a routing bias, or the router's noise, which training alone draws."""
+    return is_bias(name) or name.endswith("ffn.router.noise.weight")
 
 
 def look_up(name: str, table: Table) -> tuple[Source | None, str]:

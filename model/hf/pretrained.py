@@ -41,9 +41,9 @@ def load_pretrained(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
         decoder.head.weight = decoder.embedding.weight
     for buffer in decoder.buffers():
         buffer.zero_()
-    tensors = decoder.state_dict()
-    for name in weights.places:
-        tensors[name].copy_(weights.read(name))
+    for name, tensor in decoder.state_dict().items():
+        if name != "head.weight" or not config.tied_embeddings:
+            tensor.copy_(weights.read(name))
     return decoder.eval()
 
 

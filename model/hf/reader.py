@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.hf.families import family_of
-from model.hf.places import Box, Source, inverse, look_up, places, runs, their_shape, whole
+from model.hf.places import Box, Source, inverse, is_optional, look_up, places, runs, their_shape, whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,30 +29,35 @@ class HFWeights:
         family = family_of(self.folder)
         table = family.table(config)
         self.places, self.homeless = places(config, table)
-        self._files = _open(self.folder)
+        self._slices = _open(self.folder, family.prefix)
         tied_head = look_up("head.weight", table)[0] if config.tied_embeddings else None
         expected = {name: their_shape(pieces, self.places) for name, pieces in inverse(self.places).items()}
-        if tied_head and tied_head.name in self._files:
+        if tied_head and tied_head.name in self._slices:
             expected[tied_head.name] = self.places["embedding.weight"].shape
         self._check(expected, lambda name: family.ignores(name, config))
-        if tied_head and tied_head.name in self._files:
+        if tied_head and tied_head.name in self._slices:
             self._check_tied(tied_head)
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A part of our tensor `name`, in the file's dtype; by default all of it.
 
-        Raises KeyError for a tensor that the family does not have (a routing bias in most).
+        A routing bias, or a router's noise, that the family does not have is 0.
         """
+        if name in self.homeless:
+            return torch.zeros(self.homeless[name])[box or whole(self.homeless[name])]
         place = self.places[name]
         box = tuple(
             slice(*part.indices(size)) for part, size in zip(box or whole(place.shape), place.shape, strict=True)
         )
+        sizes = [max(part.stop - part.start, 0) for part in box]
+        if 0 in sizes:
+            return torch.empty(sizes)
         if not place.stacked:
             return self._part(place.sources[0], box)
         return torch.stack([self._part(source, box[1:]) for source in place.sources[box[0]]])
 
     def _part(self, source: Source, box: Box) -> Tensor:
-        theirs = self._files[source.name].get_slice(source.name)
+        theirs = self._slices[source.name]()
         if source.transposed and len(box) == 2:
             parts = [theirs[box[1], rows].t() for rows in runs(source, box[0])]
         else:
@@ -59,11 +65,12 @@ class HFWeights:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _check(self, expected: dict[str, torch.Size], ignores: Callable[[str], bool]) -> None:
-        wrong = [f"{name} is missing" for name in expected if name not in self._files]
-        for name, file in self._files.items():
+        wrong = [f"{name} has no place in this model_type" for name in self.homeless if not is_optional(name)]
+        wrong += [f"{name} is missing" for name in expected if name not in self._slices]
+        for name, open_slice in self._slices.items():
             if name not in expected:
                 wrong += [] if ignores(name) else [f"{name} is unknown"]
-            elif (shape := file.get_slice(name).get_shape()) != list(expected[name]):
+            elif (shape := open_slice().get_shape()) != list(expected[name]):
                 wrong.append(f"{name} is {shape} and must be {list(expected[name])}")
         if wrong:
             raise ValueError(f"{self.folder}: config.json describes other weights:\n  " + "\n  ".join(wrong))
@@ -79,8 +86,8 @@ class HFWeights:
                 )
 
 
-def _open(folder: Path) -> dict[str, Any]:
-    """The open file that holds each tensor. Headers alone are read."""
+def _open(folder: Path, prefix: str) -> dict[str, Callable[[], Any]]:
+    """What opens each tensor's slice; names of a model without its head get their prefix. Headers alone are read."""
     if (folder / INDEX).is_file():
         shards = json.loads((folder / INDEX).read_text())["weight_map"]
     elif (folder / SINGLE).is_file():
@@ -92,4 +99,6 @@ def _open(folder: Path) -> dict[str, Any]:
     if absent:
         raise ValueError(f"{folder} lacks files that {INDEX} names: {', '.join(absent)}")
     files = [safe_open(folder / name, framework="pt") for name in names]
-    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    slices = {name: partial(file.get_slice, name) for file in files for name in file.keys()}  # noqa: SIM118
+    is_bare = not any(name.startswith(prefix) for name in slices)
+    return {prefix + name if is_bare else name: open_slice for name, open_slice in slices.items()}

@@ -66,6 +66,17 @@ def fixed(their: str, value: Any, default: Any = MISSING) -> Rule:
     return Rule(read, lambda config: {their: value})
 
 
+def unused(*names: str) -> Rule:
+    """Fields that bear on nothing that a language model computes."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        for name in names:
+            fields.take(name, None)
+        return {}
+
+    return Rule(read, lambda config: {})
+
+
 def ours(**values: Any) -> Rule:
     """What all models of a family have in common and config.json does not say."""
     return Rule(lambda fields: values, lambda config: {})
@@ -180,7 +191,11 @@ def pattern(types: list[str]) -> tuple[str, ...]:
     for kind in types:
         if kind not in words:
             raise refused("layer_types", kind, f"moray knows {', '.join(words)}")
-    layers = [words[kind] for kind in types]
+    return shortest([words[kind] for kind in types])
+
+
+def shortest(layers: list[str]) -> tuple[str, ...]:
+    """The shortest pattern that, repeated, gives these layers."""
     lengths = (n for n in range(1, len(layers) + 1) if all(layers[i] == layers[i % n] for i in range(len(layers))))
     return tuple(layers[: next(lengths)])
 
@@ -188,7 +203,8 @@ def pattern(types: list[str]) -> tuple[str, ...]:
 def _read_qwen_window(fields: Fields) -> dict[str, Any]:
     layers, since = fields.take("num_hidden_layers"), fields.take("max_window_layers", 28)
     given, switched = fields.take("layer_types", None), fields.take("use_sliding_window", False)
-    window = fields.take("sliding_window", 4096) if switched else None
+    stated = fields.take("sliding_window", 4096)
+    window = stated if switched else None
     types = given or ["sliding_attention" if layer >= since else "full_attention" for layer in range(layers)]
     if window is None:
         if given and "sliding_attention" in given:

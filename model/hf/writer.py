@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.hf.choice import family_for, is_bias
-from model.hf.places import Box, Piece, Place, inverse, our_shapes, places, their_shape, whole
+from model.hf.choice import family_for
+from model.hf.places import Box, Piece, Place, inverse, is_bias, places, their_shape, whole
 from model.hf.reader import INDEX, SINGLE
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -48,7 +48,9 @@ def write_pretrained(
     """
     family = family_for(config)
     found, homeless = places(config, family.table(config))
-    _check_biases(homeless, config, read, family.model_type)
+    for name, shape in homeless.items():
+        if is_bias(name) and read(name, whole(shape)).any():
+            raise ValueError(f"{name} is not zero, and {family.model_type} has no routing bias")
     entries = {
         name: _Entry(their_shape(pieces, found), _dtype(pieces, dtype), pieces)
         for name, pieces in inverse(found).items()
@@ -68,13 +70,6 @@ def write_pretrained(
         total = sum(entry.n_bytes for entry in entries.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(folder / "config.json", family.write(config) | {"dtype": str(dtype).removeprefix("torch.")})
-
-
-def _check_biases(homeless: list[str], config: ModelConfig, read: Read, model_type: str) -> None:
-    shapes = our_shapes(config)
-    for name in homeless:
-        if is_bias(name) and read(name, whole(shapes[name])).any():
-            raise ValueError(f"{name} is not zero, and {model_type} has no routing bias")
 
 
 def _dtype(pieces: list[Piece], dtype: torch.dtype) -> torch.dtype:

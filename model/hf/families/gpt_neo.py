@@ -1,0 +1,65 @@
+"""GPT-Neo: Black et al., 2021, https://doi.org/10.5281/zenodo.5297715."""
+
+from typing import Any
+
+from model.config import ModelConfig
+from model.hf.families.gpt2 import NAMES
+from model.hf.family import Family, Rule
+from model.hf.fields import Fields, refused
+from model.hf.gpt import LAYERNORM, LEARNED, PLAIN_FFN, activation, heads, width
+from model.hf.rules import ours, same, shortest, unused
+
+_OURS, _THEIRS = "blocks.{layer}.attention.", "transformer.h.{layer}.attn.attention."
+
+
+def _read_pattern(fields: Fields) -> dict[str, Any]:
+    runs = fields.take("attention_types", None) or [[["global", "local"], 12]]
+    layers = [kind for kinds, count in runs for kind in list(kinds) * count]
+    if set(layers) - {"global", "local"}:
+        raise refused("attention_types", runs, "moray knows global, local")
+    if len(layers) != fields.take("num_layers"):
+        raise refused("attention_types", runs, f"it gives {len(layers)} layers, num_layers={fields.take('num_layers')}")
+    if (stated := fields.take("attention_layers", None)) not in (None, layers):
+        raise refused("attention_layers", stated, f"attention_types gives {layers}")
+    return {"attention": {"window": fields.take("window_size", 256), "pattern": shortest(layers)}}
+
+
+def _write_pattern(config: ModelConfig) -> dict[str, Any]:
+    layers = ["local" if config.attention.is_local(layer) else "global" for layer in range(config.n_layers)]
+    return {
+        "attention_types": [[layers, 1]],
+        "attention_layers": layers,
+        "window_size": config.attention.window or config.max_seq_len,
+    }
+
+
+GPT_NEO = Family(
+    model_type="gpt_neo",
+    architecture="GPTNeoForCausalLM",
+    rules=(
+        same("vocab_size", "vocab_size"),
+        same("hidden_size", "d_model"),
+        same("num_layers", "n_layers"),
+        same("max_position_embeddings", "max_seq_len"),
+        same("layer_norm_epsilon", "norm.eps", 1e-5),
+        same("initializer_range", "init.std", 0.02),
+        same("tie_word_embeddings", "tied_embeddings", True),
+        heads("num_heads", "hidden_size"),
+        width("intermediate_size", "hidden_size"),
+        activation("activation_function", "gelu_new"),
+        LAYERNORM,
+        PLAIN_FFN,
+        LEARNED,
+        Rule(_read_pattern, _write_pattern),
+        # Scores are not divided by anything.
+        ours(attention={"scale": 1.0, "output_bias": True}),
+        unused("resid_dropout", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+        unused("summary_first_dropout"),
+    ),
+    table=lambda config: {
+        **NAMES,
+        **{_OURS + name: f"{_THEIRS}{name[0]}_proj" for name in ("query", "key", "value")},
+        _OURS + "output": _THEIRS + "out_proj",
+    },
+    ignored=r".*\.attn\.attention\.(masked_)?bias",
+)
