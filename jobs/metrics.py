@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from parallel.gradients import ExpertLoad
+
 
 class MetricsLog:
     """Appends to RUN/metrics.jsonl and RUN/tensorboard/. Steps that a fault undid stay in the file, superseded.
@@ -86,17 +88,25 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     return 2 * size**3 / fastest
 
 
-def expert_balance(tokens_LE: Tensor | None) -> list[float]:
+def expert_balance(tokens_LE: Tensor) -> list[float]:
     """Each MoE layer's busiest expert over the mean: 1 is perfect balance, E is collapse."""
-    if tokens_LE is None:
-        return []
     load_LE = tokens_LE.double()
     return (load_LE.amax(1) / load_LE.mean(1).clamp(min=1)).tolist()
 
 
-def expert_entropy(tokens_LE: Tensor | None) -> list[float]:
+def expert_entropy(tokens_LE: Tensor) -> list[float]:
     """Entropy of each MoE layer's use of its experts over that of even use: 1 is perfect balance, 0 is collapse."""
-    if tokens_LE is None:
-        return []
     share_LE = tokens_LE.double() / tokens_LE.sum(1, keepdim=True).clamp(min=1)
     return (torch.special.entr(share_LE).sum(1) / math.log(max(tokens_LE.shape[1], 2))).tolist()
+
+
+def expert_metrics(load: ExpertLoad | None) -> dict[str, Any]:
+    """What a step's row says of its experts: balance and entropy a layer, the share of choices dropped."""
+    if load is None:
+        return {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
+    dropped = load.dropped_L.sum() / load.tokens_LE.sum().clamp(min=1)
+    return {
+        "expert_balance": expert_balance(load.tokens_LE),
+        "expert_entropy": expert_entropy(load.tokens_LE),
+        "dropped": dropped.item(),
+    }

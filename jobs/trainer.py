@@ -19,10 +19,11 @@ from cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, WorkerContext
 from data.dataset import Dataset
 from data.stream import Batch, Stream, evaluation_batches
 from jobs.config import RunConfig
-from jobs.metrics import MetricsLog, expert_balance, expert_entropy, matmul_peak
+from jobs.metrics import MetricsLog, expert_metrics, matmul_peak
 from jobs.optimizer import build_optimizer, set_learning_rate, training_state
 from jobs.run_folder import check_same_run
 from jobs.schedule import learning_rate
+from jobs.weights import fill_shards
 from model import Decoder, Randomness
 from model.cost import train_flops_per_token
 from parallel.checkpoint import Checkpointer, DiskFullError
@@ -121,7 +122,7 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any]:
     set_learning_rate(training.optimizer, rate)
     training.optimizer.step()
     training.optimizer.zero_grad()
-    tokens_LE = update_routing_bias(decoder)
+    load = update_routing_bias(decoder)
     training.step += 1
     return {
         "step": training.step,
@@ -132,8 +133,7 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any]:
         "positions": [batch.first, batch.first + config.train.global_batch],
         "grad_norm": norm,
         "lr": rate,
-        "expert_balance": expert_balance(tokens_LE),
-        "expert_entropy": expert_entropy(tokens_LE),
+        **expert_metrics(load),
         "generation": training.context.generation,
         "layout": str(training.layout),
     }
@@ -178,9 +178,14 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
 
 
 def resume(training: Training, events: EventLog) -> None:
-    """Puts the newest whole commit into place. Raises ValueError if it is of another run, or ended elsewhere."""
+    """Puts the newest whole commit into place, else the weights to start with.
+
+    Raises ValueError if the commit is of another run, or ended elsewhere.
+    """
     commit = training.checkpointer.load(training_state(training.decoder, training.optimizer))
-    if commit is None:
+    if commit is None and training.config.weights_from:
+        fill_shards(training.decoder, Path(training.config.weights_from))
+    elif commit is None:
         initialise_shards(training.decoder, training.config.train.seed)
     position = 0
     if commit:
@@ -259,8 +264,12 @@ def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
     sequences_B = torch.arange(batch.first + training.lanes.start, batch.first + training.lanes.stop)
     tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT, sequences_B)
     return [
-        MicroBatch.of(*inputs, device, Randomness(train.seed, training.step, sequences.to(device)))
-        for *inputs, sequences in zip(*(tensor.split(train.micro_batch) for tensor in tensors), strict=True)
+        MicroBatch.of(
+            tokens, targets, positions, documents, device, Randomness(train.seed, training.step, sequences.to(device))
+        )
+        for tokens, targets, positions, documents, sequences in zip(
+            *(tensor.split(train.micro_batch) for tensor in tensors), strict=True
+        )
     ]
 
 

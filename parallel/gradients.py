@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -137,20 +137,30 @@ def _n_holders(gradient: Tensor) -> int:
     return dist.get_world_size() // prod(shards)
 
 
+class ExpertLoad(NamedTuple):
+    """Of one global batch, on the CPU (int64): tokens that chose each expert, and choices that found theirs full.
+
+    Shapes: tokens_LE [MoE layers, E], dropped_L [MoE layers].
+    """
+
+    tokens_LE: Tensor
+    dropped_L: Tensor
+
+
 @torch.no_grad()
-def update_routing_bias(decoder: Decoder) -> Tensor | None:
+def update_routing_bias(decoder: Decoder) -> ExpertLoad | None:
     """Moves every MoE layer's routing bias by the global batch's token counts, and starts the counts anew.
 
-    Returns the counts, [MoE layers, E] (int64, on the CPU), or None for a dense model. Collective; once per optimizer
-    step. Source: DeepSeek-V3, section 2.1.2.
+    Returns the counts, or None for a dense model. Collective; once per optimizer step.
+    Source: DeepSeek-V3, section 2.1.2.
     """
     layers = [module for module in decoder.modules() if isinstance(module, MoE)]
     if not layers:
         return None
-    tokens_LE = torch.stack([layer.tokens_E for layer in layers])
-    if dist.is_initialized():
-        dist.all_reduce(tokens_LE)
+    counts_LX = world_sum(torch.stack([torch.cat((layer.tokens_E, layer.dropped[None])) for layer in layers]))
+    tokens_LE, dropped_L = counts_LX[:, :-1], counts_LX[:, -1]
     for layer, tokens_E in zip(layers, tokens_LE, strict=True):
         layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, tokens_E, layer.moe.bias_update_rate))
         layer.tokens_E.zero_()
-    return tokens_LE.cpu()
+        layer.dropped.zero_()
+    return ExpertLoad(tokens_LE.cpu(), dropped_L.cpu())

@@ -4,20 +4,10 @@ Between layers each rank holds a slice of every sequence's tokens; inside attent
 and a slice of the heads or the width (Korthikanti et al., 2022).
 """
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    distribute_module,
-    distribute_tensor,
-)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -34,6 +24,7 @@ from model.feedforward import FeedForward
 from model.loss import WholeVocabulary
 from model.moe import MoE
 from model.parts import AttentionConfig, LatentConfig
+from parallel.styles import ChannelSharded, GatheredWidth, Replicated
 
 
 class VocabularyShard(WholeVocabulary):
@@ -59,57 +50,6 @@ class VocabularyShard(WholeVocabulary):
     def highest(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
-
-
-class Replicated(ParallelStyle):
-    """A module that every rank computes whole, from whole inputs.
-
-    grads: what comes back to its output. Replicate() where the readers are parallel modules, which sum their input's
-    gradient; Partial() where each rank's heads read a part of the output themselves.
-    """
-
-    def __init__(self, grads: Placement | None = None) -> None:
-        super().__init__()
-        self.grads = grads or Replicate()
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def read(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-            return _as_dtensor(inputs[0], mesh, Replicate()), *inputs[1:]
-
-        def write(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-            return output.to_local(grad_placements=[self.grads])
-
-        return distribute_module(module, device_mesh, None, read, write)  # type: ignore[arg-type]
-
-
-class WidthSharded(ParallelStyle):
-    """A norm over channels of which each rank holds a run: the mean square is summed over the ranks."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def read(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-            return _as_dtensor(inputs[0], mesh, Shard(2)), *inputs[1:]
-
-        def write(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-            return output.redistribute(placements=[Shard(2)]).to_local()
-
-        return distribute_module(module, device_mesh, _split_parameters, read, write)  # type: ignore[arg-type]
-
-
-class ChannelSharded(ParallelStyle):
-    """A module that treats each channel by itself, on this rank's channels: its weights are split, nothing is sent."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, _split_parameters)
-
-
-def _as_dtensor(x: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
-    return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [placement], run_check=False)
-
-
-def _split_parameters(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
-        split: DTensor = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
-        module.register_parameter(name, nn.Parameter(split))
 
 
 def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
@@ -171,7 +111,7 @@ def _gather_tokens() -> ParallelStyle:
 def _attention_plan(config: AttentionConfig, ranks: int) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {"query": ColwiseParallel(), "output": RowwiseParallel(output_layouts=Shard(1))}
     # Heads are split, tokens are not: a norm of heads has a slice of dimension 2, one of all heads a slice of width.
-    of_slices = WidthSharded() if config.qk_norm == "full" else SequenceParallel(sequence_dim=2, use_local_output=True)
+    of_slices = GatheredWidth() if config.qk_norm == "full" else SequenceParallel(sequence_dim=2, use_local_output=True)
     norms: dict[str, ParallelStyle] = {"query_norm": of_slices, "key_norm": of_slices} if config.qk_norm else {}
     if config.n_kv_heads % ranks == 0:
         return plan | norms | {"key": ColwiseParallel(), "value": ColwiseParallel()}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.metrics import MetricsLog, expert_balance, expert_entropy, matmul_peak, read_metrics
+from jobs.metrics import MetricsLog, expert_balance, expert_entropy, expert_metrics, matmul_peak, read_metrics
+from parallel.gradients import ExpertLoad
 
 
 def write(run: Path, steps: range, generation: int = 1, **fields: object) -> None:
@@ -79,7 +80,6 @@ def test_expert_balance_is_the_busiest_over_the_mean() -> None:
     tokens = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 2]])
     assert expert_balance(tokens) == [1.0, 4.0, 1.5]
     assert expert_balance(torch.zeros(1, 4, dtype=torch.int64)) == [0.0]
-    assert expert_balance(None) == []
 
 
 def test_expert_entropy_is_that_of_torchs_categorical_over_that_of_even_use() -> None:
@@ -87,7 +87,12 @@ def test_expert_entropy_is_that_of_torchs_categorical_over_that_of_even_use() ->
     shares = tokens / tokens.sum(1, keepdim=True)
     expected = torch.distributions.Categorical(shares).entropy() / math.log(4)
     assert expert_entropy(tokens) == pytest.approx(expected.tolist(), abs=1e-6)
-    assert expert_entropy(None) == []
+
+
+def test_a_step_tells_the_share_of_choices_that_found_their_expert_full() -> None:
+    load = ExpertLoad(torch.tensor([[6, 2], [4, 4]]), torch.tensor([2, 0]))
+    assert expert_metrics(load)["dropped"] == pytest.approx(2 / 16)
+    assert expert_metrics(None) == {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
