@@ -73,12 +73,17 @@ def _attention_factor(scaling: RopeScaling | None) -> float:
     return _mscale(scaling.factor)
 
 
+def base(rotary_dim: int, position: PositionConfig) -> float:
+    """RoPE's base, raised where the scaling is NTK-aware, which does nothing else."""
+    if position.scaling is None or position.scaling.kind != "ntk":
+        return position.theta
+    # A pair alone turns by 1 whatever the base, so the exponent at d = 2 is of no consequence.
+    return float(position.theta * position.scaling.factor ** (rotary_dim / max(rotary_dim - 2, 1)))
+
+
 def _frequencies(rotary_dim: int, position: PositionConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Radians that each pair of channels turns per token, [f]: theta^(-2i/d), stretched as `position.scaling` says."""
-    theta, scaling = position.theta, position.scaling
-    if scaling and scaling.kind == "ntk":
-        # A pair alone turns by 1 whatever the base, so the exponent at d = 2 is of no consequence.
-        theta *= scaling.factor ** (rotary_dim / max(rotary_dim - 2, 1))
+    theta, scaling = base(rotary_dim, position), position.scaling
     frequencies_f = 1.0 / theta ** (torch.arange(0, rotary_dim, 2, device=device, dtype=dtype) / rotary_dim)
     if scaling is None or scaling.kind == "ntk":
         return frequencies_f

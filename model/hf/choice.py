@@ -6,6 +6,7 @@ from model.config import ModelConfig
 from model.hf.families import FAMILIES
 from model.hf.family import Family
 from model.hf.places import is_bias, is_optional, places
+from model.rope import base
 
 _TRAINING_ONLY = """
 z_loss moe.noisy moe.jitter moe.second_expert moe.group_size moe.capacity_factor moe.drop_by moe.balance_loss
@@ -21,7 +22,12 @@ def family_for(config: ModelConfig) -> Family:
     """
     misses = []
     for family in FAMILIES:
-        changed = _changes(family, config)
+        try:
+            changed = _changes(family, config)
+        except ValueError as error:
+            # It has no word for a field, which is farther off than words of other meaning.
+            misses.append((len(essence(config)), [str(error)], family.model_type))
+            continue
         if not changed:
             return family
         misses.append((len(changed), changed, family.model_type))
@@ -30,12 +36,8 @@ def family_for(config: ModelConfig) -> Family:
 
 
 def _changes(family: Family, config: ModelConfig) -> list[str]:
-    """What would be lost in this family's config.json."""
-    try:
-        held = essence(family.read(family.write(config)))
-    except ValueError as error:
-        return [str(error)]
-    wanted = essence(config)
+    """What would be lost in this family's folder. Raises ValueError for what its config.json cannot say."""
+    wanted, held = essence(config), essence(family.read(family.write(config)))
     changed = [
         f"model.{name}={wanted.get(name)} would be {held.get(name)}"
         for name in sorted(wanted.keys() | held.keys())
@@ -55,6 +57,9 @@ def essence(config: ModelConfig) -> dict[str, Any]:
     values["attention.scale"] = config.attention.scale or config.attention.head_dim**-0.5
     values["attention.pattern"] = [config.attention.is_local(layer) for layer in range(config.n_layers)]
     values["position.rotary_dim"] = config.rotary_dim if config.position.kind == "rope" else None
+    if config.position.scaling and config.position.scaling.kind == "ntk":
+        values = {name: value for name, value in values.items() if not name.startswith("position.scaling.")}
+        values |= {"position.theta": base(config.rotary_dim, config.position), "position.scaling": None}
     if not any(values["attention.pattern"]):
         values["attention.window"] = None
     if config.n_moe_layers == config.n_layers:

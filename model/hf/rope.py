@@ -7,6 +7,7 @@ from model.config import ModelConfig
 from model.hf.family import Rule
 from model.hf.fields import Fields, refused
 from model.parts import RopeScaling
+from model.rope import base
 
 _LENGTH = "original_max_position_embeddings"
 _BANDS = ("factor", _LENGTH, "low_freq_factor", "high_freq_factor")
@@ -21,11 +22,14 @@ def rope(theta: float = 1e4, *, partial: float | None = None, interleaved: bool 
 
     def read(fields: Fields) -> dict[str, Any]:
         stated = _stated(fields)
-        base = fields.take("rope_theta", None)
-        base = stated.get("rope_theta", theta if base is None else base)
+        beside = fields.take("rope_theta", None)
         share = _share(fields, stated, partial)
         scaling = _scaling(stated, fields.take("max_position_embeddings"))
-        position = {"theta": base, "interleaved": interleaved, "scaling": scaling}
+        position = {
+            "theta": stated.get("rope_theta", theta if beside is None else beside),
+            "interleaved": interleaved,
+            "scaling": scaling,
+        }
         if share != 1:
             position["rotary_dim"] = int(_head_dim(fields) * share)
         return {"position": position}
@@ -37,7 +41,10 @@ def rope(theta: float = 1e4, *, partial: float | None = None, interleaved: bool 
         share = config.rotary_dim / config.attention.head_dim
         if partial is None and share != 1 and not config.attention.latent:
             raise ValueError(f"model.position.rotary_dim={position.rotary_dim} is not all of head_dim")
-        written = {"rope_theta": position.theta, "rope_scaling": _write_scaling(position.scaling)}
+        written = {
+            "rope_theta": base(config.rotary_dim, position),
+            "rope_scaling": _write_scaling(position.scaling),
+        }
         return written if partial is None else written | {"partial_rotary_factor": share}
 
     return Rule(read, write)
@@ -82,10 +89,8 @@ def _scaling(stated: Mapping[str, Any], max_positions: int) -> dict[str, Any] | 
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
+    if scaling is None or scaling.kind == "ntk":  # the base says it
         return None
-    if scaling.kind not in _KINDS:
-        raise ValueError(f"model.position.scaling.kind={scaling.kind} has no rope_type")
     values = scaling.model_dump() | {_LENGTH: scaling.original_max_seq_len}
     # Both versions of transformers round the ramp's ends unless told; 4.57 warns of the field.
     written = {

@@ -175,6 +175,14 @@ def test_a_routing_bias_that_learns_needs_a_family_that_has_one() -> None:
         family_for(config)
 
 
+def test_ntk_aware_scaling_is_a_larger_base() -> None:
+    config = ModelConfig.preset("llama2-7b", position={"scaling": {"kind": "ntk", "factor": 4.0}})
+    written = family_for(config).write(config)
+    # theta * factor^(d / (d - 2)), d = 128
+    assert written["rope_theta"] == pytest.approx(1e4 * 4 ** (128 / 126))
+    assert written["rope_scaling"] is None
+
+
 def test_settings_of_training_do_not_stand_in_the_way() -> None:
     training = {"noisy": True, "capacity_factor": 1.25, "router_z_loss": 1e-3, "group_size": 4, "balance_loss": 0.1}
     assert family_for(ModelConfig.preset("minimind-3-moe", z_loss=1e-4, moe=training)).model_type == "qwen3_moe"
