@@ -10,14 +10,16 @@ from jobs.config import OptimizerSection
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019), fused; weight decay on matrices alone.
+    """AdamW (Loshchilov and Hutter, 2019), fused; weight decay on matrices alone, not on norms and biases.
 
     One parameter group for each (mesh, decay): the fused kernel cannot take tensors of two meshes in one call.
     """
     groups: dict[tuple[object, bool], list[nn.Parameter]] = defaultdict(list)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups[mesh, parameter.ndim > 1].append(parameter)
+        # The experts' biases are stacked, and still biases.
+        is_matrix = parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
+        groups[mesh, is_matrix].append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": settings.weight_decay if is_matrix else 0.0}

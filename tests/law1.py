@@ -87,7 +87,8 @@ def truth(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     decoder = Decoder(config).to(dtype)
     initialise(decoder, SEED)
     starve(decoder)
-    matrices, vectors = ([p for p in decoder.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    decays = {name: p.ndim > 1 and not name.endswith(("bias_EF", "bias_ED")) for name, p in decoder.named_parameters()}
+    matrices, vectors = ([p for n, p in decoder.named_parameters() if decays[n] == kind] for kind in (True, False))
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=1e-3,

@@ -114,3 +114,15 @@ def test_the_rate_reaches_every_group(rate: float) -> None:
     set_learning_rate(optimizer, rate)
     assert len(optimizer.param_groups) == 2
     assert {group["lr"] for group in optimizer.param_groups} == {rate}
+
+
+def test_biases_are_not_decayed_stacked_ones_of_experts_neither() -> None:
+    biased = CONFIG.but(ffn={"bias": True}, attention={"qkv_bias": True})
+    module = Decoder(biased)
+    optimizer = build_optimizer(module, OptimizerSection(weight_decay=0.1))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, parameter in module.named_parameters() if id(parameter) in decayed}
+    stacked = {name for name, parameter in module.named_parameters() if "bias" in name and parameter.ndim == 2}
+    assert len(stacked) == 3
+    assert not [name for name in names if "bias" in name or "norm" in name]
+    assert "blocks.1.ffn.experts.down_EDF" in names
