@@ -27,7 +27,8 @@ class Family:
 
     rules: together they map all of config.json. table: where our weights lie in theirs. ignored: a pattern of names in
     their files that compute nothing (buffers) or nothing of ours (layer {n_layers}, which predicts further tokens).
-    prefix: what files of the model without its head leave out of all names (GPT-2's on the hub).
+    marker: a field of config.json that tells this format from another of the same model_type. prefix: what files of the
+    model without its head leave out of all names (GPT-2's on the hub).
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class Family:
     rules: tuple[Rule, ...]
     table: Callable[[ModelConfig], Table]
     ignored: str = r".*\.rotary_emb\.inv_freq"
+    marker: str = ""
     prefix: str = "model."
 
     def read(self, values: Mapping[str, Any]) -> ModelConfig:

@@ -29,10 +29,14 @@ MOE: dict[str, str | Source] = {
     _OURS + "ffn.experts.down_EDF": _THEIRS + "mlp.experts.{expert}.down_proj.weight",
 }
 
-DEEPSEEK_MOE: dict[str, str | Source] = {
+SHARED_MOE: dict[str, str | Source] = {
     **MOE,
-    _OURS + "ffn.router.bias_E": _THEIRS + "mlp.gate.e_score_correction_bias",
     _OURS + "ffn.shared.gate": _THEIRS + "mlp.shared_experts.gate_proj",
     _OURS + "ffn.shared.up": _THEIRS + "mlp.shared_experts.up_proj",
     _OURS + "ffn.shared.down": _THEIRS + "mlp.shared_experts.down_proj",
+}
+
+DEEPSEEK_MOE: dict[str, str | Source] = {
+    **SHARED_MOE,
+    _OURS + "ffn.router.bias_E": _THEIRS + "mlp.gate.e_score_correction_bias",
 }

@@ -4,9 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from model.hf.families.deepseek_v2 import DEEPSEEK_V2
+from model.hf.families.deepseek_v3 import DEEPSEEK_V3
 from model.hf.families.gemma2 import GEMMA2
 from model.hf.families.glm4_moe import GLM4_MOE
+from model.hf.families.gpt2 import GPT2
+from model.hf.families.gpt_bigcode import GPT_BIGCODE
+from model.hf.families.gpt_neo import GPT_NEO
+from model.hf.families.gpt_neox import GPT_NEOX
 from model.hf.families.llama import LLAMA
+from model.hf.families.minimind import MINIMIND2, MINIMIND3
 from model.hf.families.mistral import MISTRAL, MIXTRAL
 from model.hf.families.olmoe import OLMOE
 from model.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -22,6 +29,14 @@ FAMILIES: tuple[Family, ...] = (
     OLMOE,
     QWEN3_MOE,
     GLM4_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GPT2,
+    GPT_NEO,
+    GPT_BIGCODE,
+    GPT_NEOX,
+    MINIMIND2,
+    MINIMIND3,
 )
 
 
@@ -36,9 +51,10 @@ def config_json(folder: Path | str) -> dict[str, Any]:
 
 def family_of(folder: Path | str) -> Family:
     """The family of a folder's model_type. Raises ValueError naming the model_type and those that are known."""
-    model_type = config_json(folder).get("model_type")
+    values = config_json(folder)
+    model_type = values.get("model_type")
     for family in FAMILIES:
-        if family.model_type == model_type:
+        if family.model_type == model_type and (not family.marker or family.marker in values):
             return family
-    known = ", ".join(sorted(family.model_type for family in FAMILIES))
+    known = ", ".join(sorted(f"{f.model_type} with {f.marker}" if f.marker else f.model_type for f in FAMILIES))
     raise ValueError(f"{folder}: model_type={model_type!r} is not supported; there are {known}")

@@ -6,7 +6,7 @@ from model.config import ModelConfig
 from model.hf.family import Family, Rule
 from model.hf.fields import Fields, refused
 from model.hf.mla import LATENT, LATENT_NAMES, SEQUENCE_BALANCE
-from model.hf.names import DEEPSEEK_MOE
+from model.hf.names import SHARED_MOE
 from model.hf.rope import rope
 from model.hf.rules import SILU, at, decoder, fixed, ours, same, unused
 
@@ -54,5 +54,5 @@ DEEPSEEK_V2 = Family(
         SEQUENCE_BALANCE,
         unused("ep_size"),
     ),
-    table=lambda config: {k: v for k, v in (DEEPSEEK_MOE | LATENT_NAMES).items() if k != BIAS},
+    table=lambda config: SHARED_MOE | LATENT_NAMES,
 )

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from model.config import ModelConfig
 from model.hf.family import Family, Rule
 from model.hf.fields import Fields, refused
 from model.hf.mla import LATENT, LATENT_NAMES, SEQUENCE_BALANCE

@@ -39,4 +39,5 @@ GPT_BIGCODE = Family(
         NAMES | (joined(config, _C_ATTN) if config.attention.n_kv_heads == 1 else joined_by_head(config, _C_ATTN))
     ),
     ignored=r".*\.attn\.(masked_)?bias|transformer\.bias",
+    prefix="transformer.",
 )

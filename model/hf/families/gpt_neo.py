@@ -62,4 +62,5 @@ GPT_NEO = Family(
         _OURS + "output": _THEIRS + "out_proj",
     },
     ignored=r".*\.attn\.attention\.(masked_)?bias",
+    prefix="transformer.",
 )

@@ -67,4 +67,5 @@ GPT_NEOX = Family(
         _OURS + "ffn.down": _THEIRS + "mlp.dense_4h_to_h",
     },
     ignored=r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
+    prefix="gpt_neox.",
 )
