@@ -21,9 +21,9 @@ def build_attention(config: ModelConfig, layer: int) -> nn.Module:
 class Attention(nn.Module):
     """Multi-head, multi-query or grouped-query attention within documents.
 
-    `kv_heads`: which of the key and value heads computed here the query heads here read, in groups as even as they are
-    contiguous; all by default. Where tensor parallelism has fewer key heads than ranks, each rank computes more of them
-    than its queries read.
+    `kv_heads`: which of the key and value heads held here the query heads held here read, each of them an equal run of
+    neighbouring query heads; by default all. Where key heads are fewer than tensor-parallel ranks, a rank holds more of
+    them than it reads.
 
     Shapes: x_BTD -> [B, T, D]. With a cache, the T tokens follow those it holds.
     """
