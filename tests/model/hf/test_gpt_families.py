@@ -21,14 +21,6 @@ LOCAL = {
     "intermediate_size": 80,
     "activation_function": "gelu",
 }
-    "n_embd": 48,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 32,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
 NEO = {
     "hidden_size": 48,
     "num_layers": 4,
