@@ -33,7 +33,7 @@ class Meshes:
 class Layout(BaseModel):
     """Degrees of parallelism; dp_replicate * dp_shard * tp is the world size, and ep splits dp_shard * tp."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     dp_replicate: int = 1
     """Copies of the model (HSDP's outer degree)."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny
 
+from jobs.cli import VERBS, dispatch
+from jobs.config import RunConfig, settings
 from jobs.metrics import read_metrics
 from parallel.checkpoint import list_commits
 
@@ -37,7 +39,15 @@ def refusal_of_pretrain(moray: Moray, data: Path, run: Path, **changes: object) 
 
 def test_an_unknown_verb_names_those_there_are(moray: Moray) -> None:
     line = line_of(moray("pretrian", "--run.dir", "x"))
-    assert line == "moray: pretrian is not a verb of moray; there are prepare, pretrain, generate, checkpoints, demo"
+    assert line == f"moray: pretrian is not a verb of moray; there are {', '.join(VERBS)}"
+
+
+def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["pretrain", "--help"]) == 0
+    told = capsys.readouterr().out
+    for name, _ in settings(RunConfig):
+        assert f"--{name} " in told
+    assert "true|false [true]" in told
 
 
 def test_help_is_no_mistake(moray: Moray) -> None:
