@@ -78,8 +78,7 @@ def auxiliary_loss(layers: Sequence[Statistics], moe: MoEConfig) -> Tensor:
     """All auxiliary losses with their factors, summed over routing groups and MoE layers.
 
     Each loss of a group is a mean over its tokens. `balance_over=model` takes all layers' tokens together instead of
-    summing over layers. `balance_loss` and `router_z_loss` say how they relate to
-    the losses of transformers.
+    summing over layers. `balance_loss` and `router_z_loss` say how they relate to the losses of transformers.
     """
     balanced = [_together(layers)] if moe.balance_over == "model" else layers
     losses = [moe.balance_loss * balance_loss(layer, moe) for layer in balanced if moe.balance_loss]

@@ -144,7 +144,8 @@ def test_top_2_drops_what_transformers_nllb_drops() -> None:
     x, valid = hidden(3, 22, 24), torch.ones(3, 22, dtype=torch.bool)
     valid[0, 16:] = False
     assert capacity_of(layer.moe, valid.sum()[None]).tolist() == [12]
-    _, combined, _ = theirs(x.float().flatten(0, 1), padding_mask=~valid.flatten())
+    logits = theirs.classifier(x.float().flatten(0, 1))
+    _, combined = theirs.route_tokens(logits, padding_mask=~valid.flatten())
     routing = layer.router(x)
     kept = layer._within_capacity(routing, valid)
     ours = torch.zeros(3, 22, 8, dtype=torch.float64).scatter(2, routing.chosen_BTK, routing.gates_BTK * kept)
