@@ -26,7 +26,7 @@ PARTS = (
     "norms",
     "head",
 )
-SCORES = "attention to other tokens"
+SCORES = "attention scores"
 _FP32_BYTES = 4
 
 

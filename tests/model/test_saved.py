@@ -22,7 +22,7 @@ LATENT = {
     "head_dim": 24,
     "latent": {"kv_rank": 16, "q_rank": 24, "nope_dim": 16, "rope_dim": 8, "value_dim": 16},
 }
-NOISY = {"noisy": True, "score": "softmax", "load_loss": 0.1, "importance_loss": 0.1, "router_z_loss": 0.1}
+NOISY = {"noisy": True, "load_loss": 0.1, "importance_loss": 0.1, "router_z_loss": 0.1}
 
 CONFIGS = {
     "dense": ModelConfig.preset("demo-dense", **SMALL, attention=HEADS),
@@ -43,7 +43,7 @@ CONFIGS = {
     "experts in every second layer, jitter": ModelConfig.preset(
         "switch-base-8", **SMALL, attention=HEADS, moe=FEW | {"capacity_factor": None}
     ),
-    "noise": ModelConfig.preset("demo-moe", **SMALL, attention=HEADS, moe=FEW | NOISY),
+    "noise": ModelConfig.preset("minimind-3-moe", **SMALL, attention=HEADS, moe=FEW | NOISY),
 }
 
 
