@@ -35,8 +35,8 @@ VOCABULARY, BATCH, TOKENS, PROMPT = 96, 3, 24, 14
 class Case:
     """One tiny model of a family.
 
-    prefix: of transformers' classes. settings: of its config, beside a vocabulary of 96. tolerance, reason: per check,
-    where fp32 cannot hold 1e-5, and why. std: of its weights.
+    prefix: of transformers' classes; config_class: where it has none. settings: of its config, beside a vocabulary of
+    96. tolerance, reason: per check, where fp32 cannot hold 1e-5, and why. std: of its weights.
     """
 
     family: str
@@ -45,6 +45,7 @@ class Case:
     note: str = ""
     std: float = 0.15
     tolerance: dict[str, tuple[float, str]] = field(default_factory=dict)
+    config_class: type[transformers.PretrainedConfig] | None = None
 
     def __str__(self) -> str:
         return f"{self.family} {self.note}".strip()
@@ -56,7 +57,8 @@ class Pair:
     def __init__(self, case: Case, folder: Path) -> None:
         torch.manual_seed(0)
         self.case, self.folder = case, folder
-        self.config = getattr(transformers, f"{case.prefix}Config")(
+        config_class = case.config_class or getattr(transformers, f"{case.prefix}Config")
+        self.config = config_class(
             vocab_size=VOCABULARY, **{"eos_token_id": None, "bos_token_id": None, "pad_token_id": None} | case.settings
         )
         self.theirs = transformers.AutoModelForCausalLM.from_config(self.config, attn_implementation="eager").eval()
@@ -120,15 +122,15 @@ def randomise(model: torch.nn.Module, std: float) -> None:
 
 
 def _losses(pair: Pair) -> tuple[Tensor, Tensor]:
-    """Our loss and theirs, auxiliary loss included: theirs is of the whole batch, so ours takes it as one group."""
+    """Our loss and theirs, auxiliary loss included: theirs is of the whole batch, or with seq_aux of each sequence."""
     labels_BT = pair.tokens_BT.clone()
     labels_BT[0, :7] = -100
     targets_BT = torch.cat((labels_BT[:, 1:], torch.full((BATCH, 1), -100)), 1)
-    config = pair.ours.config
-    pair.trained = Decoder(config.but(moe={"group_size": BATCH}) if config.moe else config)
+    config, group_size = pair.ours.config, 1 if getattr(pair.config, "seq_aux", False) else BATCH
+    pair.trained = Decoder(config.but(moe={"group_size": group_size}) if config.moe else config)
     pair.trained.load_state_dict(pair.ours.state_dict())
     losses = pair.trained.train().loss(pair.tokens_BT, targets_BT)
-    ours = losses.cross_entropy / (targets_BT != -100).sum() + losses.auxiliary
+    ours = losses.cross_entropy / (targets_BT != -100).sum() + losses.auxiliary * group_size / BATCH
     pair.theirs.train().zero_grad()
     options = {"output_router_logits": True} if hasattr(pair.config, "router_aux_loss_coef") else {}
     theirs = pair.theirs(pair.tokens_BT, labels=labels_BT, **options).loss

@@ -33,14 +33,20 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     return _ROPE.write(config) | {"inference_rope_scaling": config.position.scaling is not None}
 
 
+_EXPERT_FIELDS = """
+n_routed_experts n_shared_experts scoring_func aux_loss_alpha seq_aux
+num_experts moe_intermediate_size router_aux_loss_coef num_experts_per_tok norm_topk_prob
+"""
+
+
 def _if_moe(*rules: Rule) -> Rule:
     """These rules where use_moe says so; a dense model has other formats to be written in."""
 
     def read(fields: Fields) -> dict[str, Any]:
         experts: dict[str, Any] = {}
-        for rule in rules:
+        for rule in rules if fields.take("use_moe", False) else (unused(*_EXPERT_FIELDS.split()),):
             experts = merge(experts, rule.read(fields))
-        return experts if fields.take("use_moe", False) else {}
+        return experts
 
     def write(config: ModelConfig) -> dict[str, Any]:
         return {name: value for rule in rules for name, value in rule.write(config).items()} | {"use_moe": True}
