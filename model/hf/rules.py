@@ -123,6 +123,16 @@ HEADS = Rule(_read_heads, _write_heads)
 SILU = fixed("hidden_act", "silu")
 
 
+def _write_dividing_heads(config: ModelConfig) -> dict[str, Any]:
+    if config.d_model % config.attention.n_heads:
+        raise ValueError(f"model.attention.n_heads={config.attention.n_heads} does not divide d_model={config.d_model}")
+    return _write_heads(config)
+
+
+DIVIDING_HEADS = Rule(_read_heads, _write_dividing_heads)
+"""Heads of any width whose number divides hidden_size: transformers 5 asks it of Llama and Gemma 2."""
+
+
 def _read_natural_heads(fields: Fields) -> dict[str, Any]:
     read = _read_heads(fields)
     natural = fields.take("hidden_size") // read["attention"]["n_heads"]

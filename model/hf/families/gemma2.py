@@ -4,23 +4,22 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.hf.family import Family, Rule
-from model.hf.fields import Fields, refused
+from model.hf.fields import Fields
 from model.hf.names import DENSE
 from model.hf.rope import rope
-from model.hf.rules import ATTENTION_BIAS, HEADS, decoder, fixed, layer_types, ours, pattern, same
+from model.hf.rules import ATTENTION_BIAS, DIVIDING_HEADS, decoder, fixed, layer_types, ours, pattern, same
 
 _GELU = "gelu_pytorch_tanh"
 
 
 def _read(fields: Fields) -> dict[str, Any]:
-    layers, window = fields.take("num_hidden_layers"), fields.take("sliding_window", 4096)
-    if fields.take("sliding_window_size", window) != window:
-        raise refused("sliding_window_size", fields.take("sliding_window_size"), f"sliding_window={window}")
+    layers = fields.take("num_hidden_layers")
+    fields.take("sliding_window_size", None)  # published files have it; transformers does not read it
     types = fields.take("layer_types", None) or ["sliding_attention", "full_attention"] * (layers // 2 + 1)
     return {
         "embedding_scale": fields.take("hidden_size") ** 0.5,
         "attention": {
-            "window": window,
+            "window": fields.take("sliding_window", 4096),
             "pattern": pattern(types[:layers]),
             "scale": fields.take("query_pre_attn_scalar", 256) ** -0.5,
         },
@@ -28,12 +27,12 @@ def _read(fields: Fields) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    attention = config.attention
+    scale = config.attention.scale
     return {
         # transformers asks for a window even where no layer slides it.
-        "sliding_window": attention.window or config.max_seq_len,
+        "sliding_window": config.attention.window or config.max_seq_len,
         "layer_types": layer_types(config),
-        "query_pre_attn_scalar": round(attention.scale**-2) if attention.scale else attention.head_dim,
+        "query_pre_attn_scalar": round(scale**-2) if scale else config.attention.head_dim,
     }
 
 
@@ -42,13 +41,12 @@ GEMMA2 = Family(
     architecture="Gemma2ForCausalLM",
     rules=(
         *decoder(eps=1e-6, tied=True),
-        HEADS,
+        DIVIDING_HEADS,
         rope(),
         ATTENTION_BIAS,
         ours(norm={"placement": "sandwich", "unit_offset": True}, ffn={"activation": "gelu_tanh"}),
         same("intermediate_size", "ffn.width"),
-        fixed("hidden_activation", _GELU),
-        fixed("hidden_act", _GELU),
+        *(fixed(name, _GELU) for name in ("hidden_activation", "hidden_act")),
         same("attn_logit_softcapping", "attention.softcap", 50.0),
         same("final_logit_softcapping", "final_softcap", 30.0),
         Rule(_read, _write),

@@ -3,14 +3,14 @@
 from model.hf.family import Family
 from model.hf.names import DENSE
 from model.hf.rope import rope
-from model.hf.rules import ATTENTION_BIAS, HEADS, SILU, decoder, same
+from model.hf.rules import ATTENTION_BIAS, DIVIDING_HEADS, SILU, decoder, same
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     rules=(
         *decoder(eps=1e-6),
-        HEADS,
+        DIVIDING_HEADS,
         SILU,
         rope(),
         ATTENTION_BIAS,

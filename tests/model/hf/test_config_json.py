@@ -175,6 +175,12 @@ def test_a_routing_bias_that_learns_needs_a_family_that_has_one() -> None:
         family_for(config)
 
 
+def test_heads_that_do_not_divide_the_width_are_no_llama() -> None:
+    """transformers 5 refuses such a Llama; a Mistral without a window is the same function."""
+    config = ModelConfig.preset("llama2-7b", d_model=4100)
+    assert family_for(config).model_type == "mistral"
+
+
 def test_ntk_aware_scaling_is_a_larger_base() -> None:
     config = ModelConfig.preset("llama2-7b", position={"scaling": {"kind": "ntk", "factor": 4.0}})
     written = family_for(config).write(config)

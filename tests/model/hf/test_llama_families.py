@@ -72,6 +72,7 @@ CASES = [
         {**DENSE, **EXPERTS, **NARROW, "norm_topk_prob": True, "decoder_sparse_step": 2},
         "every 2nd",
     ),
+    Case("Qwen3-MoE", "Qwen3Moe", {**DENSE, **EXPERTS, **NARROW, **WINDOW, "use_sliding_window": True}, "window"),
     Case("Gemma 2", "Gemma2", {**DENSE, **WINDOW, **GEMMA2}),
     Case("OLMoE", "Olmoe", {**DENSE, **EXPERTS, "intermediate_size": 48}),
     Case("OLMoE", "Olmoe", {**DENSE, **EXPERTS, "attention_bias": True, "norm_topk_prob": True}, "with biases"),
