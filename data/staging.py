@@ -30,7 +30,7 @@ def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         yield staging
         _replace(out, staging)
     except BlockingIOError:
-        raise ValueError(f"out={out}: another `moray prepare` is writing it; wait for it or choose another") from None
+        raise ValueError(f"out={out}: another process is writing it; wait for it or choose another") from None
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -129,10 +129,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
     """Copies the files of an existing tokenizer into `folder` and loads it from there."""
     load_tokenizer(source)
+    copy_tokenizer_files(source, folder)
+    return load_tokenizer(folder)
+
+
+def copy_tokenizer_files(source: Path, folder: Path) -> None:
+    """Copies what `source` has of a tokenizer, be it complete or not."""
     for name in _FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    return load_tokenizer(folder)
+
+
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Whether two folders' tokenizers give every token the same id."""
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    if files[0].read_bytes() == files[1].read_bytes():
+        return True
+    first, second = (tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True) for file in files)
+    return first == second
 
 
 def _special_id(backend: tokenizers.Tokenizer, folder: Path, name: str) -> int | None:

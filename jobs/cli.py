@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial, wraps
-from inspect import signature
+from inspect import cleandoc, signature
 from io import StringIO
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -63,15 +63,19 @@ def prepare(
 
 
 def pretrain(arguments: list[str]) -> int:
-    """Train from scratch, or resume: `[--recipe NAME|FILE.toml] --data.path DIR --run.dir RUN [--section.key value …]`.
+    """Train or resume: `[--recipe NAME|FILE.toml] --data.path DIR --run.dir RUN [--section.key value …]`.
 
-    `--model.preset` (minimind-3, minimind-3-moe, demo-dense, demo-moe) is where the architecture's fields start from.
-    The command line wins over the recipe, the recipe over the preset. A recipe is TOML with the sections below.
+    `--model.preset` (`moray inspect NAME` shows one) is where the architecture's fields start from.
+    `--model.from DIR` takes them, and the first weights, from a Hugging Face folder or another run instead.
+    The command line wins over the recipe, the recipe over the preset. A recipe is TOML with the tables below;
+    in brackets is what holds where none of them speaks.
     """
     from jobs.config import RunConfig, load_config
+    from jobs.settings_help import show_settings
 
     if {"-h", "--help"} & set(arguments):
-        tyro.cli(RunConfig, args=["--help"], prog="moray pretrain", description=pretrain.__doc__)
+        show_settings(RunConfig, cleandoc(pretrain.__doc__ or ""), Console())
+        return 0
     recipe, overrides = parse_settings(arguments)
     config = load_config(recipe, overrides)
     from jobs.pretrain import pretrain as run
@@ -110,10 +114,10 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> int:
-    """Continue a prompt with a run's newest commit.
+    """Continue a prompt with a run's newest commit, or with a Hugging Face folder.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or the Hugging Face one.
         prompt: The text to continue.
         max_new_tokens: The most tokens to add.
         temperature: 0 always takes the likeliest token.
@@ -134,6 +138,54 @@ def generate(
     return 0
 
 
+def export(run: tyro.conf.Positional[Path], *, out: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> int:
+    """Write a run's newest commit as a Hugging Face folder that transformers loads and serves.
+
+    Args:
+        run: The run's folder.
+        out: The folder to make.
+        dtype: What the weights are rounded to.
+    """
+    import torch
+
+    from jobs.export import export as run_export
+
+    model_type = run_export(run, out, getattr(torch, dtype), complain)
+    print(f"{out}: a Hugging Face folder of model_type {model_type}")
+    return 0
+
+
+def upcycle(
+    source: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    experts: int,
+    top_k: int,
+    shared: int = 0,
+    noise: float = 0.0,
+    granularity: int = 1,
+    seed: int = 0,
+) -> int:
+    """Make experts of a dense model's feed-forward networks: weights to start a MoE run from.
+
+    Args:
+        source: A run, or a Hugging Face folder.
+        out: The folder to make; `moray pretrain --model.from` starts from it.
+        experts: Routed experts of every layer.
+        top_k: Routed experts per token.
+        shared: Experts that every token passes.
+        noise: Deviation of the noise on each expert's matrices, in deviations of the matrix itself.
+        granularity: Experts that make up one dense network; each is that much narrower.
+        seed: Decides on the noise and on the routers.
+    """
+    from jobs.upcycle import upcycle as run_upcycle
+    from model.upcycle import Upcycling
+
+    options = Upcycling(experts, top_k, shared, noise, granularity, seed)
+    run_upcycle(source, options, out, Console(highlight=False))
+    return 0
+
+
 def checkpoints(run: tyro.conf.Positional[Path], *, verify: bool = False) -> int:
     """List a run's commits.
 
@@ -144,6 +196,20 @@ def checkpoints(run: tyro.conf.Positional[Path], *, verify: bool = False) -> int
     from jobs.checkpoints import show_checkpoints
 
     return show_checkpoints(run, verify, Console())
+
+
+def inspect(source: tyro.conf.Positional[str], *, seq_len: int | None = None, json: bool = False) -> int:
+    """Show a model's architecture, parameters, FLOPs and memory, without building it.
+
+    Args:
+        source: A preset, a run or a Hugging Face folder.
+        seq_len: Tokens of a sequence; by default 4096, or the model's longest.
+        json: Print everything as JSON.
+    """
+    from jobs.inspect_model import inspect_model
+
+    inspect_model(source, seq_len, as_json=json, console=Console(highlight=False))
+    return 0
 
 
 def demo(*, dir: Annotated[Path, tyro.conf.arg(name="dir")] = Path("moray-demo")) -> int:
@@ -162,6 +228,9 @@ VERBS: dict[str, Callable[..., int]] = {
     "pretrain": pretrain,
     "generate": generate,
     "checkpoints": checkpoints,
+    "inspect": inspect,
+    "export": export,
+    "upcycle": upcycle,
     "demo": demo,
 }
 

@@ -9,19 +9,23 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
+import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from jobs.nearest import nearest
+from jobs.weights import check_changes, config_of, locate
 from model import ModelConfig
 from model.config import merge
 from model.presets import preset_fields
+from parallel.checkpoint import list_commits
 from parallel.layout import Layout
 
 DEFAULT_PRESET = "demo-moe"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def _absolute(path: str) -> str:
@@ -124,6 +128,8 @@ class RunConfig(Section):
     """Everything a training run depends on."""
 
     model: ModelConfig = ModelConfig.preset(DEFAULT_PRESET)
+    weights_from: Annotated[AnyPath, tyro.conf.Suppress] = ""
+    """What `model.from` stands for, whose weights the run starts with: a Hugging Face folder, or a commit's."""
     data: DataSection = DataSection()
     layout: Layout = Layout()
     train: TrainSection = TrainSection()
@@ -186,12 +192,43 @@ def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
             section[part] = section = section.get(part) or {}
         section[key] = None if isinstance(value, str) and value.lower() == "none" else value
     model = sections.setdefault("model", {})
-    # The preset is where the architecture's fields start from; what they end as is the config.
-    sections["model"] = merge(preset_fields(str(model.pop("preset", DEFAULT_PRESET))), model)
+    source = _source(model, sections.get("run", {}).get("dir", ""))
+    # The preset, or the model whose weights are taken, is where the architecture's fields start from; what they end as
+    # is the config.
+    fields = source[1].model_dump() if source else preset_fields(str(model.pop("preset", DEFAULT_PRESET)))
+    sections["model"] = merge(fields, model)
+    if source:
+        sections["weights_from"] = str(source[0])
     try:
-        return RunConfig.model_validate(sections)
+        config = RunConfig.model_validate(sections)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
+    if source:
+        check_changes(source[1], config.model)
+    return config
+
+
+def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
+    """Takes `from` out of a recipe's model: whose weights the run starts with, and their architecture."""
+    named = model.pop("from", None)
+    if not named:
+        return None
+    if "preset" in model:
+        raise ValueError(
+            f"model.preset={model['preset']} and model.from={named} are two models to start from; leave one out"
+        )
+    named = Path(_absolute(str(named)))
+    # Once it has committed, a run does without what it started from.
+    for commit in list_commits(Path(_absolute(run)) / "checkpoints")[-1:] if run else []:
+        metadata = commit.manifest.metadata["config"]
+        recorded = Path(metadata.get("weights_from") or "/")
+        if recorded.is_relative_to(named):
+            return recorded, ModelConfig(**metadata["model"])
+    try:
+        path = locate(named)
+        return path, config_of(path)
+    except ValueError as error:
+        raise ValueError(f"model.from={named}: {error}") from None
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
@@ -214,21 +251,22 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 def check_name(name: str) -> str:
     """The name of a setting, or ValueError with the nearest one that exists."""
-    known = ["model.preset", *_names(RunConfig)]
+    known = ["model.preset", "model.from", *(found for found, _ in settings(RunConfig))]
+    known.remove("weights_from")
     if name not in known:
         raise ValueError(f"{name} is not a setting; {nearest(name, known)}")
     return name
 
 
-def _names(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every setting below a config, dotted; of a part that may be missing (`model.moe`) the part itself too."""
+def settings(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting below a config by its dotted name; a part that may be none (`model.moe`) before its own."""
     for name, field in config.model_fields.items():
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         part = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
         if part is None or NoneType in kinds:
-            yield prefix + name
+            yield prefix + name, field
         if part:
-            yield from _names(part, f"{prefix}{name}.")
+            yield from settings(part, f"{prefix}{name}.")
 
 
 def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -254,7 +292,10 @@ def _one_line(error: ValidationError) -> str:
 
 def to_toml(config: RunConfig) -> str:
     """The config as a recipe that gives the same one again."""
-    return "\n".join(line for name, table in config.model_dump().items() for line in _toml_table(name, table))
+    tables = config.model_dump()
+    if source := tables.pop("weights_from"):
+        tables["model"] = {"from": source, **tables["model"]}
+    return "\n".join(line for name, table in tables.items() for line in _toml_table(name, table))
 
 
 def _toml_table(name: str, table: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`moray generate`: text from a run's newest commit, a token at a time, with a KV cache."""
+"""`moray generate`: text from a run's newest commit or a Hugging Face folder, a token at a time, with a KV cache."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import Decoder, KVCache, ModelConfig
-from parallel.checkpoint import Commit, commit_paths, read_commit, read_tensors
+from jobs.weights import open_whole
+from model import Decoder, KVCache
+from model.hf.places import our_shapes, whole
 
 
 @dataclass(frozen=True)
@@ -36,36 +37,21 @@ class Sampling:
             raise ValueError(f"seed={self.seed} must be 0 or more, and less than 2**63")
 
 
-def load_run(run: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, Tokenizer]:
-    """The model of a run's newest whole commit, whatever layout wrote it, and its tokenizer.
+def load_run(folder: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, Tokenizer]:
+    """The model of a run's newest whole commit, whatever layout wrote it, or of a Hugging Face folder; its tokenizer.
 
     Says of each damaged commit that it passes over what is wrong with it. Raises ValueError where none is whole.
     """
-    if not run.is_dir():
-        raise ValueError(f"{run} is not a run: there is no such folder")
-    paths = commit_paths(run / "checkpoints")
-    for path in reversed(paths):
-        try:
-            decoder = _load_commit(read_commit(path))
-        except ValueError as error:
-            on_refused(f"refused the damaged commit {path.name}: {error}")
-            continue
-        return decoder, load_tokenizer(run / "tokenizer")
-    if paths:
-        raise ValueError(f"{run} holds no whole commit; `moray checkpoints {run} --verify` says more")
-    raise ValueError(f"{run} holds no commit yet; `moray pretrain --run.dir {run} …` makes them")
-
-
-def _load_commit(commit: Commit) -> Decoder:
+    weights = open_whole(folder, on_refused)
     with torch.device("meta"):
-        decoder = Decoder(ModelConfig(**commit.manifest.metadata["config"]["model"]))
+        decoder = Decoder(weights.config)
     decoder = decoder.to_empty(device="cuda" if torch.cuda.is_available() else "cpu").eval()
     if decoder.config.tied_embeddings:
         decoder.head.weight = decoder.embedding.weight
     state = decoder.state_dict()
-    for name, tensor in read_tensors(commit, [f"model.{name}" for name in state]):
-        state[name.removeprefix("model.")].copy_(tensor)
-    return decoder
+    for name, shape in our_shapes(weights.config).items():
+        state[name].copy_(weights.read(name, whole(shape)))
+    return decoder, load_tokenizer(weights.tokenizer)
 
 
 def generate_tokens(decoder: Decoder, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:

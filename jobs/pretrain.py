@@ -10,10 +10,12 @@ from cluster.events import read_events
 from cluster.launch import launch
 from cluster.worker import EXIT_INTERRUPTED, WorkerError
 from data.dataset import Dataset
+from data.tokenizer import same_vocabulary
 from jobs.config import RunConfig
 from jobs.run_folder import claimed
 from jobs.trainer import train
 from jobs.watcher import Listener, Watcher
+from jobs.weights import tokenizer_of
 
 
 def pretrain(config: RunConfig, console: Console | None = None, listener: Listener | None = None) -> int:
@@ -25,11 +27,30 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     dataset.check_vocabulary(config.model.vocab_size)
     is_first = os.environ.get("RANK", "0") == "0" or config.cluster.launcher != "torchrun"
     console = console or Console(stderr=True, quiet=not is_first)
+    if config.weights_from:
+        check_tokenizer(Path(config.weights_from), Path(config.data.path), console)
     with claimed(config, dataset) if is_first else nullcontext():
         code = _launch(config, console, listener or Listener())
     if code == EXIT_INTERRUPTED:
         console.print("stopped on request, committed; the same command resumes")
     return code
+
+
+def check_tokenizer(source: Path, data: Path, console: Console) -> None:
+    """Raises ValueError if the data's tokens mean others than those that the weights were trained on.
+
+    Where the folder of the weights has no tokenizer, or is gone since the run has commits of its own, it says so.
+    """
+    tokenizer = tokenizer_of(source)
+    if not (tokenizer / "tokenizer.json").is_file():
+        console.print(
+            f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on"
+        )
+    elif not same_vocabulary(tokenizer, data):
+        raise ValueError(
+            f"data.path={data} has other tokens than model.from={source} was trained on; "
+            f"make the data with `moray prepare … --tokenizer {tokenizer}`"
+        )
 
 
 def _launch(config: RunConfig, console: Console, listener: Listener) -> int:

@@ -48,8 +48,14 @@ def claimed(config: RunConfig, dataset: Dataset) -> Iterator[None]:
 def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
     """Raises ValueError unless config and data continue the run that made the commit, at the position it ended at."""
     metadata = commit.manifest.metadata
-    before = _deciding(ModelConfig(**metadata["config"]["model"]), metadata["config"]["train"])
-    wanted = _deciding(now.model, now.train.model_dump())
+    there = metadata["config"]
+    if "train" not in there:
+        raise ValueError(
+            f"run.dir={now.run.dir} holds weights alone, without the state of an optimizer that a run resumes from; "
+            f"start from them in another run.dir, with model.from={now.run.dir}"
+        )
+    before = _deciding(ModelConfig(**there["model"]), there["train"], there.get("weights_from", ""))
+    wanted = _deciding(now.model, now.train.model_dump(), now.weights_from)
     differing = [
         f"{name}={wanted.get(name)} (there: {before.get(name)})"
         for name in {**wanted, **before}
@@ -69,8 +75,9 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
     dataset.check_fingerprint(metadata["data"]["fingerprint"])
 
 
-def _deciding(model: ModelConfig, train: dict[str, Any]) -> dict[str, Any]:
-    return dict(flatten(model.model_dump(), "model.")) | {f"train.{name}": train[name] for name in _FIXED}
+def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> dict[str, Any]:
+    settings = {"model.from": weights_from, **dict(flatten(model.model_dump(), "model."))}
+    return settings | {f"train.{name}": train[name] for name in _FIXED}
 
 
 @contextmanager

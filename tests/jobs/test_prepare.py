@@ -203,7 +203,7 @@ def test_two_at_once_do_not_write_the_same_folder(tmp_path: Path) -> None:
     try:
         wait_for(tmp_path / "out.moray-unfinished" / "scratch", process)
         process.send_signal(signal.SIGSTOP)
-        with pytest.raises(ValueError, match="another `moray prepare` is writing it"):
+        with pytest.raises(ValueError, match="another process is writing it"):
             prepared(tmp_path / "out")
         process.send_signal(signal.SIGCONT)
         assert process.wait(50) == 0
