@@ -127,8 +127,8 @@ class MoEConfig(Part):
             raise ValueError(f"{prefix}.second_expert=random is GShard's top-2 routing; top_k={self.top_k} must be 2")
         if self.load_loss and not (self.noisy and self.top_k < self.n_experts):
             raise ValueError(
-                f"{prefix}.load_loss={self.load_loss} is the expected load under noise: it needs noisy=true "
-                f"and top_k={self.top_k} below n_experts={self.n_experts}"
+                f"{prefix}.load_loss={self.load_loss} is the expected load under noise: it needs noisy=true and fewer "
+                f"experts a token than there are; noisy={self.noisy}, top_k={self.top_k}, n_experts={self.n_experts}"
             )
         if self.load_loss and (self.top_k_groups < self.n_groups or self.bias_update_rate):
             raise ValueError(
