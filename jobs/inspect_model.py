@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +68,7 @@ def find_config(source: str) -> ModelConfig:
 def costs_of(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     """Parameters, FLOPs a token and bytes, as `--json` prints them; shapes follow the parts of `model.cost`."""
     parts, flops = parameters_by_part(config), forward_flops(config, seq_len)
-    activations = activation_bytes(config, seq_len, "cuda" if torch.cuda.is_available() else "cpu")
+    activations = activation_bytes(config, seq_len)
     return {
         "seq_len": seq_len,
         "parameters": {**count_parameters(config)._asdict(), "parts": {name: x._asdict() for name, x in parts.items()}},

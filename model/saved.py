@@ -35,18 +35,18 @@ class Activations(NamedTuple):
         return sum(self.layers) + self.outside
 
 
-def activation_bytes(config: ModelConfig, seq_len: int, device: str = "cpu") -> Activations:
+def activation_bytes(config: ModelConfig, seq_len: int) -> Activations:
     """Bytes that autograd saves of one sequence when products run in bf16 and routers in fp32, as in training.
 
     Every storage once, but not those of weights and their gradients, nor the few numbers an expert that become a
     routing group's losses; and as if no assignment to an expert were dropped.
-    What a kernel saves hangs on the device: an RMSNorm in bf16 keeps fp32 copies on a CPU, and none on a GPU.
+    As kernels save it on a CPU: on a GPU, an RMSNorm in bf16 keeps no copies in fp32, as it does here.
     """
     config = config.but(final_softcap=None)  # the loss keeps no logits, which the plain forward pass below would
     if config.moe:
         config = config.but(moe={"capacity_factor": None, "second_expert": "always"})
     batch, fake = config.moe.group_size if config.moe else 1, FakeTensorMode()
-    with fake, torch.device(device):
+    with fake:
         tokens_BT = torch.zeros(batch, seq_len, dtype=torch.int64)
         x_BTD = torch.empty(batch, seq_len, config.d_model, dtype=torch.bfloat16, requires_grad=True)
         context = _context(config, batch, seq_len)
@@ -91,7 +91,7 @@ def _saved(build: Callable[[], nn.Module], fake: FakeTensorMode, x: Tensor, *con
 
     with fake, saved_tensors_hooks(keep, lambda tensor: tensor):
         weights = {
-            name: torch.empty(held.shape, dtype=held.dtype, device=x.device, requires_grad=held.requires_grad)
+            name: torch.empty(held.shape, dtype=held.dtype, requires_grad=held.requires_grad)
             for name, held in (*module.named_parameters(), *module.named_buffers())
         }
         functional_call(module, weights, (x, *context))

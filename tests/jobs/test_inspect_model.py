@@ -65,7 +65,8 @@ def test_a_run_is_its_newest_commit_and_before_that_its_config(dataset: Path, mo
 
     fresh = tmp_path / "fresh"
     fresh.mkdir()
-    config = load_config(None, {"model.preset": "gpt-neo-125m", "model.n_layers": "2", "train.seq_len": "64"})
+    settings = {"model.preset": "gpt-neo-125m", "model.n_layers": "2", "data.path": str(dataset), "run.dir": str(fresh)}
+    config = load_config(None, settings)
     (fresh / "config.toml").write_text(to_toml(config))
     assert find_config(str(fresh)) == ModelConfig.preset("gpt-neo-125m", n_layers=2)
 
