@@ -101,7 +101,9 @@ class ModelConfig(Part):
         head_dim = self.attention.head_dim
         if self.position.kind != "rope":
             if self.attention.latent:
-                raise ValueError(f"model.position.kind={self.position.kind} does not go with latent attention; use rope")
+                raise ValueError(
+                    f"model.position.kind={self.position.kind} does not go with latent attention; use rope"
+                )
             return
         if self.position.rotary_dim is None and head_dim % 2:
             raise ValueError(f"model.attention.head_dim={head_dim} must be even: RoPE turns pairs of channels")

@@ -67,7 +67,8 @@ class RopeScaling(Part):
     attention_factor: float | None = None
     """yarn: what cosine and sine are multiplied with; by default 0.1 ln(factor) + 1, or as the next two say."""
     mscale: float | None = None
-    """yarn in DeepSeek: cosine and sine are multiplied with m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1."""
+    """yarn in DeepSeek: cosine and sine are multiplied with m(mscale) / m(mscale_all_dim),
+    m(x) = 0.1 x ln(factor) + 1."""
     mscale_all_dim: float | None = None
     """yarn in DeepSeek: latent attention's softmax scale is multiplied with m(mscale_all_dim)^2."""
 
@@ -77,7 +78,9 @@ class RopeScaling(Part):
         at_least(self, prefix, 1, "factor", "original_max_seq_len")
         above_zero(self, prefix, "low_freq_factor", "beta_fast", "beta_slow", "attention_factor")
         if self.kind in ("llama3", "yarn") and self.original_max_seq_len is None:
-            raise ValueError(f"{prefix}.original_max_seq_len is missing: {self.kind} needs the length trained on before")
+            raise ValueError(
+                f"{prefix}.original_max_seq_len is missing: {self.kind} needs the length trained on before"
+            )
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"{prefix}.high_freq_factor={self.high_freq_factor} must be more than "
@@ -95,7 +98,7 @@ class PositionConfig(Part):
     rotary_dim: int | None = None
     """Channels of each head that RoPE turns, the first ones; by default all (partial rotary: GPT-NeoX)."""
     interleaved: bool = False
-    """Whether RoPE pairs channels (2i, 2i + 1) (Su et al., GPT-J, DeepSeek) rather than (i, i + dim/2) (Llama, NeoX)."""
+    """Whether RoPE pairs channels (2i, 2i + 1) (Su et al., GPT-J, DeepSeek) and not (i, i + dim/2) (Llama, NeoX)."""
     scaling: RopeScaling | None = None
 
     @model_validator(mode="after")
@@ -109,7 +112,7 @@ class PositionConfig(Part):
 
 
 class LatentConfig(Part):
-    """Multi-head latent attention: keys and values are made from one small vector a token (DeepSeek-V2, section 2.1)."""
+    """Multi-head latent attention: keys and values are made of one small vector a token (DeepSeek-V2, section 2.1)."""
 
     kv_rank: int
     """Width of the vector that the cache holds in place of keys and values."""
@@ -126,7 +129,9 @@ class LatentConfig(Part):
     def _check(self) -> Self:
         at_least(self, "model.attention.latent", 1, "kv_rank", "q_rank", "nope_dim", "rope_dim", "value_dim")
         if self.rope_dim % 2:
-            raise ValueError(f"model.attention.latent.rope_dim={self.rope_dim} must be even: RoPE turns pairs of channels")
+            raise ValueError(
+                f"model.attention.latent.rope_dim={self.rope_dim} must be even: RoPE turns pairs of channels"
+            )
         return self
 
 
@@ -183,10 +188,14 @@ class AttentionConfig(Part):
                 f"{latent.nope_dim + latent.rope_dim}"
             )
         if self.n_kv_heads != self.n_heads:
-            raise ValueError(f"{prefix}.n_kv_heads={self.n_kv_heads} must be n_heads={self.n_heads} with latent attention")
+            raise ValueError(
+                f"{prefix}.n_kv_heads={self.n_kv_heads} must be n_heads={self.n_heads} with latent attention"
+            )
         for name, unset in (("qk_norm", None), ("window", None), ("qkv_bias", False), ("softcap", None)):
             if getattr(self, name) != unset:
-                raise ValueError(f"{prefix}.{name}={getattr(self, name)} does not go with latent attention; leave it {unset}")
+                raise ValueError(
+                    f"{prefix}.{name}={getattr(self, name)} does not go with latent attention; leave it {unset}"
+                )
 
     def is_local(self, layer: int) -> bool:
         """Whether this layer's attention slides a window."""
@@ -224,7 +233,8 @@ class InitConfig(Part):
 
     scheme: Literal["normal", "megatron", "depth", "fan_in"] = "normal"
     """All normal with deviation std; what writes to the residual stream by std / sqrt(2 n_layers) (GPT-2, Megatron) or
-    std / sqrt(2 (layer + 1)) (depth-scaled); or every matrix by std / sqrt(inputs), truncated at 2 deviations (Switch)."""
+    std / sqrt(2 (layer + 1)) (depth-scaled); or every matrix by std / sqrt(inputs), truncated at 2 deviations
+    (Switch)."""
     std: float = 0.02
 
     @model_validator(mode="after")

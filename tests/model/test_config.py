@@ -181,8 +181,8 @@ def test_latent_attention_that_does_not_fit_together_is_told_why(fields: dict[st
         (MOE | {"load_loss": 0.1}, "model.moe.load_loss=0.1 is the expected load under noise: it needs noisy=true"),
         (
             NOISY | {"top_k": 8, "load_loss": 0.1},
-            "model.moe.load_loss=0.1 is the expected load under noise: it needs noisy=true and top_k=8 below "
-            "n_experts=8",
+            "model.moe.load_loss=0.1 is the expected load under noise: it needs noisy=true and fewer experts a token than "
+            "there are; noisy=True, top_k=8, n_experts=8",
         ),
         (
             NOISY | {"n_groups": 4, "load_loss": 0.1},
