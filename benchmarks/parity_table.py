@@ -5,7 +5,8 @@
     MORAY_PARITY_RECORDS=/tmp/parity PYTHONPATH=. VENV/bin/python -m pytest tests/model/hf    # transformers 4.57
     python benchmarks/parity_table.py /tmp/parity [--into docs/models.md]
 
-With --into, the table replaces what stands between the two lines that say `parity table`.
+With --into, the table replaces what stands between the two lines that say `parity table`, and the family shown as an
+example is what its file holds now.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKS = ("logits", "loss", "gradients", "decoding", "padding", "export")
-BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
+EXAMPLE = Path(__file__).parent.parent / "model/hf/families/olmoe.py"
 
 Record = dict[str, Any]
 
@@ -56,12 +57,13 @@ def _cell(records: list[Record], notes: dict[str, int]) -> str:
     return f"{max(record['difference'] for record in records):.1e}{marks}"
 
 
-def replaced(text: str, new: str) -> str:
-    """The page with another table between its two marks. Raises ValueError where they are missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the page must hold one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+def replaced(text: str, what: str, new: str) -> str:
+    """The page with something else between its two marks of that name. Raises ValueError where they are missing."""
+    begin, end = f"<!-- {what}: begin -->", f"<!-- {what}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page must hold one line {begin} and one line {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
@@ -71,7 +73,8 @@ def main() -> None:
     options = parser.parse_args()
     made = table(read_records(options.records))
     if options.into:
-        options.into.write_text(replaced(options.into.read_text(), made))
+        page = replaced(options.into.read_text(), "parity table", made)
+        options.into.write_text(replaced(page, "family", f"```python\n{EXAMPLE.read_text()}```"))
     else:
         print(made)
 

@@ -1,7 +1,7 @@
 """Every routing option trains: 100 steps each on real text at the demo's width, one table.
 
     moray prepare SOURCE --out DATA
-    python benchmarks/routing.py DATA [--steps 100] > table.md
+    python benchmarks/routing.py DATA [--steps 100] [--into docs/models.md]
 
 Each row is `moray pretrain` of the preset demo-moe with the settings that the row names, on one process in fp32; all
 begin from the same weights where their shapes agree, and see the same batches. Loss is the mean of the last ten
@@ -14,6 +14,8 @@ import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from parity_table import replaced
 
 from jobs.cli import dispatch
 from jobs.metrics import read_metrics
@@ -114,12 +116,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--into", type=Path)
     arguments = parser.parse_args()
     table = ["| router | loss | max/mean | entropy | dropped | tokens/s |", "|---|---|---|---|---|---|"]
     for name, router in ROUTERS.items():
         with tempfile.TemporaryDirectory() as folder:
             table.append(row(name, train(arguments.data, Path(folder) / "run", arguments.steps, router)))
-    print("\n".join(table))
+    if arguments.into:
+        arguments.into.write_text(replaced(arguments.into.read_text(), "routing table", "\n".join(table)))
+    else:
+        print("\n".join(table))
 
 
 if __name__ == "__main__":
