@@ -8,12 +8,10 @@ from model.config import ModelConfig
 from model.hf.family import Rule
 from model.hf.fields import Fields, refused
 from model.hf.places import Source
-from model.hf.rules import ours, translated
+from model.hf.rules import ours, same, translated, unused
 
 _OURS = "blocks.{layer}.attention."
 
-LAYERNORM = ours(norm={"kind": "layernorm", "bias": True})
-PLAIN_FFN = ours(ffn={"gated": False, "bias": True})
 LEARNED = ours(position={"kind": "learned"})
 
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
@@ -65,6 +63,34 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
 
 SCALE = Rule(_read_scale, _write_scale)
 """Scores are divided by sqrt(d), or not at all."""
+
+
+def sizes(
+    *,
+    n_layers: str,
+    n_heads: str,
+    eps: str,
+    d_model: str = "hidden_size",
+    ffn_width: str = "intermediate_size",
+    max_seq_len: str = "max_position_embeddings",
+    tied: bool = True,
+) -> tuple[Rule, ...]:
+    """Their names of what each of them states, and what all of them have. tied: the family's default."""
+    return (
+        same("vocab_size", "vocab_size"),
+        same(d_model, "d_model"),
+        same(n_layers, "n_layers"),
+        same(max_seq_len, "max_seq_len"),
+        same(eps, "norm.eps", 1e-5),
+        same("initializer_range", "init.std", 0.02),
+        same("tie_word_embeddings", "tied_embeddings", tied),
+        heads(n_heads, d_model),
+        width(ffn_width, d_model),
+        ours(norm={"kind": "layernorm", "bias": True}, ffn={"gated": False, "bias": True}),
+        # Of models with other heads than the language model's.
+        unused("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+        unused("summary_first_dropout"),
+    )
 
 
 def joined(config: ModelConfig, their: str, *, transposed: bool = False) -> dict[str, str | Source]:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from model.config import ModelConfig
+from model.hf.deepseek import LATENT, LATENT_NAMES, SEQUENCE_BALANCE, SHARED
 from model.hf.family import Family, Rule
 from model.hf.fields import Fields, refused
-from model.hf.mla import LATENT, LATENT_NAMES, SEQUENCE_BALANCE
 from model.hf.names import SHARED_MOE
 from model.hf.rope import rope
 from model.hf.rules import SILU, at, decoder, fixed, ours, same, unused
@@ -42,7 +42,7 @@ DEEPSEEK_V2 = Family(
         same("n_routed_experts", "moe.n_experts", alias="num_experts"),
         same("num_experts_per_tok", "moe.top_k"),
         same("moe_intermediate_size", "moe.expert_width"),
-        same("n_shared_experts", "moe.n_shared"),
+        SHARED,
         same("first_k_dense_replace", "moe.n_dense_layers", 0),
         same("routed_scaling_factor", "moe.gate_scale", 1.0),
         Rule(_read_groups, _write_groups),

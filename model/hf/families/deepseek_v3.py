@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from model.hf.deepseek import LATENT, LATENT_NAMES, SEQUENCE_BALANCE, SHARED
 from model.hf.family import Family, Rule
 from model.hf.fields import Fields, refused
-from model.hf.mla import LATENT, LATENT_NAMES, SEQUENCE_BALANCE
 from model.hf.names import DEEPSEEK_MOE
 from model.hf.rope import rope
 from model.hf.rules import SILU, decoder, fixed, ours, same, unused
@@ -31,7 +31,7 @@ DEEPSEEK_V3 = Family(
         same("n_routed_experts", "moe.n_experts", alias="num_local_experts"),
         same("num_experts_per_tok", "moe.top_k"),
         same("moe_intermediate_size", "moe.expert_width"),
-        same("n_shared_experts", "moe.n_shared"),
+        SHARED,
         same("first_k_dense_replace", "moe.n_dense_layers", 3),
         same("routed_scaling_factor", "moe.gate_scale", 2.5),
         same("norm_topk_prob", "moe.normalise_gates", True),

@@ -1,9 +1,9 @@
 """GPT-2, whose shape GPT-3 has too: Radford et al., 2019; https://arxiv.org/abs/2005.14165."""
 
 from model.hf.family import Family
-from model.hf.gpt import LAYERNORM, LEARNED, PLAIN_FFN, SCALE, activation, heads, joined, width
+from model.hf.gpt import LEARNED, SCALE, activation, joined, sizes
 from model.hf.places import Source
-from model.hf.rules import fixed, ours, same, unused
+from model.hf.rules import fixed, ours, unused
 
 _OURS, _THEIRS = "blocks.{layer}.", "transformer.h.{layer}."
 
@@ -20,23 +20,18 @@ NAMES: dict[str, str | Source] = {
 }
 
 SIZES = (
-    same("vocab_size", "vocab_size"),
-    same("n_embd", "d_model"),
-    same("n_layer", "n_layers"),
-    same("n_positions", "max_seq_len"),
-    same("layer_norm_epsilon", "norm.eps", 1e-5),
-    same("initializer_range", "init.std", 0.02),
-    same("tie_word_embeddings", "tied_embeddings", True),
-    heads("n_head", "n_embd"),
-    width("n_inner", "n_embd"),
-    LAYERNORM,
-    PLAIN_FFN,
+    *sizes(
+        n_layers="n_layer",
+        n_heads="n_head",
+        eps="layer_norm_epsilon",
+        d_model="n_embd",
+        ffn_width="n_inner",
+        max_seq_len="n_positions",
+    ),
     LEARNED,
     SCALE,
     ours(attention={"qkv_bias": True, "output_bias": True}, init={"scheme": "megatron"}),
-    # An old name of n_positions, and what models with other heads than the language model's have.
-    unused("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
-    unused("summary_first_dropout"),
+    unused("n_ctx"),  # an old name of n_positions
 )
 
 _CONV1D = ("attention.output", "ffn.up", "ffn.down")

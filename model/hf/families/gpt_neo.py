@@ -6,8 +6,8 @@ from model.config import ModelConfig
 from model.hf.families.gpt2 import NAMES
 from model.hf.family import Family, Rule
 from model.hf.fields import Fields, refused
-from model.hf.gpt import LAYERNORM, LEARNED, PLAIN_FFN, activation, heads, width
-from model.hf.rules import ours, same, shortest, unused
+from model.hf.gpt import LEARNED, activation, sizes
+from model.hf.rules import ours, shortest, unused
 
 _OURS, _THEIRS = "blocks.{layer}.attention.", "transformer.h.{layer}.attn.attention."
 
@@ -37,24 +37,13 @@ GPT_NEO = Family(
     model_type="gpt_neo",
     architecture="GPTNeoForCausalLM",
     rules=(
-        same("vocab_size", "vocab_size"),
-        same("hidden_size", "d_model"),
-        same("num_layers", "n_layers"),
-        same("max_position_embeddings", "max_seq_len"),
-        same("layer_norm_epsilon", "norm.eps", 1e-5),
-        same("initializer_range", "init.std", 0.02),
-        same("tie_word_embeddings", "tied_embeddings", True),
-        heads("num_heads", "hidden_size"),
-        width("intermediate_size", "hidden_size"),
+        *sizes(n_layers="num_layers", n_heads="num_heads", eps="layer_norm_epsilon"),
         activation("activation_function", "gelu_new"),
-        LAYERNORM,
-        PLAIN_FFN,
         LEARNED,
         Rule(_read_pattern, _write_pattern),
         # Scores are not divided by anything.
         ours(attention={"scale": 1.0, "output_bias": True}),
-        unused("resid_dropout", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
-        unused("summary_first_dropout"),
+        unused("resid_dropout"),
     ),
     table=lambda config: {
         **NAMES,

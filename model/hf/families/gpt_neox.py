@@ -5,24 +5,23 @@ from typing import Any
 from model.config import ModelConfig
 from model.hf.family import Family, Rule
 from model.hf.fields import Fields, refused
-from model.hf.gpt import LAYERNORM, PLAIN_FFN, activation, heads, joined_by_head
+from model.hf.gpt import activation, joined_by_head, sizes
 from model.hf.rope import rope
 from model.hf.rules import same, translated
 
 _OURS, _THEIRS = "blocks.{layer}.", "gpt_neox.layers.{layer}."
 
 
+def _either(fields: Fields, own: str, general: str, default: float) -> float:
+    value, other = fields.take(own, None), fields.take(general, None)
+    if None not in (value, other) and value != other:
+        raise refused(own, value, f"{general}={other} says otherwise; leave one of them")
+    return default if value is None else value
+
+
 def _read_rope(fields: Fields) -> dict[str, Any]:
-    own = {}
-    for name, own_name, default in (
-        ("rope_theta", "rotary_emb_base", 1e4),
-        ("partial_rotary_factor", "rotary_pct", 0.25),
-    ):
-        own[name], other = fields.take(own_name, None), fields.take(name, None)
-        if None not in (own[name], other) and own[name] != other:
-            raise refused(own_name, own[name], f"{name}={other} says otherwise; leave one of them")
-        own[name] = default if own[name] is None else own[name]
-    return rope(own["rope_theta"], partial=own["partial_rotary_factor"]).read(fields)
+    theta = _either(fields, "rotary_emb_base", "rope_theta", 1e4)
+    return rope(theta, partial=_either(fields, "rotary_pct", "partial_rotary_factor", 0.25)).read(fields)
 
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -39,18 +38,9 @@ GPT_NEOX = Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
     rules=(
-        same("vocab_size", "vocab_size"),
-        same("hidden_size", "d_model"),
-        same("num_hidden_layers", "n_layers"),
-        same("max_position_embeddings", "max_seq_len"),
+        *sizes(n_layers="num_hidden_layers", n_heads="num_attention_heads", eps="layer_norm_eps", tied=False),
         same("intermediate_size", "ffn.width"),
-        same("layer_norm_eps", "norm.eps", 1e-5),
-        same("initializer_range", "init.std", 0.02),
-        same("tie_word_embeddings", "tied_embeddings", False),
-        heads("num_attention_heads", "hidden_size"),
         activation("hidden_act", "gelu"),
-        LAYERNORM,
-        PLAIN_FFN,
         Rule(_read_rope, _write_rope),
         Rule(_read_biases, lambda config: {"attention_bias": config.attention.output_bias}),
         translated("use_parallel_residual", "residual", {True: "parallel", False: "sequential"}, True),

@@ -6,9 +6,9 @@ Its converter writes all but the second generation's experts as Llama, Qwen3 and
 from typing import Any
 
 from model.config import ModelConfig, merge
+from model.hf.deepseek import SEQUENCE_BALANCE
 from model.hf.family import Family, Rule
 from model.hf.fields import Fields, refused
-from model.hf.mla import SEQUENCE_BALANCE
 from model.hf.names import MOE
 from model.hf.rope import rope
 from model.hf.rules import HEADS, NATURAL_HEADS, SILU, at, balance_loss, decoder, fixed, ours, same, translated, unused

@@ -1,4 +1,4 @@
-"""Multi-head latent attention in config.json, and the balance loss that DeepSeek's fields name."""
+"""What DeepSeek's families share in config.json: latent attention, shared experts, a balance loss."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from model.config import ModelConfig
 from model.hf.family import Rule
 from model.hf.fields import Fields, refused
 from model.hf.places import Source
-from model.hf.rules import fixed
+from model.hf.rules import at, fixed
 
 _FIELDS = {
     "kv_lora_rank": "kv_rank",
@@ -36,6 +36,22 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     written = {their: getattr(latent, our) for their, our in _FIELDS.items()}
     return {"num_attention_heads": heads, "num_key_value_heads": heads, **written}
 
+
+def _read_shared(fields: Fields) -> dict[str, Any]:
+    shared = fields.take("n_shared_experts")
+    if not shared:
+        raise refused("n_shared_experts", shared, "DeepSeek's layers have at least 1")
+    return {"moe": {"n_shared": shared}}
+
+
+def _write_shared(config: ModelConfig) -> dict[str, Any]:
+    if not at(config, "moe.n_shared"):
+        raise ValueError("model.moe.n_shared=0 must be at least 1")
+    return {"n_shared_experts": at(config, "moe.n_shared")}
+
+
+SHARED = Rule(_read_shared, _write_shared)
+"""transformers builds shared experts always, of no width if there are none."""
 
 LATENT = (Rule(_read, _write), fixed("attention_bias", False))
 
