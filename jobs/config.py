@@ -9,7 +9,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
-import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
@@ -128,8 +127,8 @@ class RunConfig(Section):
     """Everything a training run depends on."""
 
     model: ModelConfig = ModelConfig.preset(DEFAULT_PRESET)
-    weights_from: Annotated[AnyPath, tyro.conf.Suppress] = ""
-    """What `model.from` stands for, whose weights the run starts with: a Hugging Face folder, or a commit's."""
+    weights_from: AnyPath = ""
+    """Set by `model.from`, and by it alone: the Hugging Face folder or commit whose weights the run starts with."""
     data: DataSection = DataSection()
     layout: Layout = Layout()
     train: TrainSection = TrainSection()

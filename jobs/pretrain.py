@@ -39,9 +39,11 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
 def check_tokenizer(source: Path, data: Path, console: Console) -> None:
     """Raises ValueError if the data's tokens mean others than those that the weights were trained on.
 
-    Where the folder of the weights has no tokenizer, or is gone since the run has commits of its own, it says so.
+    Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits.
     """
     tokenizer = tokenizer_of(source)
+    if not source.exists():
+        return
     if not (tokenizer / "tokenizer.json").is_file():
         console.print(
             f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on"

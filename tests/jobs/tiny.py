@@ -25,6 +25,16 @@ TINY: dict[str, object] = {
 
 def tiny(data: Path, run: Path, **changes: object) -> list[str]:
     """The arguments of `moray pretrain`; `train__steps=3` sets train.steps and wins over what stands above."""
+    return _words(TINY, data, run, changes)
+
+
+def tiny_from(source: Path, data: Path, run: Path, **changes: object) -> list[str]:
+    """The same for a run that starts from the weights in `source`, whose architecture it takes."""
+    without_model = {name: value for name, value in TINY.items() if not name.startswith("model.")}
+    return _words({**without_model, "model.from": source}, data, run, changes)
+
+
+def _words(base: dict[str, object], data: Path, run: Path, changes: dict[str, object]) -> list[str]:
     changed = {name.replace("__", "."): value for name, value in changes.items()}
-    found = {**TINY, "data.path": data, "run.dir": run, **changed}
+    found = {**base, "data.path": data, "run.dir": run, **changed}
     return [word for name, value in found.items() for word in (f"--{name}", str(value))]
