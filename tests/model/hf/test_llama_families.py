@@ -20,6 +20,7 @@ DENSE = {
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.3}
 NARROW = {"moe_intermediate_size": 48}
+TOP_1 = {**NARROW, "num_experts": 4, "num_experts_per_tok": 1, "router_aux_loss_coef": 0.3}
 MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
 # Caps that are far below what random weights would give.
 GEMMA2 = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 40, "head_dim": 24}
@@ -73,6 +74,14 @@ CASES = [
         "every 2nd",
     ),
     Case("Qwen3-MoE", "Qwen3Moe", {**DENSE, **EXPERTS, **NARROW, **WINDOW, "use_sliding_window": True}, "window"),
+    # MiniMind publishes these in the formats of Llama and Qwen3.
+    Case("MiniMind-2", "Llama", {**DENSE, **rope(1e6), "tie_word_embeddings": True}),
+    Case("MiniMind-3", "Qwen3", {**DENSE, **rope(1e6), "head_dim": 24, "tie_word_embeddings": True}),
+    Case(
+        "MiniMind-3-MoE",
+        "Qwen3Moe",
+        {**DENSE, **rope(1e6), **TOP_1, "head_dim": 24, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
     Case("Gemma 2", "Gemma2", {**DENSE, **WINDOW, **GEMMA2}),
     Case("OLMoE", "Olmoe", {**DENSE, **EXPERTS, "intermediate_size": 48}),
     Case("OLMoE", "Olmoe", {**DENSE, **EXPERTS, "attention_bias": True, "norm_topk_prob": True}, "with biases"),
