@@ -51,10 +51,8 @@ class Upcycling:
 
 
 def upcycled_config(dense: ModelConfig, options: Upcycling) -> ModelConfig:
-    """The same decoder with experts in every layer.
+    """The same decoder with experts in every layer: a router as Mixtral's, which most families can express.
 
-    A token's gates sum to one over K / r copies of r experts each, so they are scaled by r; where 1 + c copies are
-    averaged (c of them shared) by r / (1 + c).
     Raises ValueError for what has experts or mixes tokens, and for options that do not divide.
     Source: Komatsuzaki et al., 2022 (sparse upcycling); He et al., 2024 (granularity, virtual groups).
     """
@@ -66,7 +64,6 @@ def upcycled_config(dense: ModelConfig, options: Upcycling) -> ModelConfig:
         "expert_width": dense.ffn.width // options.granularity,
         "score": "softmax",
         "normalise_gates": True,
-        "gate_scale": options.routed_slices / (1 + options.shared_copies),
         "balance_loss": BALANCE_LOSS,
     }
     return dense.but(moe=moe)
@@ -116,8 +113,10 @@ class Upcycled:
 
     Expert e is slice e % r of copy e // r. The r experts of a copy have equal rows in the router, so that the top-k
     takes whole copies (virtual groups); rows of different copies are drawn as `config.init` says.
-    With c shared copies, the mean of 1 + c networks is formed: the routed ones' share lies in `gate_scale`, the shared
-    ones' in their `down`. Noise is on the matrices of routed experts alone.
+    A token's gates sum to one over the r experts of each of its copies, so `down` of routed experts is r times the
+    dense one (weight scaling). With c shared copies, the mean of 1 + c networks is formed, and every `down` is divided
+    by that. Noise is on the matrices of routed experts alone.
+    Source: He et al., 2024.
     """
 
     def __init__(self, dense: ModelConfig, read: Read, options: Upcycling) -> None:
@@ -154,6 +153,8 @@ class Upcycled:
         hidden = slice(index * self._width, (index + 1) * self._width)
         projection, is_bias = tensor.partition("_")[0], "bias" in tensor
         dense = self._dense(f"{ffn}{projection}", is_bias, hidden)
+        if projection == "down":
+            dense = dense * (options.routed_slices / (1 + options.shared_copies))
         if is_bias:
             return dense / options.granularity if projection == "down" else dense
         if not options.noise:

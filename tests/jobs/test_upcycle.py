@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny, tiny_from
+from transformers import AutoModelForCausalLM
 
 import parallel.weights
 from jobs.cli import dispatch
@@ -61,6 +62,20 @@ def test_a_hugging_face_folder_is_upcycled_too(moray: Moray, dense: Path, tmp_pa
     for name in ("embedding.weight", "blocks.1.attention.key_norm.weight", "blocks.0.attention.output.weight"):
         box = whole(our_shapes(here.config)[name])
         assert torch.equal(here.read(name, box), there.read(name, box))
+
+
+def test_exported_it_computes_in_transformers_what_the_dense_run_does(
+    moray: Moray, dense: Path, tmp_path: Path
+) -> None:
+    out, hf = tmp_path / "moe", tmp_path / "hf"
+    words = ["--experts", 8, "--top-k", 4, "--granularity", 2]
+    assert moray("upcycle", dense, *words, "--out", out).code == 0
+    assert moray("export", out, "--out", hf).code == 0
+    theirs = AutoModelForCausalLM.from_pretrained(hf).eval()
+    assert theirs.config.model_type == "qwen3_moe"
+    with torch.no_grad():
+        logits = theirs(torch.randint(0, 400, (2, 32), generator=torch.Generator().manual_seed(0))).logits
+    torch.testing.assert_close(logits, logits_of(dense), rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_starts_from_it_where_the_dense_one_ended(

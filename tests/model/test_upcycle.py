@@ -111,15 +111,17 @@ def test_every_expert_is_its_slice_of_the_network() -> None:
             assert torch.equal(
                 experts_of(moe, f"{projection}_bias_EF", 1)[expert], state[f"{ffn}{projection}.bias"][hidden]
             )
-        assert torch.equal(experts_of(moe, "down_EDF", 1)[expert], state[f"{ffn}down.weight"][:, hidden])
-        assert torch.equal(experts_of(moe, "down_bias_ED", 1)[expert], state[f"{ffn}down.bias"] / 4)
+        # Gates of a copy's three experts are a third of what they are for a copy in one piece.
+        assert torch.equal(experts_of(moe, "down_EDF", 1)[expert], 3 * state[f"{ffn}down.weight"][:, hidden])
+        assert torch.equal(experts_of(moe, "down_bias_ED", 1)[expert], 3 * state[f"{ffn}down.bias"] / 4)
 
 
 def test_noise_has_the_deviation_asked_for_relative_to_the_matrix_and_is_every_experts_own() -> None:
     dense = random_decoder(dense_config(bias=True))
     moe = upcycled(dense, Upcycling(4, 2, n_shared=1, noise=0.25))
     for projection, name in (("gate", "gate_EFD"), ("up", "up_EFD"), ("down", "down_EDF")):
-        matrix = dense.state_dict()[f"blocks.0.ffn.{projection}.weight"]
+        # Half of the output comes from the shared copy.
+        matrix = dense.state_dict()[f"blocks.0.ffn.{projection}.weight"] * (0.5 if projection == "down" else 1)
         noise_Exx = experts_of(moe, name) - matrix
         for noise in noise_Exx:
             # 2048 draws: five standard errors of a deviation are 8 percent, of a mean 11.
