@@ -78,7 +78,9 @@ def _feed_forward(config: ModelConfig) -> str:
 
 
 def _experts(config: ModelConfig, moe: MoEConfig) -> str:
+    expert = config.expert_ffn
     facts = [
+        *([(_GATED if expert.gated else _PLAIN)[expert.activation]] if expert != config.ffn else []),
         f"{moe.n_experts:,} of width {moe.expert_width:,} in {config.n_moe_layers} layers",
         f"top-{moe.top_k} by {'noisy ' if moe.noisy else ''}{moe.score}",
         *([f"from {moe.top_k_groups} of {moe.n_groups} groups"] if moe.top_k_groups < moe.n_groups else []),

@@ -69,6 +69,12 @@ class ModelConfig(Part):
         """Routed experts of a MoE layer; 0 in a dense model."""
         return self.moe.n_experts if self.moe else 0
 
+    @property
+    def expert_ffn(self) -> FeedForwardConfig:
+        """What an expert is, but for its width."""
+        gated = self.ffn.gated if self.moe is None or self.moe.gated is None else self.moe.gated
+        return self.ffn.model_copy(update={"gated": gated})
+
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and self.moe.is_moe_layer(layer)
 

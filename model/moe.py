@@ -30,9 +30,9 @@ class MoE(nn.Module):
         assert config.moe
         self.moe, self.layer = config.moe, layer
         self.router = Router(config)
-        self.experts = Experts(config.n_experts, config.d_model, config.moe.expert_width, config.ffn)
+        self.experts = Experts(config.n_experts, config.d_model, config.moe.expert_width, config.expert_ffn)
         shared_width = config.moe.n_shared * config.moe.expert_width
-        self.shared = FeedForward(config.d_model, shared_width, config.ffn) if shared_width else None
+        self.shared = FeedForward(config.d_model, shared_width, config.expert_ffn) if shared_width else None
         self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if config.moe.shared_gate else None
         self.dispatcher = LocalDispatcher()
         # Since the last optimizer step, on this rank, in training alone: tokens that chose each expert, and how many of

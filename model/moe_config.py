@@ -16,6 +16,8 @@ class MoEConfig(Part):
     """Experts per token."""
     expert_width: int
     """Width of one expert; fine-grained experts are narrower than ffn.width (DeepSeekMoE)."""
+    gated: bool | None = None
+    """Whether experts have a gate; by default as ffn.gated says (GLaM: dense layers have, experts have not)."""
     n_shared: int = 0
     """Experts that every token passes, computed as one of width n_shared * expert_width."""
     shared_gate: bool = False

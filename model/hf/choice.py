@@ -64,6 +64,8 @@ def essence(config: ModelConfig) -> dict[str, Any]:
         values["attention.window"] = None
     if config.n_moe_layers == config.n_layers:
         values["ffn.width"] = None
+    if config.moe:
+        values["moe.gated"] = config.expert_ffn.gated
     if config.moe and config.moe.n_groups == config.moe.top_k_groups:
         values |= {"moe.n_groups": 1, "moe.top_k_groups": 1, "moe.group_score": None}
     return {name: value for name, value in values.items() if name not in _TRAINING_ONLY.split()}

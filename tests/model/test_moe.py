@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from model import Documents, ModelConfig
+from model import Decoder, Documents, ModelConfig
 from model.balance import auxiliary_loss
 from model.context import Context
 from model.dispatch import LocalDispatcher
@@ -167,3 +167,12 @@ def test_experts_use_the_configs_activation() -> None:
         layer.experts.down_EDF[0].copy_(torch.eye(24))
     x = torch.randn(1, 4, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x, everything(1, 4))[0], F.relu(x) ** 2, rtol=0, atol=1e-12)
+
+
+def test_experts_may_lack_the_gate_of_dense_layers() -> None:
+    """GLaM: a dense layer has three matrices, an expert two."""
+    decoder = Decoder(ModelConfig.preset("demo-moe", moe={"gated": False}))
+    dense, sparse = decoder.blocks[0].ffn, decoder.blocks[1].ffn
+    assert dense.gate is not None
+    assert sparse.experts.gate_EFD is None
+    assert sparse.shared.gate is None
