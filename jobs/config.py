@@ -126,9 +126,9 @@ class RunSection(Section):
 class RunConfig(Section):
     """Everything a training run depends on."""
 
-    model: ModelConfig = ModelConfig.preset(DEFAULT_PRESET)
     weights_from: AnyPath = ""
-    """Set by `model.from`, and by it alone: the Hugging Face folder or commit whose weights the run starts with."""
+    """Set as `model.from`: the Hugging Face folder, run or commit whose architecture and weights it starts with."""
+    model: ModelConfig = ModelConfig.preset(DEFAULT_PRESET)
     data: DataSection = DataSection()
     layout: Layout = Layout()
     train: TrainSection = TrainSection()
@@ -250,8 +250,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 def check_name(name: str) -> str:
     """The name of a setting, or ValueError with the nearest one that exists."""
-    known = ["model.preset", "model.from", *(found for found, _ in settings(RunConfig))]
-    known.remove("weights_from")
+    known = ["model.preset", *(found for found, _ in settings(RunConfig))]
     if name not in known:
         raise ValueError(f"{name} is not a setting; {nearest(name, known)}")
     return name
@@ -263,7 +262,7 @@ def settings(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         part = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
         if part is None or NoneType in kinds:
-            yield prefix + name, field
+            yield "model.from" if name == "weights_from" else prefix + name, field
         if part:
             yield from settings(part, f"{prefix}{name}.")
 
