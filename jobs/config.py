@@ -16,6 +16,7 @@ from jobs.nearest import nearest
 from jobs.weights import check_changes, config_of, locate
 from model import ModelConfig
 from model.config import merge
+from model.mistakes import in_one_line
 from model.presets import preset_fields
 from parallel.checkpoint import list_commits
 from parallel.layout import Layout
@@ -201,7 +202,7 @@ def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
     try:
         config = RunConfig.model_validate(sections)
     except ValidationError as error:
-        raise ValueError(_one_line(error)) from None
+        raise ValueError(in_one_line(error, RunConfig)) from None
     if source:
         check_changes(source[1], config.model)
     return config
@@ -274,18 +275,6 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _one_line(error: ValidationError) -> str:
-    found = []
-    for problem in error.errors():
-        if problem["type"] == "value_error":
-            found.append(str(problem["ctx"]["error"]))
-        else:
-            name = ".".join(str(part) for part in problem["loc"])
-            message = problem["msg"]
-            found.append(f"{name}={problem['input']}: {message[0].lower()}{message[1:]}")
-    return "; ".join(found)
 
 
 def to_toml(config: RunConfig) -> str:

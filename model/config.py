@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
+from model.mistakes import in_one_line
 from model.moe_config import MoEConfig
 from model.parts import (
     AttentionConfig,
@@ -21,7 +22,8 @@ from model.parts import (
 class ModelConfig(Part):
     """A decoder-only GPT, dense or with Mixture-of-Experts layers.
 
-    Raises ValueError (pydantic's, which is one) naming the field, its value and what would be right.
+    Raises ValueError naming the field, its value and what would be right: pydantic's, which is one; `of` says it in a
+    line.
     """
 
     vocab_size: int = 6400
@@ -51,6 +53,14 @@ class ModelConfig(Part):
     init: InitConfig = InitConfig()
 
     @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """From nested fields. Raises ValueError of one line naming the field, its value and what would be right."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise ValueError(in_one_line(error, cls, "model.")) from None
+
+    @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
         """The named architecture, some fields changed: `preset("demo-moe", n_layers=2, moe={"top_k": 2})`.
 
@@ -58,11 +68,11 @@ class ModelConfig(Part):
         """
         from model.presets import preset_fields
 
-        return cls(**merge(preset_fields(name), changes))
+        return cls.of(merge(preset_fields(name), changes))
 
     def but(self, **changes: Any) -> Self:
         """The same architecture with some fields changed, and checked again."""
-        return type(self)(**merge(self.model_dump(), changes))
+        return self.of(merge(self.model_dump(), changes))
 
     @property
     def n_experts(self) -> int:

@@ -42,14 +42,18 @@ class Family:
     def read(self, values: Mapping[str, Any]) -> ModelConfig:
         """The architecture that config.json describes.
 
-        Raises ValueError naming every field that would change the mathematics and has no place in a ModelConfig.
+        Raises ValueError naming every field that would change the mathematics and has no place in a ModelConfig, or
+        what makes no sense in one.
         """
         fields = Fields(values)
         ours: dict[str, Any] = {}
         for rule in self.rules:
             ours = merge(ours, rule.read(fields))
         fields.finish()
-        return ModelConfig(**ours)
+        try:
+            return ModelConfig.of(ours)
+        except ValueError as error:
+            raise ValueError(f"config.json: {error}") from None
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """config.json as both 4.57 and 5.x of transformers read it."""

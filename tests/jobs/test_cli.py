@@ -63,7 +63,7 @@ def test_help_is_no_mistake(moray: Moray) -> None:
         ({"train__stepz": 3}, "train.stepz is not a setting; did you mean train.steps?"),
         ({"model__preset": "demo-moo"}, "model.preset=demo-moo is not known; did you mean demo-moe?"),
         ({"recipe": "dmo"}, "--recipe dmo is not known; did you mean demo?"),
-        ({"train__steps": "many"}, "train.steps=many: input should be a valid integer"),
+        ({"train__steps": "many"}, "train.steps=many must be a whole number"),
         ({"model__attention__n_heads": 5}, "model.attention.n_kv_heads=2 must divide n_heads=5; try one of [1, 5]"),
         ({"train__seq_len": 4096}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
         ({"data__path": "nowhere"}, f"data.path={Path.cwd() / 'nowhere'} does not exist; make it with `moray prepare"),
@@ -80,7 +80,10 @@ def test_settings_that_are_wrong(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout__tp": 4}, "layout.tp=4 must divide n_kv_heads=2; try [1, 2]"),
+        (
+            {"layout__tp": 4, "model__attention__n_heads": 2},
+            "layout.tp=4 must divide attention.n_heads=2; try [1, 2]",
+        ),
         ({"layout__ep": 3}, "layout.ep=3 must divide n_experts=8 and dp_shard * tp = 4; try [1, 2, 4]"),
         ({"layout__dp_shard": 3}, "layout.dp_replicate=1 * dp_shard=3 * tp=1 = 3 must equal the 4 workers"),
         ({"train__global_batch": 6}, "train.global_batch=6 must be a multiple of the 4 data-parallel ranks"),

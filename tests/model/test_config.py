@@ -128,11 +128,6 @@ def test_a_scaling_of_rope_is_whole(scaling: dict[str, Any], position: dict[str,
     assert message in refusal(position={**position, "scaling": scaling})
 
 
-def test_a_scaling_needs_its_factor() -> None:
-    with pytest.raises(ValidationError, match=r"position\.scaling\.factor\n +Field required"):
-        ModelConfig(position={"scaling": {"kind": "linear"}})  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
