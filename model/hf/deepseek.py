@@ -20,13 +20,13 @@ _FIELDS = {
 def _read(fields: Fields) -> dict[str, Any]:
     heads = fields.take("num_attention_heads")
     latent = {our: fields.take(their) for their, our in _FIELDS.items()}
-    head_dim = latent["nope_dim"] + latent["rope_dim"]
+    nope_dim, rope_dim = fields.count("qk_nope_head_dim"), fields.count("qk_rope_head_dim")
     # What transformers derives and writes beside them.
-    derived = {"num_key_value_heads": heads, "head_dim": latent["rope_dim"], "qk_head_dim": head_dim}
+    derived = {"num_key_value_heads": heads, "head_dim": rope_dim, "qk_head_dim": nope_dim + rope_dim}
     for name, value in derived.items():
         if (stated := fields.take(name, None)) not in (None, value):
             raise refused(name, stated, f"with latent attention it is {value}")
-    return {"attention": {"n_heads": heads, "n_kv_heads": heads, "head_dim": head_dim, "latent": latent}}
+    return {"attention": {"n_heads": heads, "n_kv_heads": heads, "head_dim": nope_dim + rope_dim, "latent": latent}}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Reads config.json so that no field is overlooked: what nobody takes is refused unless it is known to be harmless."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _HARMLESS = """
@@ -38,6 +40,20 @@ class Fields:
             raise ValueError(f"config.json has no {name}")
         return value
 
+    def count(self, name: str, default: Any = MISSING) -> int:
+        """A field that is a number of things. Raises ValueError for one that is not a whole number of at least 1."""
+        value = self.take(name, default)
+        if type(value) is not int or value < 1:  # bool is an int
+            raise refused(name, value, "it must be a whole number of at least 1")
+        return value
+
+    def number(self, name: str, default: Any = MISSING) -> float:
+        """A field to calculate with. Raises ValueError for one that is not a number."""
+        value = self.take(name, default)
+        if type(value) not in (int, float):
+            raise refused(name, value, "it must be a number")
+        return float(value)
+
     def finish(self) -> None:
         """Raises ValueError naming, with their values, all fields that were not taken and may not be ignored."""
         left = {name: value for name, value in self._values.items() if name not in self._taken | set(_HARMLESS.split())}
@@ -47,6 +63,17 @@ class Fields:
                 f"config.json of model_type={self._values.get('model_type')} has fields that moray does not know and "
                 f"that may change what the model computes: {', '.join(refused)}"
             )
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds. Raises ValueError naming a file that holds no JSON object."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {str(values)[:40]}")
+    return values
 
 
 def refused(name: str, value: Any, right: str) -> ValueError:

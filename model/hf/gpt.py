@@ -36,7 +36,7 @@ def width(their: str, d_model: str) -> Rule:
 
     def read(fields: Fields) -> dict[str, Any]:
         stated = fields.take(their, None)
-        return {"ffn": {"width": 4 * fields.take(d_model) if stated is None else stated}}
+        return {"ffn": {"width": 4 * fields.count(d_model) if stated is None else stated}}
 
     return Rule(read, lambda config: {their: config.ffn.width})
 
@@ -45,7 +45,7 @@ def heads(their: str, d_model: str) -> Rule:
     """As many key heads as query heads, which together are as wide as the model."""
 
     def read(fields: Fields) -> dict[str, Any]:
-        count, size = fields.take(their), fields.take(d_model)
+        count, size = fields.count(their), fields.count(d_model)
         if size % count:
             raise refused(their, count, f"it must divide {d_model}={size}")
         return {"attention": {"n_heads": count, "n_kv_heads": count, "head_dim": size // count}}

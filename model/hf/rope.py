@@ -14,6 +14,8 @@ _BANDS = ("factor", _LENGTH, "low_freq_factor", "high_freq_factor")
 _YARN = ("factor", _LENGTH, "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 _KINDS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": _BANDS, "yarn": _YARN}
 """Each kind's own fields, which but for the length have our names."""
+_NEEDED = ("factor", "low_freq_factor", "high_freq_factor")
+"""Those that a kind which has them cannot do without."""
 _ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -52,6 +54,9 @@ def rope(theta: float = 1e4, *, partial: float | None = None, interleaved: bool 
 
 def _stated(fields: Fields) -> Mapping[str, Any]:
     new, old = fields.take("rope_parameters", None), fields.take("rope_scaling", None)
+    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(value, Mapping | None):
+            raise refused(name, value, 'it must be an object, {"rope_type": …}, or null')
     if new and old and _scaling(new, 0) != _scaling(old, 0):
         raise refused("rope_scaling", old, f"rope_parameters={new} says otherwise; leave one of them")
     return new or old or {}
@@ -62,26 +67,31 @@ def _share(fields: Fields, stated: Mapping[str, Any], default: float | None) -> 
     share = stated.get("partial_rotary_factor", share)
     if default is None and share not in (None, 1):
         raise refused("partial_rotary_factor", share, "this family turns whole heads")
-    return (default or 1) if share is None else share
+    share = (default or 1) if share is None else share
+    if type(share) not in (int, float):
+        raise refused("partial_rotary_factor", share, "it must be a number")
+    return share
 
 
 def _head_dim(fields: Fields) -> int:
-    head_dim = fields.take("head_dim", None)
-    return fields.take("hidden_size") // fields.take("num_attention_heads") if head_dim is None else head_dim
+    if fields.take("head_dim", None) is not None:
+        return fields.count("head_dim")
+    return fields.count("hidden_size") // fields.count("num_attention_heads")
 
 
 def _scaling(stated: Mapping[str, Any], max_positions: int) -> dict[str, Any] | None:
     """Their scaling in our fields; the length before it is max_position_embeddings where they do not say."""
     kind = stated.get("rope_type", stated.get("type", "default"))
-    if kind not in _KINDS:
+    if kind not in list(_KINDS):
         raise refused("rope_scaling.rope_type", kind, f"moray knows {', '.join(_KINDS)}")
     for name, value in stated.items():
         if name not in _ALWAYS | set(_KINDS[kind]) and value is not None:
             raise refused(f"rope_scaling.{name}", value, f"{kind} has no such field that moray knows")
     if kind == "default":
         return None
-    if stated.get("factor") is None:
-        raise ValueError(f"config.json: rope_scaling of rope_type={kind} has no factor")
+    for name in _NEEDED:
+        if name in _KINDS[kind] and stated.get(name) is None:
+            raise ValueError(f"config.json: rope_scaling of rope_type={kind} has no {name}")
     scaling = {name: stated[name] for name in _KINDS[kind] if stated.get(name) is not None}
     if _LENGTH in _KINDS[kind]:
         scaling["original_max_seq_len"] = scaling.pop(_LENGTH, max_positions)

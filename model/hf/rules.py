@@ -40,7 +40,7 @@ def translated(their: str, our: str, words: Mapping[Any, Any], default: Any = MI
 
     def read(fields: Fields) -> dict[str, Any]:
         value = fields.take(their, default)
-        if value not in words:
+        if value not in list(words):  # a list, as what stands in the file need not be hashable
             raise refused(their, value, f"moray knows {', '.join(map(repr, words))}")
         return nested(our, words[value])
 
@@ -103,7 +103,9 @@ def _read_heads(fields: Fields) -> dict[str, Any]:
         "attention": {
             "n_heads": heads,
             "n_kv_heads": heads if kv_heads is None else kv_heads,
-            "head_dim": fields.take("hidden_size") // heads if head_dim is None else head_dim,
+            "head_dim": fields.count("hidden_size") // fields.count("num_attention_heads")
+            if head_dim is None
+            else head_dim,
         }
     }
 
@@ -135,7 +137,7 @@ DIVIDING_HEADS = Rule(_read_heads, _write_dividing_heads)
 
 def _read_natural_heads(fields: Fields) -> dict[str, Any]:
     read = _read_heads(fields)
-    natural = fields.take("hidden_size") // read["attention"]["n_heads"]
+    natural = fields.count("hidden_size") // fields.count("num_attention_heads")
     if read["attention"]["head_dim"] != natural:
         raise refused(
             "head_dim", read["attention"]["head_dim"], f"this family has hidden_size / num_attention_heads = {natural}"
@@ -195,11 +197,13 @@ def layer_types(config: ModelConfig) -> list[str]:
     return ["sliding_attention" if is_local else "full_attention" for is_local in local]
 
 
-def pattern(types: list[str]) -> tuple[str, ...]:
-    """The shortest pattern that, repeated, gives these layer types."""
+def pattern(types: Any, n_layers: int) -> tuple[str, ...]:
+    """The shortest pattern that, repeated, gives these layer types. Raises ValueError for what are none."""
     words = {"sliding_attention": "local", "full_attention": "global"}
+    if not isinstance(types, list) or len(types) != n_layers:
+        raise refused("layer_types", types, f"it must name the attention of each of the {n_layers} layers")
     for kind in types:
-        if kind not in words:
+        if kind not in list(words):
             raise refused("layer_types", kind, f"moray knows {', '.join(words)}")
     return shortest([words[kind] for kind in types])
 
@@ -211,16 +215,16 @@ def shortest(layers: list[str]) -> tuple[str, ...]:
 
 
 def _read_qwen_window(fields: Fields) -> dict[str, Any]:
-    layers, since = fields.take("num_hidden_layers"), fields.take("max_window_layers", 28)
+    layers, since = fields.count("num_hidden_layers"), fields.number("max_window_layers", 28)
     given, switched = fields.take("layer_types", None), fields.take("use_sliding_window", False)
     stated = fields.take("sliding_window", 4096)
     window = stated if switched else None
     types = given or ["sliding_attention" if layer >= since else "full_attention" for layer in range(layers)]
     if window is None:
-        if given and "sliding_attention" in given:
+        if given and "local" in pattern(given, layers):
             raise refused("layer_types", given, "sliding layers need use_sliding_window=true and a sliding_window")
         return {"attention": {"window": None, "pattern": ("local",)}}
-    return {"attention": {"window": window, "pattern": pattern(types)}}
+    return {"attention": {"window": window, "pattern": pattern(types, layers)}}
 
 
 def _write_qwen_window(config: ModelConfig) -> dict[str, Any]:
@@ -236,7 +240,7 @@ QWEN_WINDOW = Rule(_read_qwen_window, _write_qwen_window)
 
 def _read_balance(fields: Fields, default: float) -> dict[str, Any]:
     # Theirs counts a token once an expert it chose, ours divides by top_k.
-    factor = fields.take("router_aux_loss_coef", default) * fields.take("num_experts_per_tok")
+    factor = fields.number("router_aux_loss_coef", default) * fields.count("num_experts_per_tok")
     return {"moe": {"balance_loss": factor, "balance_over": "model"}}
 
 

@@ -1,6 +1,5 @@
 """All families, in the order in which `save_pretrained` tries them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from model.hf.families.mistral import MISTRAL, MIXTRAL
 from model.hf.families.olmoe import OLMOE
 from model.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from model.hf.family import Family
+from model.hf.fields import json_object
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -41,12 +41,11 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def config_json(folder: Path | str) -> dict[str, Any]:
-    """A folder's config.json. Raises ValueError if there is none."""
+    """A folder's config.json. Raises ValueError if there is none, or none that can be read."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json")
-    values: dict[str, Any] = json.loads(path.read_text())
-    return values
+    return json_object(path)
 
 
 def family_of(folder: Path | str) -> Family:

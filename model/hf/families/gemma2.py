@@ -13,15 +13,15 @@ _GELU = "gelu_pytorch_tanh"
 
 
 def _read(fields: Fields) -> dict[str, Any]:
-    layers = fields.take("num_hidden_layers")
+    layers = fields.count("num_hidden_layers")
     fields.take("sliding_window_size", None)  # published files have it; transformers does not read it
-    types = fields.take("layer_types", None) or ["sliding_attention", "full_attention"] * (layers // 2 + 1)
+    types = fields.take("layer_types", None) or (["sliding_attention", "full_attention"] * layers)[:layers]
     return {
-        "embedding_scale": fields.take("hidden_size") ** 0.5,
+        "embedding_scale": fields.count("hidden_size") ** 0.5,
         "attention": {
             "window": fields.take("sliding_window", 4096),
-            "pattern": pattern(types[:layers]),
-            "scale": fields.take("query_pre_attn_scalar", 256) ** -0.5,
+            "pattern": pattern(types, layers),
+            "scale": fields.count("query_pre_attn_scalar", 256) ** -0.5,
         },
     }
 

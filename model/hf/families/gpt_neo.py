@@ -14,14 +14,17 @@ _OURS, _THEIRS = "blocks.{layer}.attention.", "transformer.h.{layer}.attn.attent
 
 def _read_pattern(fields: Fields) -> dict[str, Any]:
     runs = fields.take("attention_types", None) or [[["global", "local"], 12]]
-    layers = [kind for kinds, count in runs for kind in list(kinds) * count]
-    if set(layers) - {"global", "local"}:
+    try:
+        layers = [kind for kinds, count in runs for kind in list(kinds) * count]
+    except (TypeError, ValueError):
+        raise refused("attention_types", runs, "it must be a list of [[kinds], count]") from None
+    if any(kind not in ("global", "local") for kind in layers):
         raise refused("attention_types", runs, "moray knows global, local")
     if len(layers) != fields.take("num_layers"):
         raise refused("attention_types", runs, f"it gives {len(layers)} layers, num_layers={fields.take('num_layers')}")
     if (stated := fields.take("attention_layers", None)) not in (None, layers):
         raise refused("attention_layers", stated, f"attention_types gives {layers}")
-    return {"attention": {"window": fields.take("window_size", 256), "pattern": shortest(layers)}}
+    return {"attention": {"window": fields.count("window_size", 256), "pattern": shortest(layers)}}
 
 
 def _write_pattern(config: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Its converter writes all but the second generation's experts as Llama, Qwen3 and
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from model.config import ModelConfig, merge
 from model.hf.deepseek import SEQUENCE_BALANCE
 from model.hf.family import Family, Rule
@@ -12,6 +14,7 @@ from model.hf.fields import Fields, refused
 from model.hf.names import MOE
 from model.hf.rope import rope
 from model.hf.rules import HEADS, NATURAL_HEADS, SILU, at, balance_loss, decoder, fixed, ours, same, translated, unused
+from model.mistakes import in_one_line
 from model.parts import RopeScaling
 
 _ROPE = rope(theta=1e6)
@@ -20,11 +23,18 @@ _YARN = RopeScaling(kind="yarn", factor=16, original_max_seq_len=2048, attention
 
 def _read_rope(fields: Fields) -> dict[str, Any]:
     read = _ROPE.read(fields)
-    switched = fields.take("inference_rope_scaling", False) and fields.take("max_position_embeddings") > 2048
+    switched = fields.take("inference_rope_scaling", False) and fields.count("max_position_embeddings") > 2048
     stated, held = read["position"]["scaling"], _YARN if switched else None
-    if stated and RopeScaling(**stated) != held:
+    if stated and _as_part(stated) != held:
         raise refused("rope_scaling", stated, f"with inference_rope_scaling={switched}, MiniMind takes {held}")
     return {"position": {**read["position"], "scaling": held and held.model_dump()}}
+
+
+def _as_part(stated: dict[str, Any]) -> RopeScaling:
+    try:
+        return RopeScaling(**stated)
+    except ValidationError as error:
+        raise ValueError(f"config.json: {in_one_line(error, RopeScaling, 'rope_scaling.')}") from None
 
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -56,7 +66,7 @@ def _if_moe(*rules: Rule) -> Rule:
 
 def _read_gates(fields: Fields) -> dict[str, Any]:
     # A single gate stays what it is.
-    return {"moe": {"normalise_gates": fields.take("norm_topk_prob", True) and fields.take("num_experts_per_tok") > 1}}
+    return {"moe": {"normalise_gates": fields.take("norm_topk_prob", True) and fields.count("num_experts_per_tok") > 1}}
 
 
 _COMMON = (*decoder(eps=1e-5, tied=True), SILU, Rule(_read_rope, _write_rope), unused("flash_attn", "max_seq_len"))

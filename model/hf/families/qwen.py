@@ -47,7 +47,7 @@ QWEN3 = Family(
 
 def _read_sparse_layers(fields: Fields) -> dict[str, Any]:
     dense = fields.take("mlp_only_layers", None) or []
-    if dense != list(range(len(dense))):
+    if not isinstance(dense, list) or dense != list(range(len(dense))):
         raise refused("mlp_only_layers", dense, "moray knows dense layers before those with experts: [0, 1, …]")
     return {"moe": {"n_dense_layers": len(dense), "every": fields.take("decoder_sparse_step", 1)}}
 
