@@ -1,27 +1,29 @@
 """Reads any part of any of our tensors from a Hugging Face folder, and no more of its files than that part."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.hf.families import family_of
+from model.hf.fields import json_object
 from model.hf.places import Box, Source, inverse, is_optional, look_up, places, runs, their_shape, whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of what weights may be."""
 
 
 class HFWeights:
     """The weights of a Hugging Face folder under our names.
 
-    Raises ValueError listing at once all that are missing, unknown or of a wrong shape, and for an output head that
-    differs from the embedding it should be tied to.
+    Raises ValueError listing at once all that are missing, unknown or of a wrong shape or dtype, for files that are not
+    whole, and for an output head that differs from the embedding it should be tied to.
     """
 
     def __init__(self, folder: Path | str, config: ModelConfig) -> None:
@@ -72,6 +74,8 @@ class HFWeights:
                 wrong += [] if ignores(name) else [f"{name} is unknown"]
             elif (shape := open_slice().get_shape()) != list(expected[name]):
                 wrong.append(f"{name} is {shape} and must be {list(expected[name])}")
+            elif (dtype := open_slice().get_dtype()) not in FLOATS:
+                wrong.append(f"{name} is of dtype {dtype} and must be F64, F32, F16 or BF16")
         if wrong:
             raise ValueError(f"{self.folder}: config.json describes other weights:\n  " + "\n  ".join(wrong))
 
@@ -88,17 +92,30 @@ class HFWeights:
 
 def _open(folder: Path, prefix: str) -> dict[str, Callable[[], Any]]:
     """What opens each tensor's slice; names of a model without its head get their prefix. Headers alone are read."""
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text())["weight_map"]
-    elif (folder / SINGLE).is_file():
-        shards = {}
-    else:
-        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors")
-    names = sorted(set(shards.values())) or [SINGLE]
+    names = _files(folder)
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise ValueError(f"{folder} lacks files that {INDEX} names: {', '.join(absent)}")
-    files = [safe_open(folder / name, framework="pt") for name in names]
+    files = [_open_file(folder / name) for name in names]
     slices = {name: partial(file.get_slice, name) for file in files for name in file.keys()}  # noqa: SIM118
     is_bare = not any(name.startswith(prefix) for name in slices)
     return {prefix + name if is_bare else name: open_slice for name, open_slice in slices.items()}
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of the files; like transformers, a single one before an index."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors")
+    shards = json_object(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{folder / INDEX} must hold a weight_map, which names each tensor's file")
+    return sorted(set(shards.values()))
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from None

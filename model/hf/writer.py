@@ -13,9 +13,9 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.hf.choice import family_for
 from model.hf.places import Box, Piece, Place, inverse, is_bias, places, their_shape, whole
-from model.hf.reader import INDEX, SINGLE
+from model.hf.reader import FLOATS, INDEX, SINGLE
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 Read = Callable[[str, Box], Tensor]
 """Gives a part of one of our tensors, by its name: `HFWeights.read`, or a checkpoint's."""
@@ -100,7 +100,7 @@ def _write_file(path: Path, entries: Mapping[str, _Entry], found: Mapping[str, P
     start = 0
     for name, entry in ordered:
         end = start + entry.n_bytes
-        header[name] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -158,6 +158,41 @@ def test_missing_files_are_named(decoder: Decoder, tmp_path: Path) -> None:
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"abcd", b"version https://git-lfs.github.com/spec/v1\n" * 9, None])
+def test_a_damaged_file_is_named(decoder: Decoder, tmp_path: Path, content: bytes | None) -> None:
+    save_pretrained(decoder, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"norm": 1}}'])
+def test_an_index_that_is_none_is_named(decoder: Decoder, tmp_path: Path, index: str) -> None:
+    save_pretrained(decoder, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json (is not JSON|must hold)"):
+        load_pretrained(tmp_path)
+
+
+def test_a_single_file_is_taken_before_an_index_as_in_transformers(decoder: Decoder, tmp_path: Path) -> None:
+    save_pretrained(decoder, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "older.safetensors"}}')
+    loaded = load_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in decoder.state_dict().items())
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_quantised_weights_are_refused(decoder: Decoder, tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+    save_pretrained(decoder, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.norm.weight is of dtype {name} and must be F64, F32, F16 or BF16"):
+        load_pretrained(tmp_path)
+
+
 def test_a_routing_bias_without_a_place_must_be_zero(tmp_path: Path) -> None:
     decoder = Decoder(ModelConfig.preset("minimind-3-moe", **TINY, moe={"expert_width": 16}))
     initialise(decoder, seed=1)
