@@ -31,11 +31,9 @@ class Statistics(NamedTuple):
     load_GE: Tensor | None
     z_G: Tensor | None
 
-    def total(self, add: Callable[[Tensor], Tensor]) -> "Statistics":
+    def total(self, add: Callable[..., tuple[Tensor, ...]]) -> "Statistics":
         """With `add`, a sum over the ranks that hold other tokens of the same groups, applied to all in one go."""
-        present = [x for x in self if x is not None]
-        sums = add(torch.cat([x.flatten() for x in present])).split([x.numel() for x in present])
-        found = iter(total.view_as(x) for total, x in zip(sums, present, strict=True))
+        found = iter(add(*(x for x in self if x is not None)))
         return Statistics._make(None if x is None else next(found) for x in self)
 
 
@@ -63,7 +61,7 @@ def statistics_of(routing: Routing, valid_BT: Tensor, moe: MoEConfig) -> Statist
         sent_GD=summed(_reached(chosen_BTK, taken_BTK, moe)) if moe.communication_loss else None,
         importance_GE=gathered(routing.gates_BTK * taken_BTK) if moe.importance_loss else None,
         load_GE=summed(routing.load_BTE) if routing.load_BTE is not None else None,
-        z_G=summed(routing.logits_BTE.logsumexp(-1, keepdim=True).square()).squeeze(1) if moe.router_z_loss else None,
+        z_G=summed(routing.z_BT1).squeeze(1) if routing.z_BT1 is not None else None,
     )
 
 

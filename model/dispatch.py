@@ -130,6 +130,6 @@ class LocalDispatcher:
         """What `own` took the part of, from all ranks that hold the same sequences; without a gradient."""
         return x_BTK
 
-    def total(self, x: Tensor) -> Tensor:
-        """Sums a statistic over the ranks that hold parts of the same sequences: here, one rank holds them whole."""
-        return x
+    def total(self, *statistics: Tensor) -> tuple[Tensor, ...]:
+        """Sums statistics over the ranks that hold parts of the same sequences: here, one rank holds them whole."""
+        return statistics

@@ -24,17 +24,18 @@ LEAST_DEVIATION = 1e-6
 class Routing(NamedTuple):
     """chosen_BTK: expert ids, best first (int64). gates_BTK: how much each counts. The rest is for statistics.
 
-    scores_BTE: every expert's score; logits_BTE: what they are made of, noise included. All at least fp32.
-    drawn_BTK (bool): False for a second expert that was not drawn, which counts as not chosen; None: nothing is drawn.
-    load_BTE: the probability that an expert is chosen under another draw of its noise; None without noise.
+    scores_BTE: every expert's score. drawn_BTK (bool): False for a second expert that was not drawn, which counts as
+    not chosen; None: nothing is drawn. load_BTE: the probability that an expert is chosen under another draw of its
+    noise; z_BT1: the squared log-sum-exp of the logits, noise included; None where no loss needs them. All but ids and
+    bools are at least fp32.
     """
 
     chosen_BTK: Tensor
     gates_BTK: Tensor
     scores_BTE: Tensor
-    logits_BTE: Tensor
     drawn_BTK: Tensor | None = None
     load_BTE: Tensor | None = None
+    z_BT1: Tensor | None = None
 
 
 class AccurateLinear(nn.Linear):
@@ -91,7 +92,8 @@ class Router(nn.Module):
         load_BTE = None
         if moe.load_loss and deviation_BTE is not None:
             load_BTE = expected_load(clean_BTE, logits_BTE, deviation_BTE, moe.top_k)
-        return Routing(chosen_BTK, gates_BTK * moe.gate_scale, scores_BTE, logits_BTE, drawn_BTK, load_BTE)
+        z_BT1 = logits_BTE.logsumexp(-1, keepdim=True).square() if moe.router_z_loss else None
+        return Routing(chosen_BTK, gates_BTK * moe.gate_scale, scores_BTE, drawn_BTK, load_BTE, z_BT1)
 
 
 def choose(scores_BTE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,8 @@ class SequenceSlice(LocalDispatcher):
         dist.all_gather(parts, x_BTK.contiguous(), group=self.tp.get_group())
         return torch.cat(parts, dim=1)
 
-    def total(self, x: Tensor) -> Tensor:
-        return x if self.tp.size() == 1 else _SumForward.apply(x, self.tp.get_group())
+    def total(self, *statistics: Tensor) -> tuple[Tensor, ...]:
+        return statistics if self.tp.size() == 1 else _SumForward.apply(self.tp.get_group(), *statistics)
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,19 @@ class _Exchange(torch.autograd.Function):
 
 
 class _SumForward(torch.autograd.Function):
-    """Sums over a group going forward. Backward is the identity: every peer holds the same loss of the sum, and its own
-    part of the gradient is what that loss says of its own summand; the weights' gradients are summed later.
+    """Sums over a group going forward, all in one exchange. Backward is the identity: every peer holds the same loss of
+    the sum, and its own part of the gradient is what that loss says of its own summand; the weights' gradients are
+    summed later.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        out = x.clone()
-        dist.all_reduce(out, group=group)
-        return out
+    def forward(ctx: Any, group: dist.ProcessGroup, *parts: Tensor) -> tuple[Tensor, ...]:
+        sums = torch.cat([x.flatten() for x in parts])
+        dist.all_reduce(sums, group=group)
+        pieces = sums.split([x.numel() for x in parts])
+        # FSDP warns of modules that return views.
+        return tuple(piece.view_as(x).clone() for piece, x in zip(pieces, parts, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *grads

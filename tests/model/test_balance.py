@@ -27,9 +27,10 @@ def moe_of(**fields: object) -> MoEConfig:
 
 
 def routed(chosen: list, scores: list) -> Routing:
-    """Of sequences [B][T][K] and their scores [B][T][E]; the gates are the scores."""
+    """Of sequences [B][T][K] and their scores [B][T][E]; the gates are the scores, the logits their logarithms."""
     chosen_BTK, scores_BTE = torch.tensor(chosen), torch.tensor(scores, dtype=torch.float64)
-    return Routing(chosen_BTK, scores_BTE.gather(-1, chosen_BTK), scores_BTE, scores_BTE.log())
+    z_BT1 = scores_BTE.sum(-1, keepdim=True).log().square()
+    return Routing(chosen_BTK, scores_BTE.gather(-1, chosen_BTK), scores_BTE, z_BT1=z_BT1)
 
 
 def counted(chosen: list, scores: list, valid: list, moe: MoEConfig) -> tuple[float, list[int]]:
@@ -94,7 +95,7 @@ def test_a_sequence_of_padding_alone_adds_nothing() -> None:
 
 
 def layers_of(n: int, moe: MoEConfig, valid_BT: Tensor) -> tuple[list[Tensor], list[Statistics]]:
-    """Logits of random routers, and the statistics of their choices."""
+    """Logits of random routers before any noise, and the statistics of their choices."""
     generator = torch.Generator().manual_seed(0)
     logits, statistics = [], []
     for _ in range(n):
@@ -104,7 +105,7 @@ def layers_of(n: int, moe: MoEConfig, valid_BT: Tensor) -> tuple[list[Tensor], l
         x = torch.randn(*valid_BT.shape, 16, dtype=torch.float64, generator=generator) + 0.5
         positions = torch.arange(valid_BT.shape[1]).expand(valid_BT.shape)
         routing = router(x, Randomness(0, 0, torch.arange(len(x))).keys("router", positions))
-        logits.append(routing.logits_BTE)
+        logits.append(router.linear(x))
         statistics.append(statistics_of(routing, valid_BT, moe))
     return logits, statistics
 
@@ -220,7 +221,11 @@ def test_importance_and_load_in_a_loop() -> None:
 def test_the_z_loss_by_hand() -> None:
     """ST-MoE, eq. 5: logits log(1), log(2), log(5) have log-sum-exp log(8)."""
     moe = moe_of(balance_loss=0.0, router_z_loss=0.5)
-    value, _ = counted([[[2], [2]]], [[[1.0, 2.0, 5.0], [1.0, 0.5, 0.5]]], [[True, True]], moe)
+    router = Router(ModelConfig(d_model=8, moe=moe.model_dump())).double()
+    with torch.no_grad():
+        router.linear.weight[:, :2] = torch.tensor([[1.0, 2.0, 5.0], [1.0, 0.5, 0.5]]).T.log()
+    tokens_BTD = torch.eye(8, dtype=torch.float64)[None, :2]
+    value = auxiliary_loss([statistics_of(router(tokens_BTD), torch.ones(1, 2, dtype=torch.bool), moe)], moe).item()
     assert value == pytest.approx(0.5 * (math.log(8) ** 2 + math.log(2) ** 2) / 2)
 
 
@@ -236,9 +241,9 @@ def test_a_total_adds_every_statistic_in_one_exchange() -> None:
     _, (statistics,) = layers_of(1, moe, VALID)
     exchanges = []
 
-    def twice(x: Tensor) -> Tensor:
-        exchanges.append(x)
-        return 2 * x
+    def twice(*statistics: Tensor) -> tuple[Tensor, ...]:
+        exchanges.append(statistics)
+        return tuple(2 * x for x in statistics)
 
     total = statistics.total(twice)
     assert len(exchanges) == 1

@@ -1,5 +1,6 @@
 """Law 1: every layout computes what one process computes, over real gloo processes."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -73,6 +74,20 @@ def test_bf16_products_keep_fp32_weights_and_stay_near_fp32(pool: Pool, layout: 
     assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
     for gradient in found["gradients"].values():
         assert gradient.dtype == torch.float32
+
+
+def warnings_of_a_step(config: ModelConfig, layout: Layout) -> list[str]:
+    decoder = build_decoder(config, layout.meshes("cpu"), dtype=torch.float32, compute_dtype=torch.bfloat16)
+    initialise_shards(decoder, SEED)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        accumulate_gradients(decoder, [MicroBatch.of(*global_batch(0).values(), torch.device("cpu"))], layout.tp)
+    return [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize("layout", [Layout(dp_shard=1), Layout(dp_shard=2), Layout(dp_shard=1, tp=2)], ids=str)
+def test_a_step_in_bf16_warns_of_nothing(pool: Pool, layout: Layout) -> None:
+    assert pool.run(warnings_of_a_step, layout.world_size, MODELS["moe-deepseek"], layout)[0] == []
 
 
 def gradients_between_micro_batches(config: ModelConfig, layout: Layout) -> bool:
