@@ -18,7 +18,7 @@ class Statistics(NamedTuple):
 
     tokens_G: 1. counts_GE: 1 for an expert that the token chose, whether or not it had room. firsts_GE: the same of
     the first choice alone. shares_GE: an expert's share of the token's scores. sent_GD: 1 for a group of experts that
-    holds one the token chose. importance_GE: the gates. load_GE: the probability of being chosen. z_G: the squared
+    holds one the token chose. importance_GE: the gates. load_GE: the probability of being chosen. z_G1: the squared
     log-sum-exp of the router's logits.
     """
 
@@ -29,7 +29,7 @@ class Statistics(NamedTuple):
     sent_GD: Tensor | None
     importance_GE: Tensor | None
     load_GE: Tensor | None
-    z_G: Tensor | None
+    z_G1: Tensor | None
 
     def total(self, add: Callable[..., tuple[Tensor, ...]]) -> "Statistics":
         """With `add`, a sum over the ranks that hold other tokens of the same groups, applied to all in one go."""
@@ -61,7 +61,7 @@ def statistics_of(routing: Routing, valid_BT: Tensor, moe: MoEConfig) -> Statist
         sent_GD=summed(_reached(chosen_BTK, taken_BTK, moe)) if moe.communication_loss else None,
         importance_GE=gathered(routing.gates_BTK * taken_BTK) if moe.importance_loss else None,
         load_GE=summed(routing.load_BTE) if routing.load_BTE is not None else None,
-        z_G=summed(routing.z_BT1).squeeze(1) if routing.z_BT1 is not None else None,
+        z_G1=summed(routing.z_BT1) if routing.z_BT1 is not None else None,
     )
 
 
@@ -138,8 +138,8 @@ def router_z_loss(layer: Statistics, moe: MoEConfig) -> Tensor:
 
     Source: Zoph et al., 2022 (ST-MoE), eq. 5.
     """
-    assert layer.z_G is not None
-    return layer.z_G / layer.tokens_G.clamp(min=1)
+    assert layer.z_G1 is not None
+    return (layer.z_G1 / _tokens(layer)).squeeze(1)
 
 
 def squared_variation(x_GE: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ def warnings_of_a_step(config: ModelConfig, layout: Layout) -> list[str]:
 
 @pytest.mark.parametrize("layout", [Layout(dp_shard=1), Layout(dp_shard=2), Layout(dp_shard=1, tp=2)], ids=str)
 def test_a_step_in_bf16_warns_of_nothing(pool: Pool, layout: Layout) -> None:
-    assert pool.run(warnings_of_a_step, layout.world_size, MODELS["moe-deepseek"], layout)[0] == []
+    config = MODELS["moe-deepseek"].but(moe={"router_z_loss": 0.1, "importance_loss": 0.1})
+    assert pool.run(warnings_of_a_step, layout.world_size, config, layout)[0] == []
 
 
 def gradients_between_micro_batches(config: ModelConfig, layout: Layout) -> bool:
