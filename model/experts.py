@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.feedforward import activation
 from model.grouped import grouped_bias, grouped_linear
 from model.parts import FeedForwardConfig
+from model.sharded import local
 
 
 class Experts(nn.Module):
@@ -38,11 +39,6 @@ class Experts(nn.Module):
         else:
             hidden_MF = self.activation(_project(rows_MD, self.gate_EFD, self.gate_bias_EF, counts_E)) * up_MF
         return _project(hidden_MF, self.down_EDF, self.down_bias_ED, counts_E)
-
-
-def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a weight: under expert parallelism the weights are DTensors, split over the experts."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _project(x_MI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None, counts_E: Tensor) -> Tensor:

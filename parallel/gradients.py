@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from model import Documents, Randomness
 from model.balance import updated_bias
 from model.decoder import IGNORED, Decoder
-from model.experts import local
 from model.moe import MoE
+from model.sharded import local
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from model import ModelConfig
 from model.decoder import Decoder
-from model.experts import Experts, local
+from model.experts import Experts
 from model.hf.places import our_shapes
 from model.hf.writer import Read
 from model.init import initial_tensor
 from model.moe import MoE, Router
+from model.sharded import local
 from parallel.expert import apply_expert_parallel
 from parallel.layout import Meshes
 from parallel.tensor import apply_tensor_parallel
