@@ -110,12 +110,11 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a prepared dataset or of any Hugging Face folder with a `tokenizer.json`.
 
-    Raises ValueError naming what is missing: the file, or a BOS or EOS token. Without a PAD token, EOS pads.
+    Raises ValueError naming what is missing or cannot be read: a file, or a BOS or EOS token. Without a PAD token, EOS
+    pads.
     """
     folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"tokenizer={str(folder)!r} must be a folder that holds a tokenizer.json")
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend = _backend(folder)
     backend.no_truncation()
     backend.no_padding()
     bos_id, eos_id = (_special_id(backend, folder, name) for name in ("bos_token", "eos_token"))
@@ -145,7 +144,7 @@ def same_vocabulary(one: Path, other: Path) -> bool:
     files = [folder / "tokenizer.json" for folder in (one, other)]
     if files[0].read_bytes() == files[1].read_bytes():
         return True
-    first, second = (tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True) for file in files)
+    first, second = (_backend(folder).get_vocab(with_added_tokens=True) for folder in (one, other))
     return first == second
 
 
@@ -153,9 +152,30 @@ def _special_id(backend: tokenizers.Tokenizer, folder: Path, name: str) -> int |
     """The id of `bos_token`, `eos_token` or `pad_token`, as the folder's configuration names it."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / file
-        token = json.loads(path.read_text()).get(name) if path.is_file() else None
+        token = _stated(path).get(name) if path.is_file() else None
         if isinstance(token, dict):  # an AddedToken, written out
             token = token.get("content")
         if token is not None:
-            return backend.token_to_id(token)
+            return backend.token_to_id(str(token))
     return None
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """What a configuration says. Raises ValueError naming a file that holds no JSON object."""
+    try:
+        stated = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(stated, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {str(stated)[:40]}")
+    return stated
+
+
+def _backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"tokenizer={str(folder)!r} must be a folder that holds a tokenizer.json")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads: {error}") from None

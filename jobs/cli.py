@@ -23,6 +23,8 @@ from jobs.nearest import nearest
 
 EXIT_FAILED, EXIT_MISTAKE, EXIT_KILLED_BY_KEYBOARD = 1, 2, 130  # and 75: cluster.worker.EXIT_INTERRUPTED
 RANK_0_TELLS_S = 5.0
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""What a system answers for a path that this user cannot read or write."""
 
 # The modules behind the verbs import torch and more: each is loaded only when its verb is asked for.
 
@@ -297,9 +299,12 @@ def main() -> None:
         complain("interrupted; of a run, the newest commit stands, and the same command resumes from it")
         code = EXIT_KILLED_BY_KEYBOARD
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            complain(f"the disk is full: {error}; free space and give the same command again")
+        elif error.errno in NOT_OURS:
+            complain(f"{error.filename}: {error.strerror}; choose another path, or change who may use it")
+        else:
             raise
-        complain(f"the disk is full: {error}; free space and give the same command again")
         code = EXIT_MISTAKE
     except (RuntimeError, FloatingPointError) as error:
         from cluster.worker import WorkerError  # imports torch, as did whoever raised this

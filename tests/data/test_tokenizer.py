@@ -112,3 +112,19 @@ def test_what_an_imported_tokenizer_lacks_is_named(tmp_path: Path) -> None:
         load_tokenizer(imported(tmp_path / "b", {"bos_token": "<start>", "eos_token": "</s>"}))
     with pytest.raises(ValueError, match=r"must be a folder that holds a tokenizer.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {"type": "Unheard"}}'])
+def test_a_file_that_holds_no_tokenizer_is_named(tmp_path: Path, text: str) -> None:
+    folder = imported(tmp_path / "theirs", {"bos_token": "<s>", "eos_token": "</s>"})
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_configuration_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    folder = imported(tmp_path / "theirs", {"bos_token": "<s>", "eos_token": "</s>"})
+    (folder / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json (is not JSON|must hold a JSON object)"):
+        load_tokenizer(folder)

@@ -344,3 +344,11 @@ def test_the_module_is_the_command(finished: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stderr) == (0, "")
     assert "whole by its manifest" in done.stdout
+
+
+def test_a_path_that_cannot_be_written_is_named(moray: Moray, dataset: Path, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("dear")
+    below = tmp_path / "file" / "out"
+    assert f"{below}.moray-unfinished: Not a directory; " in line_of(moray("export", finished, "--out", below))
+    assert str(below) in line_of(moray("prepare", "stdlib", "--out", below))
+    assert str(below) in line_of(moray("pretrain", *tiny(dataset, below)))
