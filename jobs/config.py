@@ -1,6 +1,7 @@
 """RunConfig: everything a training run depends on. Command line over recipe over preset over default."""
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from jobs.weights import check_changes, config_of, locate
 from model import ModelConfig
 from model.config import merge
 from model.mistakes import in_one_line
+from model.moe_config import MoEConfig
 from model.presets import preset_fields
 from parallel.checkpoint import list_commits
 from parallel.layout import Layout
@@ -160,17 +162,29 @@ class RunConfig(Section):
                 f"train.global_batch={self.train.global_batch} must be a multiple of the {layout.dp} data-parallel "
                 f"ranks of layout {layout}; try {nearest}"
             )
-        self._check_routing_groups(layout)
+        if self.model.moe:
+            self._check_routing_groups(self.model.moe, layout)
+            self._check_router_learns(self.model.moe)
         return self
 
-    def _check_routing_groups(self, layout: Layout) -> None:
+    def _check_routing_groups(self, moe: MoEConfig, layout: Layout) -> None:
         """A routing group lies within one rank's lanes and one micro-batch, or its statistics would depend on both."""
-        size = self.model.moe.group_size if self.model.moe else 1
-        lanes, micro_batch = self.train.global_batch // layout.dp, self.train.micro_batch
-        if lanes % size or micro_batch % size:
+        lanes = self.train.global_batch // layout.dp
+        together = math.gcd(lanes, min(lanes, self.train.micro_batch))
+        if together % moe.group_size:
+            fits = [size for size in range(1, together + 1) if together % size == 0]
             raise ValueError(
-                f"model.moe.group_size={size} must divide train.micro_batch={micro_batch} and the {lanes} sequences "
-                "of each data-parallel rank; try 1, or a larger batch"
+                f"model.moe.group_size={moe.group_size} must divide train.micro_batch={self.train.micro_batch} and the "
+                f"{lanes} sequences of each data-parallel rank; try one of {fits}, or larger batches"
+            )
+
+    def _check_router_learns(self, moe: MoEConfig) -> None:
+        """A lone gate that is divided by itself has no gradient; published models load with it all the same."""
+        of_scores = ("balance_loss", "device_loss", "communication_loss", "load_loss")
+        if moe.top_k == 1 < moe.n_experts and moe.normalise_gates and not any(getattr(moe, name) for name in of_scores):
+            raise ValueError(
+                "model.moe.top_k=1 with normalise_gates=true makes every gate 1, and no loss tells the router "
+                "anything; set normalise_gates=false, a balance_loss, or a higher top_k"
             )
 
     @property

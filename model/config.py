@@ -134,6 +134,12 @@ class ModelConfig(Part):
                 f"bf16 weights are no multiple of 16 bytes, as grouped matrix products need; "
                 f"try {self.d_model + -self.d_model % 8}"
             )
+        for name in ("conv_width", "adapter_rank"):
+            if getattr(self.ffn, name) and self.n_moe_layers == self.n_layers:
+                raise ValueError(
+                    f"model.ffn.{name}={getattr(self.ffn, name)} is of dense layers, and every layer has experts; set "
+                    "it to 0, or model.moe.n_dense_layers or every higher"
+                )
         if not self.n_moe_layers:
             raise ValueError(
                 f"model.moe.n_dense_layers={moe.n_dense_layers} and every={moe.every} leave none of "

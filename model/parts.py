@@ -81,11 +81,9 @@ class RopeScaling(Part):
             raise ValueError(
                 f"{prefix}.original_max_seq_len is missing: {self.kind} needs the length trained on before"
             )
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"{prefix}.high_freq_factor={self.high_freq_factor} must be more than "
-                f"low_freq_factor={self.low_freq_factor}"
-            )
+        for high, low in (("high_freq_factor", "low_freq_factor"), ("beta_fast", "beta_slow")):
+            if getattr(self, high) <= getattr(self, low):
+                raise ValueError(f"{prefix}.{high}={getattr(self, high)} must be more than {low}={getattr(self, low)}")
         return self
 
 
@@ -103,7 +101,8 @@ class PositionConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        above_zero(self, "model.position", "theta")
+        if self.theta <= 1:
+            raise ValueError(f"model.position.theta={self.theta} must be more than 1, or no channel turns slower")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(f"model.position.rotary_dim={self.rotary_dim} must be even and at least 2")
         if self.scaling and self.kind != "rope":

@@ -109,13 +109,29 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
         ({"train.seq_len": "4096"}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
         (
             {"model.moe.group_size": "4", "train.micro_batch": "6"},
-            "model.moe.group_size=4 must divide train.micro_batch=6 and the 32 sequences of each data-parallel rank",
+            "model.moe.group_size=4 must divide train.micro_batch=6 and the 32 sequences of each data-parallel rank; "
+            "try one of [1, 2]",
+        ),
+        (
+            {"model.preset": "demo-dense", "model.moe.n_experts": "8", "model.moe.expert_width": "16"},
+            "model.moe.top_k=1 with normalise_gates=true makes every gate 1, and no loss tells the router anything; "
+            "set normalise_gates=false, a balance_loss, or a higher top_k",
         ),
         ({"train.steps": "5"}, "optimizer.warmup_steps=20 must be at most train.steps=5"),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_its_name_value_and_remedy(settings: dict[str, str], message: str) -> None:
     assert message in refusal(**{name.replace(".", "__"): value for name, value in settings.items()})
+
+
+def test_what_the_router_learns_from_is_enough() -> None:
+    switch = {"model__preset": "demo-dense", "model__moe__n_experts": "8", "model__moe__expert_width": "16"}
+    for enough in ({"normalise_gates": "false"}, {"balance_loss": "0.01"}, {"top_k": "2"}, {"n_experts": "1"}):
+        assert load(**switch | {f"model__moe__{name}": value for name, value in enough.items()}).model.moe
+
+
+def test_a_routing_group_may_be_all_of_a_ranks_sequences() -> None:
+    assert load(train__global_batch="6", train__micro_batch="8", model__moe__group_size="6").train.micro_batch == 8
 
 
 ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}

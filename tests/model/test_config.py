@@ -45,7 +45,7 @@ AT_LEAST_0 = (
     *(f"moe.{name}_loss" for name in ("balance", "device", "communication", "importance", "load", "router_z")),
 )
 ABOVE_0 = (
-    *("embedding_scale", "final_softcap", "norm.eps", "init.std", "position.theta"),
+    *("embedding_scale", "final_softcap", "norm.eps", "init.std"),
     *("attention.scale", "attention.softcap", "moe.gate_scale", "moe.capacity_factor"),
     *(f"position.scaling.{name}" for name in ("low_freq_factor", "beta_fast", "beta_slow", "attention_factor")),
 )
@@ -81,6 +81,16 @@ def test_scales_are_more_than_0(name: str, value: float) -> None:
         (at("attention.pattern", ()), "model.attention.pattern is empty; try local,global"),
         (at("attention.head_dim", 7), "model.attention.head_dim=7 must be even: RoPE turns pairs of channels"),
         (at("position.rotary_dim", 3), "model.position.rotary_dim=3 must be even and at least 2"),
+        (at("position.theta", 1), "model.position.theta=1.0 must be more than 1"),
+        (at("position.theta", -1), "model.position.theta=-1.0 must be more than 1"),
+        (
+            {"moe": MOE, **at("ffn.conv_width", 3)},
+            "model.ffn.conv_width=3 is of dense layers, and every layer has experts; set it to 0, or mod",
+        ),
+        (
+            {"moe": MOE, **at("ffn.adapter_rank", 4)},
+            "model.ffn.adapter_rank=4 is of dense layers, and every layer has experts",
+        ),
         (at("position.rotary_dim", 0), "model.position.rotary_dim=0 must be even and at least 2"),
         (at("position.rotary_dim", 98), "model.position.rotary_dim=98 is too much; at most head_dim=96"),
         (
@@ -120,6 +130,11 @@ def test_a_dense_model_that_does_not_fit_together_is_told_why(fields: dict[str, 
             LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 4.0},
             {},
             "model.position.scaling.high_freq_factor=4.0 must be more than low_freq_factor=4.0",
+        ),
+        (
+            {"kind": "yarn", "factor": 8.0, "original_max_seq_len": 64, "beta_fast": 1.0, "beta_slow": 32.0},
+            {},
+            "model.position.scaling.beta_fast=1.0 must be more than beta_slow=32.0",
         ),
         (LINEAR | {"factor": 0.5}, {}, "model.position.scaling.factor=0.5 must be at least 1"),
     ],
