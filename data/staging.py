@@ -1,5 +1,6 @@
 """A folder that appears whole or not at all: built as `NAME.moray-unfinished`, then renamed."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -17,7 +18,7 @@ def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yields an empty folder beside `out` that becomes `out` when the block ends, and vanishes if it raises.
 
     What a killed process left there is cleared first; a process that still writes there is left in peace.
-    Raises ValueError if `out` holds a dataset (unless `overwrite`), or anything that is not a dataset.
+    Raises ValueError for a full disk, and if `out` holds a dataset (unless `overwrite`) or anything else.
     """
     out = out.expanduser().resolve()
     _check_free(out, overwrite)
@@ -31,8 +32,11 @@ def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         _replace(out, staging)
     except BlockingIOError:
         raise ValueError(f"out={out}: another process is writing it; wait for it or choose another") from None
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = f"the disk is full ({error.strerror}); free space or choose another disk"
+            raise ValueError(f"out={out}: {why}") from None
         raise
     finally:
         os.close(lock)

@@ -32,7 +32,7 @@ def show_checkpoints(run: Path, check: bool, console: Console) -> int:
             str(commit.step),
             datetime.fromisoformat(manifest.created).astimezone().strftime("%Y-%m-%d %H:%M:%S"),
             f"{sum(file.size for file in manifest.files.values()) / 2**20:,.1f} MiB",
-            f"{manifest.metadata.get('loss', float('nan')):.3f}",
+            f"{manifest.metadata['loss']:.3f}" if "loss" in manifest.metadata else "",
             " ".join(f"{name}={degree}" for name, degree in layout.items()),
             "; ".join(problems) or ("verified" if check else "whole by its manifest"),
         )

@@ -184,7 +184,7 @@ def upcycle(
     from model.upcycle import Upcycling
 
     options = Upcycling(experts, top_k, shared, noise, granularity, seed)
-    run_upcycle(source, options, out, Console(highlight=False))
+    run_upcycle(source, options, out, Console(highlight=False), complain)
     return 0
 
 

@@ -3,7 +3,6 @@
 All of it happens in `OUT.moray-unfinished`, which a killed run leaves and the next one clears; OUT appears whole.
 """
 
-import errno
 import os
 import shutil
 import time
@@ -91,7 +90,7 @@ def prepare(
         check_vocab_size(vocab_size)
     console = console or Console(stderr=True)
     documents = read_documents(sources, skipped := Skipped())
-    with _disk_full_is_a_users_error(out), staged_folder(Path(out), overwrite=overwrite) as folder:
+    with staged_folder(Path(out), overwrite=overwrite) as folder:
         with _progress(console) as progress:
             scratch = folder / "scratch"
             with _phase(progress, "reading", documents) as documents:
@@ -170,13 +169,3 @@ def _phase(
     yield iter(progress.track(items, total=total, task_id=task))
     done = progress.tasks[task].completed
     progress.update(task, total=done, completed=done)
-
-
-@contextmanager
-def _disk_full_is_a_users_error(out: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(f"out={out}: the disk is full ({error.strerror}); free space or choose another disk") from None

@@ -1,5 +1,6 @@
 """`moray upcycle`: a run or Hugging Face folder without experts becomes the weights of a MoE, a tensor at a time."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from model.upcycle import Upcycled, Upcycling
 from parallel.weights import write_weights
 
 
-def upcycle(source: Path, options: Upcycling, out: Path, console: Console) -> None:
+def upcycle(source: Path, options: Upcycling, out: Path, console: Console, on_refused: Callable[[str], None]) -> None:
     """Writes a run folder with one commit, of weights alone, at step 0, and the tokenizer; it appears whole.
 
     Raises ValueError, before anything is written, for a model or options that do not go together, and an `out` in use.
     """
-    weights = open_whole(source, console.print)
+    weights = open_whole(source, on_refused)
     upcycled = Upcycled(weights.config, weights.read, options)
     config = upcycled.config
     metadata = {

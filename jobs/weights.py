@@ -41,7 +41,10 @@ def locate(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a run: there is no such folder")
     if not (commits := list_commits(folder / "checkpoints")):
-        raise ValueError(f"{folder} holds no commit yet; `moray pretrain --run.dir {folder} …` makes them")
+        raise ValueError(
+            f"{folder} holds no commit yet, nor a Hugging Face config.json; `moray pretrain --run.dir {folder} …` "
+            "makes commits"
+        )
     return commits[-1].path
 
 

@@ -116,6 +116,9 @@ def _files(folder: Path) -> list[str]:
 
 def _open_file(path: Path) -> Any:
     try:
+        path.open("rb").close()  # of a file that may not be read, safe_open says that it does not exist
         return safe_open(path, framework="pt")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from None

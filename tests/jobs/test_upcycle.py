@@ -1,5 +1,6 @@
 """`moray upcycle` end to end: a dense run becomes a MoE that says the same, and that a run can start from."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def test_the_folder_holds_one_whole_commit_that_computes_the_same(moray: Moray, 
     assert (commit.step, verify(commit)) == (0, [])
     assert commit.manifest.metadata["upcycled"]["from"] == str(dense)
     assert commit.manifest.metadata["config"]["model"]["moe"]["expert_width"] == 24
+    assert "nan" not in moray("checkpoints", out).out, "it has no loss yet"
     assert (out / "tokenizer" / "tokenizer.json").read_bytes() == (dense / "tokenizer" / "tokenizer.json").read_bytes()
     torch.testing.assert_close(logits_of(out), logits_of(dense), rtol=1e-5, atol=1e-5)
     words = ["--prompt", "def", "--temperature", 0, "--max-new-tokens", 12]
@@ -116,7 +118,7 @@ def test_what_fails_on_the_way_leaves_nothing(dense: Path, tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(parallel.weights, "write_tensors", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match=r"moe: the disk is full \(No space left on device\); free space"):
         dispatch(["upcycle", str(dense), "--experts", "4", "--top-k", "2", "--out", str(tmp_path / "moe")])
     assert not list(tmp_path.iterdir())
 
@@ -145,3 +147,14 @@ def test_weights_are_asked_for_and_written_in_pieces(tmp_path: Path, monkeypatch
         for cut in (3, 2):
             box = tuple(slice(size // cut, size - size // 5) for size in tensor.shape)
             assert torch.equal(weights.read(name, box), tensor[box])
+
+
+def test_a_damaged_commit_is_told_on_standard_error(moray: Moray, dense: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(dense, tmp_path / "run")
+    (weights,) = (run / "checkpoints").glob("*/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    outcome = moray("upcycle", run, "--experts", 4, "--top-k", 2, "--out", tmp_path / "moe")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "refused the damaged commit" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith(f"moray: {run} holds no whole commit")
+    assert not (tmp_path / "moe").exists()
