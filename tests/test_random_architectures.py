@@ -133,11 +133,17 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 def test_the_loss_is_that_of_the_logits(seed: int) -> None:
     decoder, targets = decoder_of(seed), tokens(seed + 1)
     targets[0, :3] = -100
-    with torch.no_grad():
-        losses, logits = decoder.loss(tokens(seed), targets), decoder(tokens(seed)).flatten(0, 1)
-    assert_same(losses.cross_entropy, F.cross_entropy(logits, targets.flatten(), reduction="sum"))
-    valid = targets.flatten() != -100
-    assert_same(losses.z, decoder.config.z_loss * logits[valid].logsumexp(-1).square().sum())
+    losses, logits = decoder.loss(tokens(seed), targets), decoder(tokens(seed)).flatten(0, 1)
+    cross_entropy = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    z = decoder.config.z_loss * logits[targets.flatten() != -100].logsumexp(-1).square().sum()
+    assert_same(losses.cross_entropy, cross_entropy)
+    assert_same(losses.z, z)
+    weights = list(decoder.parameters())
+    found, expected = (
+        torch.autograd.grad(loss, weights, allow_unused=True) for loss in (losses.cross_entropy, cross_entropy + z)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None and theirs is None) or torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)  # noise: none
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -174,6 +180,19 @@ def test_a_cache_computes_what_a_whole_pass_does(seed: int) -> None:
             pieces = [decoder(piece, cache=cache) for piece in tokens(seed).split(lengths, dim=1)]
             assert_same(torch.cat(pieces, dim=1), whole)
             assert cache.n_bytes == ROWS * cache_bytes(config, TOKENS, torch.float64)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_cache_behind_left_padding_computes_what_the_document_does(seed: int) -> None:
+    decoder, ids, documents = decoder_of(seed), tokens(seed), torch.zeros(ROWS, TOKENS, dtype=torch.int64)
+    cache = KVCache(decoder.config, ROWS, TOKENS, decoder.embedding.weight)
+    for row in range(ROWS):
+        documents[row, :row] = -1
+    with torch.no_grad():
+        pieces = [decoder(ids[:, :5], documents_BT=documents[:, :5], cache=cache)]
+        pieces += [decoder(token, cache=cache) for token in ids[:, 5:].split(1, dim=1)]
+        for row, found in enumerate(torch.cat(pieces, dim=1)):
+            assert_same(found[row:], decoder(ids[row : row + 1, row:])[0])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
