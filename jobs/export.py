@@ -21,14 +21,19 @@ CHATML = (
 """For a tokenizer without a chat template of its own. As in training, a document begins with BOS."""
 
 
-def export(run: Path, out: Path, dtype: torch.dtype, on_refused: Callable[[str], None]) -> str:
+def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]) -> str:
     """Writes a run's newest whole commit as config, weights, tokenizer and generation config; returns the model_type.
 
     `out` appears whole or not at all. Memory holds a tensor at a time. Raises ValueError for what no family can
-    express, before anything is written, and for an `out` in use.
+    express, before anything is written, and for an `out` in use. `tell` hears what else its user should know.
     """
-    weights = open_whole(run, on_refused)
+    weights = open_whole(run, tell)
     family = family_for(weights.config)
+    if not family.in_transformers:
+        tell(
+            f"transformers has no model_type {family.model_type}: of all families only this one expresses the model, "
+            f"and what loads it is {family.architecture} of its authors"
+        )
     with staged_folder(out, overwrite=False) as folder:
         write_pretrained(folder, weights.config, weights.read, dtype)
         tokenizer = copy_tokenizer(weights.tokenizer, folder)

@@ -28,7 +28,8 @@ class Family:
     rules: together they map all of config.json. table: where our weights lie in theirs. ignored: a pattern of names in
     their files that compute nothing (buffers) or nothing of ours (layer {n_layers}, which predicts further tokens).
     marker: a field of config.json that tells this format from another of the same model_type. prefix: what files of the
-    model without its head leave out of all names (GPT-2's on the hub).
+    model without its head leave out of all names (GPT-2's on the hub). in_transformers: False where only the authors'
+    own code reads such folders.
     """
 
     model_type: str
@@ -38,6 +39,7 @@ class Family:
     ignored: str = r".*\.rotary_emb\.inv_freq"
     marker: str = ""
     prefix: str = "model."
+    in_transformers: bool = True
 
     def read(self, values: Mapping[str, Any]) -> ModelConfig:
         """The architecture that config.json describes.

@@ -9,10 +9,12 @@ import torch
 from safetensors import safe_open
 from tiny import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import parallel.weights
 from jobs.cli import dispatch
 from jobs.generate import load_run
+from model.hf.families import FAMILIES
 from parallel.checkpoint import list_commits
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
@@ -137,3 +139,18 @@ def test_what_no_family_can_express_is_named_in_one_line(moray: Moray, dataset: 
     assert "norm.kind=crmsnorm" in line
     assert not (tmp_path / "hf").exists()
     assert list_commits(tmp_path / "run" / "checkpoints")
+
+
+def test_a_format_that_transformers_does_not_load_is_told(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    two_heads = {"model__attention__n_heads": 4, "model__attention__n_kv_heads": 2, "model__attention__head_dim": 8}
+    plan = {"model__preset": "minimind2-moe", "train__steps": 1, "train__eval_every": 0, "optimizer__warmup_steps": 1}
+    # One width for experts and dense layers, as in MiniMind.
+    shape = {"model__moe__expert_width": 48, "model__moe__n_experts": 4, "model__moe__top_k": 2}
+    assert dispatch(["pretrain", *tiny(dataset, run, **plan, **shape, **two_heads)]) == 0
+    outcome = moray("export", run, "--out", tmp_path / "hf")
+    assert outcome.code == 0
+    assert "transformers has no model_type minimind" in outcome.err
+    assert CONFIG_MAPPING_NAMES.keys() & {f.model_type for f in FAMILIES} == {
+        f.model_type for f in FAMILIES if f.in_transformers
+    }

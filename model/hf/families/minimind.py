@@ -76,6 +76,7 @@ MINIMIND2 = Family(
     model_type="minimind",
     marker="n_routed_experts",
     architecture="MiniMindForCausalLM",
+    in_transformers=False,
     rules=(
         *_COMMON,
         NATURAL_HEADS,
@@ -104,6 +105,7 @@ MINIMIND3 = Family(
     model_type="minimind",
     marker="num_experts",
     architecture="MiniMindForCausalLM",
+    in_transformers=False,
     rules=(
         *_COMMON,
         HEADS,
