@@ -127,7 +127,8 @@ def plot(runs: dict[str, Rows], path: Path) -> None:
 def report(settings: dict[str, str], runs: dict[str, Rows], folders: dict[str, Path], source: str) -> str:
     main_name, main = next(iter(runs.items()))
     total, active = count_parameters(load_config(None, settings).model)
-    narrowed = ", ".join(f"{name.split('.')[1]}={value}" for name, value in MODEL.items() if name != "model.preset")
+    changed = (name for name in MODEL if name != "model.preset")
+    narrowed = ", ".join(f"{name.removeprefix('model.')}={MODEL[name]}" for name in changed)
     last = main[-1]
     lines = [
         f"`minimind-3-moe` narrowed to {narrowed}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active, "

@@ -57,11 +57,16 @@ def load_run(folder: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, 
 def generate_tokens(decoder: Decoder, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
     """Token after token. The prompt is computed once; each token after it costs one token's pass.
 
-    Raises ValueError, before the first token, when prompt and new tokens exceed the model's longest sequence.
+    Raises ValueError, before the first token, when prompt and new tokens exceed the model's longest sequence, or the
+    prompt its vocabulary.
     """
     longest = decoder.config.max_seq_len
     if not prompt:
         raise ValueError("the prompt is empty; it needs one token at least")
+    if max(prompt) >= (entries := decoder.config.vocab_size):
+        raise ValueError(
+            f"the prompt holds token {max(prompt)} and the model's vocab_size={entries}: another model's tokenizer"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if len(prompt) + max_new_tokens > longest:

@@ -114,6 +114,7 @@ def test_the_seed_decides_on_the_draws(decoder: Decoder) -> None:
     [
         ([3] * 20, 13, "20 prompt tokens and max_new_tokens=13 exceed max_seq_len=32"),
         ([], 3, "the prompt is empty"),
+        ([3, 10**6], 3, "the prompt holds token 1000000 and the model's vocab_size="),
         ([3], 0, "max_new_tokens=0 must be at least 1"),
         ([3], -5, "max_new_tokens=-5 must be at least 1"),
     ],
