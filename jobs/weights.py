@@ -4,13 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from model import Decoder, ModelConfig
 from model.hf import HFWeights, read_config
 from model.hf.choice import essence
-from model.hf.places import Box, our_shapes
+from model.hf.places import our_shapes
 from model.hf.writer import Read
 from parallel.checkpoint import Commit, commit_paths, list_commits, read_commit, verify
 from parallel.commits import MANIFEST
@@ -68,12 +65,7 @@ def open_weights(path: Path) -> Weights:
     config = config_of(path)
     if (path / MANIFEST).is_file():
         return Weights(config, CommitWeights(read_commit(path)).read, tokenizer_of(path))
-    theirs, shapes = HFWeights(path, config), our_shapes(config)
-
-    def read(name: str, box: Box) -> Tensor:
-        return theirs.read(name, box) if name in theirs.places else torch.zeros(shapes[name])[box]
-
-    return Weights(config, read, path)
+    return Weights(config, HFWeights(path, config).read, path)
 
 
 def open_whole(folder: Path, on_refused: Callable[[str], None]) -> Weights:
