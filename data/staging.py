@@ -49,7 +49,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
         if not overwrite:
             raise ValueError(f"out={out} already holds a finished dataset; choose another folder, or overwrite it")
     elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"out={out} is neither empty nor a dataset; choose another folder")
+        raise ValueError(f"out={out} is not empty; choose another folder")
 
 
 def _clear(folder: Path) -> None:

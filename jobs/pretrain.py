@@ -24,11 +24,11 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     Raises ValueError for a user's mistake, WorkerError of one line where the workers failed for good.
     """
     dataset = Dataset.open(config.data.path)
-    dataset.check_vocabulary(config.model.vocab_size)
     is_first = os.environ.get("RANK", "0") == "0" or config.cluster.launcher != "torchrun"
     console = console or Console(stderr=True, quiet=not is_first)
     if config.weights_from:
         check_tokenizer(Path(config.weights_from), Path(config.data.path), console)
+    dataset.check_vocabulary(config.model.vocab_size)
     with claimed(config, dataset) if is_first else nullcontext():
         code = _launch(config, console, listener or Listener())
     if code == EXIT_INTERRUPTED:

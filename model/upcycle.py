@@ -27,9 +27,9 @@ class Upcycling:
     granularity: slices that a network is cut into; experts are that much narrower. seed: of noise and routers.
     """
 
-    n_experts: int
+    experts: int
     top_k: int
-    n_shared: int = 0
+    shared: int = 0
     noise: float = 0.0
     granularity: int = 1
     seed: int = 0
@@ -37,12 +37,12 @@ class Upcycling:
     @property
     def shared_slices(self) -> int:
         """Slices of every copy that are the shared experts in place of routed ones."""
-        return self.n_shared if self.n_shared < self.granularity else 0
+        return self.shared if self.shared < self.granularity else 0
 
     @property
     def shared_copies(self) -> int:
         """Whole copies among the shared experts, beside the routed ones."""
-        return self.n_shared // self.granularity
+        return self.shared // self.granularity
 
     @property
     def routed_slices(self) -> int:
@@ -58,9 +58,9 @@ def upcycled_config(dense: ModelConfig, options: Upcycling) -> ModelConfig:
     """
     _check(dense, options)
     moe = {
-        "n_experts": options.n_experts,
+        "n_experts": options.experts,
         "top_k": options.top_k,
-        "n_shared": options.n_shared,
+        "n_shared": options.shared,
         "expert_width": dense.ffn.width // options.granularity,
         "score": "softmax",
         "normalise_gates": True,
@@ -76,7 +76,7 @@ def _check(dense: ModelConfig, options: Upcycling) -> None:
     for name in ("conv_width", "adapter_rank"):
         if value := getattr(dense.ffn, name):
             raise ValueError(f"model.ffn.{name}={value}: experts have nothing between their projections")
-    for name, least in (("n_experts", 1), ("top_k", 1), ("n_shared", 0), ("granularity", 1)):
+    for name, least in (("experts", 1), ("top_k", 1), ("shared", 0), ("granularity", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"{name}={getattr(options, name)} must be at least {least}")
     if not 0 <= options.noise < math.inf:
@@ -93,19 +93,19 @@ def _check(dense: ModelConfig, options: Upcycling) -> None:
 
 def _check_copies(options: Upcycling) -> None:
     granularity, slices = options.granularity, options.routed_slices
-    if options.n_shared > granularity and options.n_shared % granularity:
+    if options.shared > granularity and options.shared % granularity:
         raise ValueError(
-            f"n_shared={options.n_shared} must be less than granularity={granularity} (slices of every copy) or a "
+            f"shared={options.shared} must be less than granularity={granularity} (slices of every copy) or a "
             "multiple of it (whole copies)"
         )
-    for name in ("n_experts", "top_k"):
+    for name in ("experts", "top_k"):
         if (value := getattr(options, name)) % slices:
             raise ValueError(
                 f"{name}={value} must be a multiple of {slices}, the routed experts that make up one dense network "
-                f"with granularity={granularity} and n_shared={options.n_shared}; try {value + -value % slices}"
+                f"with granularity={granularity} and shared={options.shared}; try {value + -value % slices}"
             )
-    if options.top_k > options.n_experts:
-        raise ValueError(f"top_k={options.top_k} must be at most n_experts={options.n_experts}")
+    if options.top_k > options.experts:
+        raise ValueError(f"top_k={options.top_k} must be at most experts={options.experts}")
 
 
 class Upcycled:
@@ -136,14 +136,14 @@ class Upcycled:
             return self._router(name, tensor)[box]
         if module == "shared":
             return self._shared(ffn, tensor)[box]
-        experts = range(*box[0].indices(self._options.n_experts))
+        experts = range(*box[0].indices(self._options.experts))
         return torch.stack([self._expert(ffn, tensor, expert)[box[1:]] for expert in experts])
 
     def _router(self, name: str, tensor: str) -> Tensor:
         options = self._options
         if tensor == "bias_E":
-            return torch.zeros(options.n_experts)
-        copies = (options.n_experts // options.routed_slices, self.config.d_model)
+            return torch.zeros(options.experts)
+        copies = (options.experts // options.routed_slices, self.config.d_model)
         return initial_tensor(self.config, name, copies, options.seed).repeat_interleave(options.routed_slices, 0)
 
     def _expert(self, ffn: str, tensor: str, expert: int) -> Tensor:
@@ -159,7 +159,7 @@ class Upcycled:
             return dense / options.granularity if projection == "down" else dense
         if not options.noise:
             return dense
-        shape = (options.n_experts, *dense.shape)
+        shape = (options.experts, *dense.shape)
         drawn = initial_tensor(
             self._standard, f"{ffn}experts.{tensor}.noise", shape, options.seed, slice(expert, expert + 1)
         )
@@ -173,7 +173,7 @@ class Upcycled:
         dense = self._dense(f"{ffn}{projection}", kind == "bias", slice(0, slices * self._width))
         share = 1 / (1 + options.shared_copies)
         if projection == "down" and kind == "bias":
-            return dense * (options.n_shared / options.granularity * share)
+            return dense * (options.shared / options.granularity * share)
         copies = max(options.shared_copies, 1)
         if projection == "down":
             return dense.repeat(1, copies) * share

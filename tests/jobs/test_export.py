@@ -109,7 +109,7 @@ class TestFolder:
         (tmp_path / "mine").write_text("dear")
         outcome = moray("export", run, "--out", tmp_path)
         assert (outcome.code, outcome.out) == (2, "")
-        assert f"out={tmp_path} is neither empty nor a dataset" in outcome.err
+        assert f"out={tmp_path} is not empty" in outcome.err
 
     def test_what_fails_on_the_way_leaves_nothing(
         self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

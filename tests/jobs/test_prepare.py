@@ -144,7 +144,7 @@ def test_folders_that_cannot_be_the_output(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="file is a file"):
         prepared(tmp_path / "file")
-    with pytest.raises(ValueError, match="full is neither empty nor a dataset"):
+    with pytest.raises(ValueError, match="full is not empty"):
         prepared(tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 

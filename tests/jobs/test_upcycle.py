@@ -102,7 +102,7 @@ def test_a_folder_in_use_is_refused_and_left_as_it_was(moray: Moray, dense: Path
     (tmp_path / "mine").write_text("dear")
     outcome = moray("upcycle", dense, "--experts", 4, "--top-k", 2, "--out", tmp_path)
     assert (outcome.code, outcome.out) == (2, "")
-    assert f"out={tmp_path} is neither empty nor a dataset" in outcome.err
+    assert f"out={tmp_path} is not empty" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

@@ -19,12 +19,12 @@ OPTIONS = {
     "copies": Upcycling(4, 2),
     "one copy a token": Upcycling(4, 1),
     "slices": Upcycling(16, 8, granularity=4),
-    "a slice of each copy shared": Upcycling(6, 3, n_shared=1, granularity=4),
-    "half of each copy shared": Upcycling(4, 2, n_shared=1, granularity=2),
-    "three slices shared": Upcycling(3, 2, n_shared=3, granularity=4),
-    "a whole copy shared": Upcycling(4, 2, n_shared=1),
-    "two whole copies shared": Upcycling(4, 2, n_shared=2),
-    "slices and a whole copy shared": Upcycling(4, 2, n_shared=2, granularity=2),
+    "a slice of each copy shared": Upcycling(6, 3, shared=1, granularity=4),
+    "half of each copy shared": Upcycling(4, 2, shared=1, granularity=2),
+    "three slices shared": Upcycling(3, 2, shared=3, granularity=4),
+    "a whole copy shared": Upcycling(4, 2, shared=1),
+    "two whole copies shared": Upcycling(4, 2, shared=2),
+    "slices and a whole copy shared": Upcycling(4, 2, shared=2, granularity=2),
 }
 
 
@@ -84,7 +84,7 @@ def test_the_router_picks_whole_copies(options: Upcycling) -> None:
     moe = upcycled(random_decoder(dense_config()), options)
     slices = options.routed_slices
     weight_ED = moe.state_dict()["blocks.0.ffn.router.linear.weight"]
-    assert len(weight_ED.unique(dim=0)) == options.n_experts // slices
+    assert len(weight_ED.unique(dim=0)) == options.experts // slices
     chosen: list[Tensor] = []
     for block in moe.blocks:
         block.ffn.router.register_forward_hook(lambda module, inputs, routing: chosen.append(routing.chosen_BTK))
@@ -94,12 +94,12 @@ def test_the_router_picks_whole_copies(options: Upcycling) -> None:
     for chosen_BTK in chosen:
         copies_BTK = (chosen_BTK // slices).sort(-1).values.unflatten(-1, (-1, slices))
         assert (copies_BTK == copies_BTK[..., :1]).all()
-        assert len(chosen_BTK.unique()) > options.top_k or options.top_k == options.n_experts, "tokens differ in choice"
+        assert len(chosen_BTK.unique()) > options.top_k or options.top_k == options.experts, "tokens differ in choice"
 
 
 def test_every_expert_is_its_slice_of_the_network() -> None:
     dense = random_decoder(dense_config(bias=True))
-    moe = upcycled(dense, Upcycling(6, 3, n_shared=1, granularity=4))
+    moe = upcycled(dense, Upcycling(6, 3, shared=1, granularity=4))
     state, ffn = dense.state_dict(), "blocks.1.ffn."
     for expert in range(6):
         start = 16 * (1 + expert % 3)
@@ -118,7 +118,7 @@ def test_every_expert_is_its_slice_of_the_network() -> None:
 
 def test_noise_has_the_deviation_asked_for_relative_to_the_matrix_and_is_every_experts_own() -> None:
     dense = random_decoder(dense_config(bias=True))
-    moe = upcycled(dense, Upcycling(4, 2, n_shared=1, noise=0.25))
+    moe = upcycled(dense, Upcycling(4, 2, shared=1, noise=0.25))
     for projection, name in (("gate", "gate_EFD"), ("up", "up_EFD"), ("down", "down_EDF")):
         # Half of the output comes from the shared copy.
         matrix = dense.state_dict()[f"blocks.0.ffn.{projection}.weight"] * (0.5 if projection == "down" else 1)
@@ -176,18 +176,18 @@ def test_bf16_weights_are_read_as_fp32() -> None:
         ),
         (dense_config(width=60), Upcycling(4, 2), r"granularity=1 must cut model\.ffn\.width=60 .* can't be upcycled"),
         (dense_config(), Upcycling(8, 3, granularity=4), r"top_k=3 must be a multiple of 4, .* try 4"),
-        (dense_config(), Upcycling(6, 4, granularity=4), r"n_experts=6 must be a multiple of 4, .* try 8"),
+        (dense_config(), Upcycling(6, 4, granularity=4), r"experts=6 must be a multiple of 4, .* try 8"),
         (
             dense_config(),
             Upcycling(8, 4, 1, granularity=4),
-            r"n_experts=8 must be a multiple of 3, .* n_shared=1; try 9",
+            r"experts=8 must be a multiple of 3, .* shared=1; try 9",
         ),
         (
             dense_config(),
             Upcycling(8, 4, 3, granularity=2),
-            r"n_shared=3 must be less than granularity=2 .* multiple of it",
+            r"shared=3 must be less than granularity=2 .* multiple of it",
         ),
-        (dense_config(), Upcycling(4, 8), "top_k=8 must be at most n_experts=4"),
+        (dense_config(), Upcycling(4, 8), "top_k=8 must be at most experts=4"),
         (dense_config(), Upcycling(4, 0), "top_k=0 must be at least 1"),
         (dense_config(), Upcycling(4, 2, granularity=0), "granularity=0 must be at least 1"),
         (dense_config(), Upcycling(4, 2, noise=-0.1), r"noise=-0\.1 must be 0 or more"),
