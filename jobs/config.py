@@ -1,6 +1,5 @@
 """RunConfig: everything a training run depends on. Command line over recipe over preset over default."""
 
-import json
 import math
 import os
 import tomllib
@@ -16,9 +15,9 @@ from pydantic.fields import FieldInfo
 from jobs.nearest import nearest
 from jobs.weights import check_changes, config_of, locate
 from model import ModelConfig
-from model.config import merge
 from model.mistakes import in_one_line
 from model.moe_config import MoEConfig
+from model.parts import merge
 from model.presets import preset_fields
 from parallel.checkpoint import list_commits
 from parallel.layout import Layout
@@ -289,33 +288,3 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def to_toml(config: RunConfig) -> str:
-    """The config as a recipe that gives the same one again."""
-    tables = config.model_dump()
-    if source := tables.pop("weights_from"):
-        tables["model"] = {"from": source, **tables["model"]}
-    return "\n".join(line for name, table in tables.items() for line in _toml_table(name, table))
-
-
-def _toml_table(name: str, table: Mapping[str, Any]) -> Iterator[str]:
-    yield f"[{name}]"
-    yield from (f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, Mapping))
-    yield ""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _toml_table(f"{name}.{key}", value)
-
-
-def _toml_value(value: Any) -> str:
-    if value is None:
-        return '"none"'  # what is left out would fall back to the preset's
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml_value(entry) for entry in value)}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # A JSON string is a TOML one, control characters and all.
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)

@@ -12,7 +12,8 @@ from typing import Any
 
 from data.dataset import Dataset
 from data.tokenizer import copy_tokenizer
-from jobs.config import RunConfig, flatten, to_toml
+from jobs.config import RunConfig, flatten
+from jobs.recipe_file import to_toml
 from model import ModelConfig
 from model.cost import count_parameters
 from parallel.checkpoint import Commit, list_commits

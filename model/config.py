@@ -16,6 +16,7 @@ from model.parts import (
     PositionConfig,
     above_zero,
     at_least,
+    merge,
 )
 
 
@@ -145,12 +146,3 @@ class ModelConfig(Part):
                 f"model.moe.n_dense_layers={moe.n_dense_layers} and every={moe.every} leave none of "
                 f"n_layers={self.n_layers} layers experts; lower them"
             )
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested fields with some of them replaced; a part that was None starts from nothing."""
-    merged = dict(base)
-    for name, value in changes.items():
-        held = merged.get(name)
-        merged[name] = merge(held, value) if isinstance(value, Mapping) and isinstance(held, Mapping) else value
-    return merged

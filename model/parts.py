@@ -1,5 +1,6 @@
 """The parts of a ModelConfig that every model has: norms, positions, attention, feed-forward, initial weights."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -25,6 +26,15 @@ def above_zero(part: Part, prefix: str, *names: str) -> None:
         value = getattr(part, name)
         if value is not None and value <= 0:
             raise ValueError(f"{prefix}.{name}={value} must be more than 0")
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested fields with some of them replaced; a part that was None starts from nothing."""
+    merged = dict(base)
+    for name, value in changes.items():
+        held = merged.get(name)
+        merged[name] = merge(held, value) if isinstance(value, Mapping) and isinstance(held, Mapping) else value
+    return merged
 
 
 class NormConfig(Part):

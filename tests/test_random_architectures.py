@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.config import RunConfig, load_config, to_toml
+from jobs.config import RunConfig, load_config
+from jobs.recipe_file import to_toml
 from model import Decoder, KVCache, ModelConfig, Randomness, initialise
 from model.cost import cache_bytes, count_parameters
 

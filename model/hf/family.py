@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from model.config import ModelConfig, merge
+from model.config import ModelConfig
 from model.hf.fields import Fields
 from model.hf.places import Table
+from model.parts import merge
 
 
 class Rule(NamedTuple):

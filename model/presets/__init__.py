@@ -8,7 +8,7 @@ import tomllib
 from importlib import resources
 from typing import Any
 
-from model.config import merge
+from model.parts import merge
 
 
 def read_family(text: str) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import parse_settings
-from jobs.config import RunConfig, check_name, flatten, load_config, to_toml
+from jobs.config import RunConfig, check_name, flatten, load_config
+from jobs.recipe_file import to_toml
 from model import ModelConfig
 
 NEEDED = {"data.path": "d", "run.dir": "r", "cluster.launcher": "local"}

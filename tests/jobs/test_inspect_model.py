@@ -10,10 +10,11 @@ import torch
 from tiny import tiny
 from transformers import LlamaConfig
 
-from jobs.config import OptimizerSection, load_config, to_toml
+from jobs.config import OptimizerSection, load_config
 from jobs.describe import describe
 from jobs.inspect_model import binary, find_config, short
 from jobs.optimizer import build_optimizer
+from jobs.recipe_file import to_toml
 from model import Decoder, ModelConfig
 from model.cost import training_state_bytes
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from model import ModelConfig
-from model.config import merge
+from model.parts import merge
 
 MOE = {"n_experts": 8, "top_k": 2, "expert_width": 16}
 NOISY = MOE | {"noisy": True}

@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Decoder, KVCache, ModelConfig
-from model.config import merge
 from model.cost import (
     PARTS,
     SCORES,
@@ -21,6 +20,7 @@ from model.cost import (
     train_flops_per_token,
     training_state_bytes,
 )
+from model.parts import merge
 from model.randomness import Randomness
 
 TOKENS = 24

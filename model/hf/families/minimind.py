@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from model.config import ModelConfig, merge
+from model.config import ModelConfig
 from model.hf.deepseek import SEQUENCE_BALANCE
 from model.hf.family import Family, Rule
 from model.hf.fields import Fields, refused
@@ -15,7 +15,7 @@ from model.hf.names import MOE
 from model.hf.rope import rope
 from model.hf.rules import HEADS, NATURAL_HEADS, SILU, at, balance_loss, decoder, fixed, ours, same, translated, unused
 from model.mistakes import in_one_line
-from model.parts import RopeScaling
+from model.parts import RopeScaling, merge
 
 _ROPE = rope(theta=1e6)
 _YARN = RopeScaling(kind="yarn", factor=16, original_max_seq_len=2048, attention_factor=1)
