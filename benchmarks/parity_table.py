@@ -1,12 +1,11 @@
 """The table of docs/models.md: every family beside transformers, each largest difference, from what the tests recorded.
 
-    rm -rf /tmp/parity
-    MORAY_PARITY_RECORDS=/tmp/parity pytest tests/model/hf
-    MORAY_PARITY_RECORDS=/tmp/parity PYTHONPATH=. VENV/bin/python -m pytest tests/model/hf    # transformers 4.57
-    python benchmarks/parity_table.py /tmp/parity [--into docs/models.md]
+    MORAY_PARITY_RECORDS=records pytest tests/model/hf
+    MORAY_PARITY_RECORDS=records PYTHONPATH=. VENV/bin/python -m pytest tests/model/hf    # transformers 4.57
+    python benchmarks/parity_table.py records [--into docs/models.md]
 
-With --into, the table replaces what stands between the two lines that say `parity table`, and the family shown as an
-example is what its file holds now.
+Records append: begin with a folder that is not there. With --into, the table replaces what stands between the two lines
+that say `parity table`, and the family shown as an example is what its file holds now.
 """
 
 import argparse

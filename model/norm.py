@@ -2,6 +2,8 @@
 
 # Shapes: D width.
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from model.parts import NormConfig
 
 
-class _Norm(nn.Module):
+class _Norm(nn.Module, ABC):
     """A weight, a bias where there is one, and the choice of scaling by 1 + weight (Gemma), formed in fp32."""
 
     bias: nn.Parameter | None
@@ -27,8 +29,9 @@ class _Norm(nn.Module):
         bias_D = None if self.bias is None else self.bias.to(accurate)
         return self.normalise(x.to(accurate), 1 + self.weight.to(accurate), bias_D).to(x.dtype)
 
+    @abstractmethod
     def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """What the kind of norm is. Shapes: [..., D], [D], [D] -> [..., D]."""
 
 
 class RMSNorm(_Norm):
