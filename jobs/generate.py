@@ -11,7 +11,7 @@ from torch import Tensor
 from data.tokenizer import Tokenizer, load_tokenizer
 from jobs.weights import open_whole
 from model import Decoder, KVCache
-from model.hf.places import our_shapes, whole
+from model.tensors import tensor_shapes, whole
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_run(folder: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, 
     if decoder.config.tied_embeddings:
         decoder.head.weight = decoder.embedding.weight
     state = decoder.state_dict()
-    for name, shape in our_shapes(weights.config).items():
+    for name, shape in tensor_shapes(weights.config).items():
         state[name].copy_(weights.read(name, whole(shape)))
     return decoder, load_tokenizer(weights.tokenizer)
 

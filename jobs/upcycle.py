@@ -10,7 +10,7 @@ from data.staging import staged_folder
 from data.tokenizer import copy_tokenizer_files
 from jobs.weights import open_whole
 from model.cost import count_parameters
-from model.hf.places import our_shapes
+from model.tensors import tensor_shapes
 from model.upcycle import Upcycled, Upcycling
 from parallel.weights import write_weights
 
@@ -30,7 +30,7 @@ def upcycle(source: Path, options: Upcycling, out: Path, console: Console, on_re
     with staged_folder(out, overwrite=False) as folder:
         (folder / "tokenizer").mkdir()
         copy_tokenizer_files(weights.tokenizer, folder / "tokenizer")
-        write_weights(folder / "checkpoints", 0, metadata, our_shapes(config), upcycled.read)
+        write_weights(folder / "checkpoints", 0, metadata, tensor_shapes(config), upcycled.read)
     total, active = count_parameters(config)
     console.print(
         f"{out}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active; "

@@ -7,8 +7,7 @@ from pathlib import Path
 from model import Decoder, ModelConfig
 from model.hf import HFWeights, read_config
 from model.hf.choice import essence
-from model.hf.places import our_shapes
-from model.hf.writer import Read
+from model.tensors import Read, tensor_shapes
 from parallel.checkpoint import Commit, commit_paths, list_commits, read_commit, verify
 from parallel.commits import MANIFEST
 from parallel.control_plane import ControlPlane
@@ -115,10 +114,9 @@ def check_changes(source: ModelConfig, changed: ModelConfig) -> None:
         for name in {**after, **before}
         if after.get(name) != before.get(name) and not any(f"{name}.".startswith(f"{prefix}.") for prefix in free)
     ]
-    if not differing and our_shapes(source) != our_shapes(changed):
-        differing = [
-            f"{name} (only on one side)" for name in sorted(our_shapes(source).keys() ^ our_shapes(changed).keys())
-        ]
+    if not differing:
+        there, here = tensor_shapes(source), tensor_shapes(changed)
+        differing = [f"{name} (only on one side)" for name in sorted(there.keys() ^ here.keys())]
     if differing:
         raise ValueError(
             f"model.from's weights are of another model: {', '.join(differing)}; what training alone reads may "

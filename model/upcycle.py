@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.hf.places import Box
-from model.hf.writer import Read
 from model.init import initial_tensor
+from model.tensors import Box, Read
 
 BALANCE_LOSS = 0.01
 """Without one, a router that starts among equal experts soon uses few of them (Fedus et al., 2021: 1e-2)."""

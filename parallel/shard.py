@@ -10,11 +10,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model import ModelConfig
 from model.decoder import Decoder
 from model.experts import Experts
-from model.hf.places import our_shapes
-from model.hf.writer import Read
 from model.init import initial_tensor
 from model.moe import MoE, Router
 from model.sharded import local
+from model.tensors import Read, tensor_shapes
 from parallel.expert import apply_expert_parallel
 from parallel.layout import Meshes
 from parallel.tensor import apply_tensor_parallel
@@ -100,7 +99,7 @@ def initialise_shards(decoder: Decoder, seed: int) -> None:
 def load_shards(decoder: Decoder, read: Read) -> None:
     """Fills this rank's part of every weight, and the routing biases, with what `read` gives, and asks for no more."""
     tensors = decoder.state_dict()
-    for name in our_shapes(decoder.config):
+    for name in tensor_shapes(decoder.config):
         if local(tensors[name]).numel():
             local(tensors[name]).copy_(read(name, tuple(_held_box(tensors[name]))))
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.hf.places import Box
-from model.hf.writer import Read
+from model.tensors import Box, Read
 from parallel.commits import ChunkReader, Commit, clean, commit_name, publish
 from parallel.manifest import Chunk, Manifest, StoredFile, StoredTensor
 from parallel.tensor_file import DTYPE_OF_NAME, dtype_name, write_tensors

@@ -11,10 +11,7 @@ from typing import NamedTuple
 import torch
 
 from model.config import ModelConfig
-from model.decoder import Decoder
-
-Box = tuple[slice, ...]
-"""A part of a tensor: one slice a dimension, of step 1."""
+from model.tensors import tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,10 @@ class Piece(NamedTuple):
     source: Source
 
 
-def our_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every tensor of a decoder that a checkpoint holds; a tied head is the embedding's."""
-    with torch.device("meta"):
-        tensors = Decoder(config).state_dict()
-    if config.tied_embeddings:
-        tensors.pop("head.weight", None)
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
 def places(config: ModelConfig, table: Table) -> tuple[dict[str, Place], dict[str, torch.Size]]:
     """Where each tensor of ours lies in theirs, and the shapes of those that have no place there."""
     found, homeless = {}, {}
-    for name, shape in our_shapes(config).items():
+    for name, shape in tensor_shapes(config).items():
         source, layer = look_up(name, table)
         if source is None:
             homeless[name] = shape
@@ -134,8 +122,3 @@ def runs(source: Source, rows: slice) -> Iterator[slice]:
         if start < stop:
             yield slice(run.start + start, run.start + stop)
         before += length
-
-
-def whole(shape: torch.Size) -> Box:
-    """The box that is all of a tensor."""
-    return tuple(slice(0, size) for size in shape)

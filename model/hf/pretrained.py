@@ -8,10 +8,10 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.hf.families import config_json, family_of
-from model.hf.places import Box
 from model.hf.reader import HFWeights
 from model.hf.writer import write_pretrained
 from model.router import Router
+from model.tensors import Box
 
 
 def read_config(folder: Path | str) -> ModelConfig:

@@ -12,7 +12,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.hf.families import family_of
 from model.hf.fields import json_object
-from model.hf.places import Box, Source, inverse, is_optional, look_up, places, runs, their_shape, whole
+from model.hf.places import Source, inverse, is_optional, look_up, places, runs, their_shape
+from model.tensors import Box, whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -3,7 +3,7 @@
 import json
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.hf.choice import family_for
-from model.hf.places import Box, Piece, Place, inverse, is_bias, places, their_shape, whole
+from model.hf.places import Piece, Place, inverse, is_bias, places, their_shape
 from model.hf.reader import FLOATS, INDEX, SINGLE
+from model.tensors import Read, whole
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
-
-Read = Callable[[str, Box], Tensor]
-"""Gives a part of one of our tensors, by its name: `HFWeights.read`, or a checkpoint's."""
 
 
 class _Entry(NamedTuple):

@@ -25,7 +25,7 @@ from jobs.config import load_config
 from jobs.metrics import read_metrics
 from jobs.weights import check_changes, config_of, fill_shards, locate, open_weights
 from model import ModelConfig
-from model.hf.places import Box, our_shapes, whole
+from model.tensors import Box, tensor_shapes, whole
 from parallel.checkpoint import list_commits
 from parallel.layout import Layout
 from parallel.shard import build_decoder
@@ -114,7 +114,7 @@ def start(source: Path, layout: Layout) -> tuple[dict[str, Tensor], int, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs.weights, "open_weights", counting)
         fill_shards(decoder, source)
-    state = {name: tensor for name, tensor in decoder.state_dict().items() if name in our_shapes(decoder.config)}
+    state = {name: tensor for name, tensor in decoder.state_dict().items() if name in tensor_shapes(decoder.config)}
     held = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in state.values())
     whole_ones = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
     return {name: tensor.detach().clone() for name, tensor in whole_ones.items()}, numbers, held
@@ -132,7 +132,7 @@ def test_every_layout_starts_with_the_same_weights_and_reads_its_part_alone(
     source = hf if kind == "hf" else locate(run)
     results = pool.run(start, layout.world_size, source, layout)
     weights = open_weights(source)
-    shapes = our_shapes(weights.config)
+    shapes = tensor_shapes(weights.config)
     for name, shape in shapes.items():
         assert torch.equal(results[0][0][name], weights.read(name, whole(shape))), name
     total = sum(shape.numel() for shape in shapes.values())
@@ -152,7 +152,7 @@ def test_what_a_hugging_face_folder_holds_is_what_is_read(hf: Path) -> None:
     from safetensors.torch import load_file
 
     theirs, weights = load_file(hf / "model.safetensors"), open_weights(hf)
-    shapes = our_shapes(weights.config)
+    shapes = tensor_shapes(weights.config)
     ours = weights.read("blocks.1.ffn.experts.down_EDF", whole(shapes["blocks.1.ffn.experts.down_EDF"]))
     for expert in range(8):
         assert torch.equal(ours[expert], theirs[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"])

@@ -15,7 +15,7 @@ from jobs.generate import load_run
 from jobs.metrics import read_metrics
 from jobs.weights import open_weights
 from model.hf import save_pretrained
-from model.hf.places import Box, our_shapes, whole
+from model.tensors import Box, tensor_shapes, whole
 from parallel.checkpoint import list_commits, verify
 from parallel.weights import CommitWeights, write_weights
 
@@ -62,7 +62,7 @@ def test_a_hugging_face_folder_is_upcycled_too(moray: Moray, dense: Path, tmp_pa
     (commit,) = list_commits(tmp_path / "moe" / "checkpoints")
     there, here = open_weights(tmp_path / "hf"), open_weights(commit.path)
     for name in ("embedding.weight", "blocks.1.attention.key_norm.weight", "blocks.0.attention.output.weight"):
-        box = whole(our_shapes(here.config)[name])
+        box = whole(tensor_shapes(here.config)[name])
         assert torch.equal(here.read(name, box), there.read(name, box))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model import Decoder, ModelConfig
-from model.hf.places import our_shapes, whole
+from model.tensors import tensor_shapes, whole
 from model.upcycle import Upcycled, Upcycling, upcycled_config
 
 FFNS = {
@@ -54,7 +54,7 @@ def upcycled(dense: Decoder, options: Upcycling) -> Decoder:
     state = dense.state_dict()
     source = Upcycled(dense.config, lambda name, box: state[name][box], options)
     decoder = Decoder(source.config).double().eval()
-    tensors = {name: source.read(name, whole(shape)) for name, shape in our_shapes(source.config).items()}
+    tensors = {name: source.read(name, whole(shape)) for name, shape in tensor_shapes(source.config).items()}
     if source.config.tied_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
     decoder.load_state_dict(tensors)
@@ -150,7 +150,7 @@ def test_any_part_of_a_tensor_is_that_part_of_the_whole() -> None:
     dense = random_decoder(dense_config(bias=True))
     state = dense.state_dict()
     source = Upcycled(dense.config, lambda name, box: state[name][box], Upcycling(6, 3, 1, noise=0.1, granularity=4))
-    for name, shape in our_shapes(source.config).items():
+    for name, shape in tensor_shapes(source.config).items():
         box = tuple(slice(size // 3, max(size - 1, 1)) for size in shape)
         assert torch.equal(source.read(name, box), source.read(name, whole(shape))[box]), name
 
@@ -159,7 +159,7 @@ def test_bf16_weights_are_read_as_fp32() -> None:
     dense = random_decoder(dense_config()).to(torch.bfloat16)
     state = dense.state_dict()
     source = Upcycled(dense.config, lambda name, box: state[name][box], Upcycling(4, 2))
-    for name, shape in our_shapes(source.config).items():
+    for name, shape in tensor_shapes(source.config).items():
         assert source.read(name, whole(shape)).dtype == torch.float32, name
 
 

@@ -11,7 +11,7 @@ import pytest
 from model import ModelConfig
 from model.hf import read_config
 from model.hf.choice import essence, family_for
-from model.hf.places import our_shapes
+from model.tensors import tensor_shapes
 
 SUMMARY = {
     "summary_activation": None,
@@ -223,7 +223,7 @@ def test_published_files_are_the_presets(preset: str, values: dict[str, Any], tm
     ("values", "count"), [(GPT2, 124_439_808), (STARCODER, 15_517_456_384)], ids=["gpt2", "starcoder"]
 )
 def test_published_files_have_the_published_size(values: dict[str, Any], count: int, tmp_path: Path) -> None:
-    assert sum(math.prod(shape) for shape in our_shapes(read(tmp_path, values)).values()) == count
+    assert sum(math.prod(shape) for shape in tensor_shapes(read(tmp_path, values)).values()) == count
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from model import Decoder, ModelConfig, initialise
 from model.hf import HFWeights, load_pretrained, read_config, save_pretrained, write_pretrained
-from model.hf.places import Box, Place, Source, inverse, runs, their_shape
+from model.hf.places import Place, Source, inverse, runs, their_shape
+from model.tensors import Box
 
 TINY = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "max_seq_len": 32, "ffn": {"width": 48}}
 
