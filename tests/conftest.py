@@ -13,11 +13,9 @@ from pool import Pool
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    """Eight real worker processes over gloo."""
-    pool = Pool(8)
-    yield pool
-    pool.close()
+def pool() -> Pool:
+    """Real worker processes over gloo."""
+    return Pool()
 
 
 @pytest.fixture(scope="session")

@@ -1,100 +1,121 @@
-"""A pool of real worker processes over gloo, started once per test session (a cold `import torch` takes seconds).
+"""Real worker processes over gloo, each forked for one call from a process that has imported everything already.
 
     results = pool.run(function, 4, arguments...)     # function(*arguments) on 4 ranks, results in rank order
 
-The function is a module-level function of a test file; each call gets a fresh process group over its first ranks.
+The function is a module-level function of a test file. A rank has no past and leaves nothing behind: a process that ran
+one call after the other would keep the gloo groups of all of them alive (DTensor caches their meshes), and their
+threads and connections would slow down every later call.
 """
 
 import importlib.util
 import multiprocessing as mp
-import os
+import pickle
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-COLLECTIVE_TIMEOUT_S = 50
+CALL_S = 50.0
+"""How long a call may take, and a collective wait."""
+ECHO_S = 5.0
+"""How long peers may go on once a rank has failed: what they raise of it is told as well."""
+IMPORTED_ONCE = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "jobs.trainer",
+    "parallel.checkpoint",
+    "pytest",
+]
 
 
 def _load(path: str) -> Any:
-    """Imports a test file by its path, once per process (test folders are not packages)."""
+    """Imports a test file by its path (test folders are not packages)."""
     name = "pooled_" + Path(path).stem
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def _work(rank: int, pipe: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _work(rank: int, world_size: int, rendezvous: str, path: str, name: str, arguments: bytes, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    while True:
-        task = pipe.recv()
-        if task is None:
-            return
-        path, name, world_size, rendezvous, arguments = task
-        try:
-            store = dist.FileStore(rendezvous, world_size)
-            timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-            torch.manual_seed(0)
-            reply = (True, getattr(_load(path), name)(*arguments))
-        except BaseException:
-            reply = (False, traceback.format_exc())
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        pipe.send(reply)
+    try:
+        store = dist.FileStore(rendezvous, world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=CALL_S)
+        )
+        torch.manual_seed(0)
+        reply = (True, getattr(_load(path), name)(*pickle.loads(arguments)))
+    except BaseException:
+        reply = (False, traceback.format_exc())
+    # Bytes: multiprocessing would share tensors through memory of this process, which is about to end.
+    pipe.send_bytes(pickle.dumps(reply))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Pool:
-    """`size` spawned processes, each waiting for a function to run as one rank of a process group."""
+    """Runs functions as the ranks of a process group."""
 
-    def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory()
-        self._calls = 0
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+    def __init__(self) -> None:
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(IMPORTED_ONCE)
 
     def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
         """function(*arguments) on ranks 0 … world_size-1; raises AssertionError with every failed rank's traceback."""
-        self._calls += 1
-        rendezvous = f"{self._folder.name}/{self._calls}"
-        path = function.__code__.co_filename
-        for pipe in self._pipes[:world_size]:
-            pipe.send((path, function.__name__, world_size, rendezvous, arguments))
-        replies = [pipe.recv() for pipe in self._pipes[:world_size]]
-        failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in enumerate(replies) if not ok]
-        assert not failures, "\n".join(failures)
-        return [value for _, value in replies]
-
-    def close(self) -> None:
-        for pipe in self._pipes:
+        with tempfile.TemporaryDirectory() as folder:
+            call = (f"{folder}/rendezvous", function.__code__.co_filename, function.__name__, pickle.dumps(arguments))
+            pipes: dict[Connection, int] = {}
+            ranks: list[ForkServerProcess] = []
             try:
-                pipe.send(None)
-            except OSError:
-                continue
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._folder.cleanup()
+                for rank in range(world_size):
+                    ours, theirs = self._context.Pipe(duplex=False)
+                    process = self._context.Process(target=_work, args=(rank, world_size, *call, theirs), daemon=True)
+                    process.start()
+                    theirs.close()
+                    pipes[ours] = rank
+                    ranks.append(process)
+                replies = _replies(pipes)
+            finally:
+                for process in ranks:
+                    process.join(ECHO_S if sys.exc_info()[0] is None else 0)
+                    process.kill()
+                    process.join()
+                    process.close()
+                for pipe in pipes:
+                    pipe.close()
+        failures = [f"rank {rank}:\n{value}" for rank, (is_done, value) in sorted(replies.items()) if not is_done]
+        assert not failures, "\n".join(failures)
+        return [replies[rank][1] for rank in range(world_size)]
+
+
+def _replies(pipes: dict[Connection, int]) -> dict[int, tuple[bool, Any]]:
+    """What each rank returned, or (False, why not)."""
+    replies: dict[int, tuple[bool, Any]] = {}
+    waiting, until = dict(pipes), time.monotonic() + CALL_S
+    while waiting and (left := until - time.monotonic()) > 0:
+        for pipe in wait(list(waiting), left):
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            try:
+                replies[rank] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                replies[rank] = (False, "ended without a word")
+            if not replies[rank][0]:
+                until = min(until, time.monotonic() + ECHO_S)
+    return {**dict.fromkeys(waiting.values(), (False, "gave no answer in time")), **replies}
