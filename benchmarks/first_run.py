@@ -2,7 +2,7 @@
 
     python benchmarks/first_run.py SOURCE --out DIR [--report docs/first-run.md] [--steps 300]
 
-Runs under DIR that are finished are not computed again. Every run is `python -m jobs pretrain` in a process of its own.
+Runs under DIR that are finished are not computed again. Every run is a `python -m moray pretrain` of its own.
 """
 
 import argparse
@@ -18,12 +18,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-from cluster.events import read_events
-from jobs.config import load_config
-from jobs.ledger import ledger_problems
-from jobs.metrics import read_metrics
-from model.cost import count_parameters
+from moray.cluster.events import read_events
+from moray.jobs.config.run import load_config
+from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.training.metrics import read_metrics
+from moray.model.accounting.cost import count_parameters
 
 Rows = list[dict[str, Any]]
 
@@ -62,7 +61,7 @@ PROMPTS = ("The old man", "It was a", "She looked")
 
 def command(settings: dict[str, str]) -> list[str]:
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    return [sys.executable, "-m", "jobs", "pretrain", *words]
+    return [sys.executable, "-m", "moray", "pretrain", *words]
 
 
 def compute(settings: dict[str, str], kill: str | None) -> None:
@@ -157,7 +156,7 @@ def report(settings: dict[str, str], runs: dict[str, Rows], folders: dict[str, P
         )
     lines += ["", f"Differences are from the first run. Validation loss at the end: {last['validation_loss']:.4f}.", ""]
     for prompt in PROMPTS:
-        words = [sys.executable, "-m", "jobs", "generate", str(folders[main_name]), "--prompt", prompt]
+        words = [sys.executable, "-m", "moray", "generate", str(folders[main_name]), "--prompt", prompt]
         words += ["--max-new-tokens", "60", "--temperature", "0.7", "--top-p", "0.9"]
         text = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
         lines += [f"    {line}" for line in text.splitlines()] + [""]
@@ -173,7 +172,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = arguments.out / "data"
     if not (data / "index.json").exists():
-        subprocess.run([sys.executable, "-m", "jobs", "prepare", arguments.source, "--out", str(data)], check=True)
+        subprocess.run([sys.executable, "-m", "moray", "prepare", arguments.source, "--out", str(data)], check=True)
     runs, folders, settings = {}, {}, {}
     for number, (name, extra) in enumerate(RUNS.items()):
         folders[name] = arguments.out / f"run-{number}"

@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import torch
+from moray.model import Decoder, ModelConfig
+from moray.model.accounting.cost import count_parameters
+from moray.model.presets import PRESETS
 from parity_table import replaced
-
-from model import Decoder, ModelConfig
-from model.cost import count_parameters
-from model.presets import PRESETS
 
 
 def row(name: str) -> str:

@@ -15,10 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from moray.jobs.cli import dispatch
+from moray.jobs.training.metrics import read_metrics
 from parity_table import replaced
-
-from jobs.cli import dispatch
-from jobs.metrics import read_metrics
 
 PLAIN = {
     "n_experts": 16,

@@ -16,15 +16,14 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import transformers
-
-from jobs.config import OptimizerSection
-from jobs.metrics import matmul_peak
-from jobs.optimizer import build_optimizer
-from model import ModelConfig
-from model.cost import train_flops_per_token
-from parallel.gradients import MicroBatch, accumulate_gradients
-from parallel.layout import Layout
-from parallel.shard import build_decoder, initialise_shards
+from moray.jobs.config.run import OptimizerSection
+from moray.jobs.training.metrics import matmul_peak
+from moray.jobs.training.optimizer import build_optimizer
+from moray.model import ModelConfig
+from moray.model.accounting.cost import train_flops_per_token
+from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.parallel.layout import Layout
+from moray.parallel.shard import build_decoder, initialise_shards
 
 Step = Callable[[], None]
 

@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
-from cluster.events import OnEvent, OnStatus
-from cluster.worker import WorkerFunction
+from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.worker import WorkerFunction
 
 Launcher = Literal["ray", "torchrun", "local"]
 
@@ -32,19 +32,19 @@ def launch(
     Raises ValueError for a user's mistake, the function's own included; under ray WorkerError where no restart is left.
     """
     if launcher == "local":
-        from cluster.local import run_local
+        from moray.cluster.local import run_local
 
         if workers != 1:
             raise ValueError(f"cluster.workers={workers} must be 1 with cluster.launcher=local; or choose ray")
         return run_local(function, argument, first_generation, on_event, on_status)
     if launcher == "torchrun":
-        from cluster.torchrun import run_torchrun
+        from moray.cluster.torchrun import run_torchrun
 
         return run_torchrun(function, argument, first_generation, on_event, on_status)
     if launcher != "ray":
         raise ValueError(f"cluster.launcher={launcher!r} is unknown; choose ray, torchrun or local")
     # Ray is imported only where it is the launcher.
-    from cluster.supervisor import supervise
+    from moray.cluster.ray.supervisor import supervise
 
     return supervise(
         function,

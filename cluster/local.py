@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch.distributed as dist
-
-from cluster.devices import check_health, pick_device
-from cluster.events import OnEvent, OnStatus
-from cluster.signals import stop_on_signals
-from cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
+from moray.cluster.devices import check_health, pick_device
+from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.signals import stop_on_signals
+from moray.cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
 
 
 def run_local(

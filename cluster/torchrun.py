@@ -4,12 +4,11 @@ import os
 from typing import Any, Literal
 
 import torch.distributed as dist
-
-from cluster.devices import check_health, pick_device
-from cluster.events import OnEvent, OnStatus
-from cluster.local import run_here
-from cluster.signals import stop_on_signals
-from cluster.worker import WorkerContext, WorkerFunction
+from moray.cluster.devices import check_health, pick_device
+from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.local import run_here
+from moray.cluster.signals import stop_on_signals
+from moray.cluster.worker import WorkerContext, WorkerFunction
 
 
 def run_torchrun(
@@ -22,7 +21,7 @@ def run_torchrun(
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ValueError(
             "cluster.launcher=torchrun needs processes that torchrun started: "
-            "torchrun --nproc-per-node N -m jobs …; or choose ray or local"
+            "torchrun --nproc-per-node N -m moray …; or choose ray or local"
         )
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     n_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])

@@ -9,8 +9,7 @@ from functools import cached_property
 
 import numpy as np
 from fsspec.core import url_to_fs
-
-from data.dataset import Dataset, Extent, Sample, Shard
+from moray.data.dataset import Dataset, Extent, Sample, Shard
 
 CACHE_BYTES = 256 << 20
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.formats import TEXT_SUFFIXES, Raw, is_readable, read_file
+from moray.data.formats import TEXT_SUFFIXES, Raw, is_readable, read_file
 
 STDLIB = "stdlib"
 # Test suites are most of the standard library's bytes and little of its prose; site-packages is not part of it.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from data.corpus import Document
+from moray.data.corpus import Document
 
 BUCKET_BYTES = 64 << 20
 FAN_OUT = 256  # a bucket is a value of one more byte of the digest

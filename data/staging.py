@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.dataset import INDEX, STAGING_SUFFIX
+from moray.data.dataset import INDEX, STAGING_SUFFIX
 
 REPLACED_SUFFIX = ".moray-replaced"
 

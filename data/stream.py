@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from data.blocks import CACHE_BYTES, BlockReader
-from data.dataset import Dataset
-from data.order import locate, sequence_counts
+from moray.data.blocks import CACHE_BYTES, BlockReader
+from moray.data.dataset import Dataset
+from moray.data.order import locate, sequence_counts
 
 IGNORE = -100  # torch's cross_entropy leaves such targets out
 

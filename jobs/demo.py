@@ -6,17 +6,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moray.cluster.events import read_events
+from moray.data.dataset import Dataset
+from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.datasets.prepare import prepare
+from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
+from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.watcher import Listener
+from moray.jobs.training.metrics import read_metrics
+from moray.jobs.training.pretrain import pretrain
 from rich.console import Console
-
-from cluster.events import read_events
-from data.dataset import Dataset
-from jobs.config import RunConfig, load_config
-from jobs.generate import Sampling, generate_tokens, load_run, stream_text
-from jobs.ledger import ledger_problems
-from jobs.metrics import read_metrics
-from jobs.prepare import prepare
-from jobs.pretrain import pretrain
-from jobs.watcher import Listener
 
 PROMPT = "def read("
 
@@ -79,7 +78,7 @@ def _phase(console: Console, number: int, name: str, what: str) -> None:
 
 
 def _what(config: RunConfig) -> str:
-    from model.cost import count_parameters
+    from moray.model.accounting.cost import count_parameters
 
     total, active = count_parameters(config.model)
     model, layout = config.model, config.resolved_layout

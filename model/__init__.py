@@ -1,10 +1,10 @@
 """What is computed: a GPT, dense or Mixture-of-Experts, in plain PyTorch on one device."""
 
-from model.cache import KVCache
-from model.config import ModelConfig
-from model.context import Documents
-from model.decoder import Decoder, Losses
-from model.init import initialise
-from model.randomness import Randomness
+from moray.model.attention.cache import KVCache
+from moray.model.config.architecture import ModelConfig
+from moray.model.context import Documents
+from moray.model.decoder import Decoder, Losses
+from moray.model.init import initialise
+from moray.model.randomness import Randomness
 
 __all__ = ["Decoder", "Documents", "KVCache", "Losses", "ModelConfig", "Randomness", "initialise"]

@@ -2,15 +2,14 @@
 
 # Shapes: B batch, T tokens, D model width.
 
+from moray.model.attention.layer import build_attention
+from moray.model.config.architecture import ModelConfig
+from moray.model.context import Context
+from moray.model.feedforward import FeedForward
+from moray.model.moe.balance import Statistics
+from moray.model.moe.layer import MoE
+from moray.model.norm import build_norm
 from torch import Tensor, nn
-
-from model.attention import build_attention
-from model.balance import Statistics
-from model.config import ModelConfig
-from model.context import Context
-from model.feedforward import FeedForward
-from model.moe import MoE
-from model.norm import build_norm
 
 
 class Block(nn.Module):

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from moray.model.attention.cache import KVCache
+from moray.model.randomness import Randomness
 from torch import Tensor
-
-from model.cache import KVCache
-from model.randomness import Randomness
 
 
 @dataclass(frozen=True)

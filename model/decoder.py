@@ -6,17 +6,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from moray.model.attention.cache import KVCache
+from moray.model.attention.rope import rope_angles
+from moray.model.block import Block
+from moray.model.config.architecture import ModelConfig
+from moray.model.context import Context, Documents
+from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
+from moray.model.moe.balance import Statistics, auxiliary_loss
+from moray.model.norm import build_norm
+from moray.model.randomness import Randomness
 from torch import Tensor, nn
-
-from model.balance import Statistics, auxiliary_loss
-from model.block import Block
-from model.cache import KVCache
-from model.config import ModelConfig
-from model.context import Context, Documents
-from model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
-from model.norm import build_norm
-from model.randomness import Randomness
-from model.rope import rope_angles
 
 
 class Losses(NamedTuple):

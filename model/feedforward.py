@@ -6,11 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
+from moray.model.config.parts import FeedForwardConfig
+from moray.model.context import Context
+from moray.model.mixffn import CausalConvolution, LowRankAdapter
 from torch import Tensor, nn
-
-from model.context import Context
-from model.mixffn import CausalConvolution, LowRankAdapter
-from model.parts import FeedForwardConfig
 
 
 def _squared_relu(x: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ import math
 import re
 
 import torch
+from moray.model.config.architecture import ModelConfig
+from moray.model.decoder import Decoder
 from torch import Tensor
-
-from model.config import ModelConfig
-from model.decoder import Decoder
 
 BLOCK_ROWS = 256
 WRITES_TO_STREAM = ("attention.output.weight", "ffn.down.weight", "shared.down.weight", "experts.down_EDF")

@@ -5,10 +5,9 @@
 
 import torch
 import torch.nn.functional as F
+from moray.model.context import Context
+from moray.model.sharded import local
 from torch import Tensor, nn
-
-from model.context import Context
-from model.sharded import local
 
 
 def causal_convolution(x_BTF: Tensor, weight_Fk: Tensor, bias_F: Tensor | None, padding: int) -> Tensor:

@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
+from moray.model.config.parts import NormConfig
 from torch import Tensor, nn
-
-from model.parts import NormConfig
 
 
 class _Norm(nn.Module, ABC):

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import torch
+from moray.model.config.architecture import ModelConfig
+from moray.model.decoder import Decoder
 from torch import Tensor
-
-from model.config import ModelConfig
-from model.decoder import Decoder
 
 Box = tuple[slice, ...]
 """A part of a tensor: one slice a dimension, of step 1."""

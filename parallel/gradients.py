@@ -7,15 +7,14 @@ from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
+from moray.model import Documents, Randomness
+from moray.model.decoder import IGNORED, Decoder
+from moray.model.moe.balance import updated_bias
+from moray.model.moe.layer import MoE
+from moray.model.sharded import local
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-
-from model import Documents, Randomness
-from model.balance import updated_bias
-from model.decoder import IGNORED, Decoder
-from model.moe import MoE
-from model.sharded import local
 
 
 @dataclass(frozen=True)

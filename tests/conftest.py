@@ -21,7 +21,7 @@ def pool() -> Pool:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A real Ray with eight CPU slots; this process and its subprocesses find it through RAY_ADDRESS."""
-    from cluster.local_ray import local_ray  # importing Ray takes long, and few tests need it
+    from moray.cluster.ray.local_ray import local_ray  # importing Ray takes long, and few tests need it
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")  # with a GPU in it, Ray would count GPUs for slots

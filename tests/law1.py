@@ -6,22 +6,21 @@ its loss is checked against torch's cross_entropy of its logits.
 
 from typing import Any
 
+import moray.model.moe.experts
 import pytest
 import torch
 import torch.distributed as dist
+from moray.jobs.config.run import OptimizerSection
+from moray.jobs.training.optimizer import build_optimizer
+from moray.model import Decoder, Losses, ModelConfig, Randomness, initialise
+from moray.model.moe.balance import updated_bias
+from moray.model.moe.grouped import grouped_linear, grouped_mm_linear
+from moray.model.moe.layer import MoE
+from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
+from moray.parallel.layout import Layout
+from moray.parallel.shard import build_decoder, initialise_shards
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-import model.experts
-from jobs.config import OptimizerSection
-from jobs.optimizer import build_optimizer
-from model import Decoder, Losses, ModelConfig, Randomness, initialise
-from model.balance import updated_bias
-from model.grouped import grouped_linear, grouped_mm_linear
-from model.moe import MoE
-from parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
-from parallel.layout import Layout
-from parallel.shard import build_decoder, initialise_shards
 
 STEPS, BATCH, TOKENS, SEED = 5, 8, 16, 3
 MAX_NORM = 0.5
@@ -135,7 +134,7 @@ def spread(
 
     In fp32 the experts use the grouped kernel that GPUs use, in fp64, which it lacks, the loop over experts.
     """
-    model.experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
+    moray.model.moe.experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
     decoder = build_decoder(config, layout.meshes("cpu"), dtype=dtype, compute_dtype=compute_dtype or dtype)
     initialise_shards(decoder, SEED)
     starve(decoder)

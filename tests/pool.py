@@ -31,8 +31,8 @@ IMPORTED_ONCE = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
-    "jobs.trainer",
-    "parallel.checkpoint",
+    "moray.jobs.training.trainer",
+    "moray.parallel.checkpoint.checkpointer",
     "pytest",
 ]
 
@@ -49,7 +49,9 @@ def _load(path: str) -> Any:
     return module
 
 
-def _work(rank: int, world_size: int, rendezvous: str, path: str, name: str, arguments: bytes, pipe: Connection) -> None:
+def _work(
+    rank: int, world_size: int, rendezvous: str, path: str, name: str, arguments: bytes, pipe: Connection
+) -> None:
     import torch
     import torch.distributed as dist
 

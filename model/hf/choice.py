@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.families import FAMILIES
-from model.hf.family import Family
-from model.hf.places import is_bias, is_optional, places
-from model.rope import base
+from moray.model.attention.rope import base
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.families import FAMILIES
+from moray.model.hf.family import Family
+from moray.model.hf.places import is_bias, is_optional, places
 
 _TRAINING_ONLY = """
 z_loss moe.noisy moe.jitter moe.second_expert moe.group_size moe.capacity_factor moe.drop_by moe.balance_loss

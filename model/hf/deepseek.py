@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.family import Rule
-from model.hf.fields import Fields, refused
-from model.hf.places import Source
-from model.hf.rules import at, fixed
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.family import Rule
+from moray.model.hf.fields import Fields, refused
+from moray.model.hf.places import Source
+from moray.model.hf.rules import at, fixed
 
 _FIELDS = {
     "kv_lora_rank": "kv_rank",

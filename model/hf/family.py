@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from model.config import ModelConfig
-from model.hf.fields import Fields
-from model.hf.places import Table
-from model.parts import merge
+from moray.model.config.architecture import ModelConfig
+from moray.model.config.parts import merge
+from moray.model.hf.fields import Fields
+from moray.model.hf.places import Table
 
 
 class Rule(NamedTuple):

@@ -4,11 +4,11 @@
 
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.family import Rule
-from model.hf.fields import Fields, refused
-from model.hf.places import Source
-from model.hf.rules import ours, same, translated, unused
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.family import Rule
+from moray.model.hf.fields import Fields, refused
+from moray.model.hf.places import Source
+from moray.model.hf.rules import ours, same, translated, unused
 
 _OURS = "blocks.{layer}.attention."
 

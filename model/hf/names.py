@@ -1,6 +1,6 @@
 """The names that Llama gave its weights and most families kept."""
 
-from model.hf.places import Source
+from moray.model.hf.places import Source
 
 _OURS, _THEIRS = "blocks.{layer}.", "model.layers.{layer}."
 

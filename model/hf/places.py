@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-
-from model.config import ModelConfig
-from model.tensors import tensor_shapes
+from moray.model.config.architecture import ModelConfig
+from moray.model.tensors import tensor_shapes
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,14 @@
 from pathlib import Path
 
 import torch
+from moray.model.config.architecture import ModelConfig
+from moray.model.decoder import Decoder
+from moray.model.hf.families import config_json, family_of
+from moray.model.hf.reader import HFWeights
+from moray.model.hf.writer import write_pretrained
+from moray.model.moe.router import Router
+from moray.model.tensors import Box
 from torch import Tensor
-
-from model.config import ModelConfig
-from model.decoder import Decoder
-from model.hf.families import config_json, family_of
-from model.hf.reader import HFWeights
-from model.hf.writer import write_pretrained
-from model.router import Router
-from model.tensors import Box
 
 
 def read_config(folder: Path | str) -> ModelConfig:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.family import Rule
-from model.hf.fields import Fields, refused
-from model.parts import RopeScaling
-from model.rope import base
+from moray.model.attention.rope import base
+from moray.model.config.architecture import ModelConfig
+from moray.model.config.parts import RopeScaling
+from moray.model.hf.family import Rule
+from moray.model.hf.fields import Fields, refused
 
 _LENGTH = "original_max_position_embeddings"
 _BANDS = ("factor", _LENGTH, "low_freq_factor", "high_freq_factor")

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.family import Rule
-from model.hf.fields import MISSING, Fields, refused
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.family import Rule
+from moray.model.hf.fields import MISSING, Fields, refused
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:

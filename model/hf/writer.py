@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.choice import family_for
+from moray.model.hf.places import Piece, Place, inverse, is_bias, places, their_shape
+from moray.model.hf.reader import FLOATS, INDEX, SINGLE
+from moray.model.tensors import Read, whole
 from torch import Tensor
-
-from model.config import ModelConfig
-from model.hf.choice import family_for
-from model.hf.places import Piece, Place, inverse, is_bias, places, their_shape
-from model.hf.reader import FLOATS, INDEX, SINGLE
-from model.tensors import Read, whole
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 

@@ -8,7 +8,7 @@ import tomllib
 from importlib import resources
 from typing import Any
 
-from model.parts import merge
+from moray.model.config.parts import merge
 
 
 def read_family(text: str) -> dict[str, dict[str, Any]]:

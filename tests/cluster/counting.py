@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-from cluster.events import EventLog, read_events
-from cluster.launch import launch
-from cluster.worker import EXIT_INTERRUPTED, WorkerContext
+from moray.cluster.events import EventLog, read_events
+from moray.cluster.launch import launch
+from moray.cluster.worker import EXIT_INTERRUPTED, WorkerContext
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from cluster.devices import check_health, peak_memory_bytes, pick_device
+from moray.cluster.devices import check_health, peak_memory_bytes, pick_device
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -1,7 +1,7 @@
 from datetime import datetime
 from pathlib import Path
 
-from cluster.events import EventLog, read_events
+from moray.cluster.events import EventLog, read_events
 
 
 def test_events_come_back_in_order_with_their_time(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from counting import Plan, count, history
-
-from cluster.events import read_events
-from cluster.launch import launch
+from moray.cluster.events import read_events
+from moray.cluster.launch import launch
 
 SCRIPT = Path(__file__).parent / "counting.py"
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from data.dataset import Dataset, write_index
-from data.shards import SplitWriter
+from moray.data.dataset import Dataset, write_index
+from moray.data.shards import SplitWriter
 
 Documents = list[list[int]]
 

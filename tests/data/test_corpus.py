@@ -13,8 +13,7 @@ import pyarrow.parquet
 import pytest
 import webdataset
 import zstandard
-
-from data.corpus import Skipped, read_documents
+from moray.data.corpus import Skipped, read_documents
 
 ROWS = [{"text": "one"}, {"id": "second", "text": "zwei\nzwei"}, {"text": "三"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

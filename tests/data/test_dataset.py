@@ -7,9 +7,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-
-from data.dataset import Dataset, fingerprint_of
-from data.stream import Stream
+from moray.data.dataset import Dataset, fingerprint_of
+from moray.data.stream import Stream
 
 MakeDataset = Callable[..., Dataset]
 DOCUMENTS = [[n, n + 1, n + 2] for n in range(20)]

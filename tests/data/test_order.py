@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from data.order import _mix, locate, permute, sequence_counts
+from moray.data.order import _mix, locate, permute, sequence_counts
 
 
 def test_mix_is_splitmix64() -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
-
-from data.dataset import Dataset
-from data.shards import SplitWriter
+from moray.data.dataset import Dataset
+from moray.data.shards import SplitWriter
 
 DOCUMENTS = [[10 * d + t for t in range(1, 2 + d % 4 + 1)] for d in range(1, 10)]
 

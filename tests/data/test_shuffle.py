@@ -6,10 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-
-from data import shuffle
-from data.corpus import Document
-from data.shuffle import ShuffledCorpus, scatter, sort
+from moray.data import shuffle
+from moray.data.corpus import Document
+from moray.data.shuffle import ShuffledCorpus, scatter, sort
 
 DOCUMENTS = [Document(f"key-{n}", f"text number {n} " + "x" * (n % 50)) for n in range(500)]
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from data.blocks import BlockReader
-from data.dataset import Dataset
-from data.stream import Batch, Stream, evaluation_batches
+from moray.data.blocks import BlockReader
+from moray.data.dataset import Dataset
+from moray.data.stream import Batch, Stream, evaluation_batches
 
 MakeDataset = Callable[..., Dataset]
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from moray.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
-
-from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [Path(__file__).read_text(), Path(os.__file__).read_text(), Path(json.__file__).read_text()]
 STRANGE = "naïve Ünïcödé 三月 🙂\t\x00\r\n  indent\n\n<|im_start|>user\nhi<|im_end|> <|eos|> "
@@ -49,14 +48,14 @@ def test_a_document_is_bos_text_eos_and_its_text_is_only_text(trained: tuple[Pat
 
 def test_training_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from data.tokenizer import train_tokenizer\n"
+        "import sys; from pathlib import Path; from moray.data.tokenizer import train_tokenizer\n"
         "texts = [path.read_text() for path in sorted(Path(sys.argv[2]).glob('*.py'))]\n"
         "train_tokenizer(texts, Path(sys.argv[1]), 2000)"
     )
     for threads in ("1", "5"):
         folder = tmp_path / threads
         folder.mkdir()
-        environment = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = {**os.environ, "RAYON_NUM_THREADS": threads}
         command = [sys.executable, "-c", code, str(folder), str(Path(os.__file__).parent)]
         subprocess.run(command, check=True, env=environment, timeout=50)
     assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (tmp_path / "5" / "tokenizer.json").read_bytes()

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from moray.jobs.cli import VERBS, dispatch
+from moray.jobs.config.run import RunConfig, settings
+from moray.jobs.training.metrics import read_metrics
+from moray.parallel.checkpoint.commits import list_commits
 from tiny import tiny
 
-from jobs.cli import VERBS, dispatch
-from jobs.config import RunConfig, settings
-from jobs.metrics import read_metrics
-from parallel.checkpoint import list_commits
-
 Moray = Callable[..., "Outcome"]  # noqa: F821 - of conftest.py
-ROOT = Path(__file__).parents[2]
 
 
 def line_of(outcome) -> str:  # type: ignore[no-untyped-def]
@@ -210,7 +208,7 @@ def test_a_disk_that_fills_while_training(moray: Moray, dataset: Path, disk: Cal
 
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from jobs.cli import dispatch
+    from moray.jobs.cli import dispatch
 
     run = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as environment:
@@ -328,20 +326,18 @@ def test_the_sequences_of_a_committed_run_cannot_be_skipped(moray: Moray, datase
 
 def test_torchrun_tells_a_mistake_once(dataset: Path, tmp_path: Path) -> None:
     words = tiny(dataset, tmp_path / "run", cluster__launcher="torchrun", train__steps="many")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "jobs"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "pretrain", *words], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=50
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moray"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "pretrain", *words], env=environment, capture_output=True, text=True, timeout=50)
     assert done.returncode != 0
     assert done.stderr.count("moray: train.steps=many") == 1
 
 
 def test_the_module_is_the_command(finished: Path) -> None:
-    """`python -m jobs` in a shell of its own: nothing but the answer, and nothing on standard error."""
-    command = [sys.executable, "-m", "jobs", "checkpoints", str(finished)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    """`python -m moray` in a shell of its own: nothing but the answer, and nothing on standard error."""
+    command = [sys.executable, "-m", "moray", "checkpoints", str(finished)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stderr) == (0, "")
     assert "whole by its manifest" in done.stdout
 

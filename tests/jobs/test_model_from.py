@@ -8,27 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import moray.jobs.models.weights
 import pytest
 import torch
 import torch.nn.functional as F
+from moray.data.dataset import Dataset
+from moray.data.stream import Batch, Stream
+from moray.jobs.cli import dispatch
+from moray.jobs.config.arguments import parse_settings
+from moray.jobs.config.run import load_config
+from moray.jobs.models.weights import check_changes, config_of, fill_shards, locate, open_weights
+from moray.jobs.training.metrics import read_metrics
+from moray.model import ModelConfig
+from moray.model.tensors import Box, tensor_shapes, whole
+from moray.parallel.checkpoint.commits import list_commits
+from moray.parallel.layout import Layout
+from moray.parallel.shard import build_decoder
 from pool import Pool
 from tiny import tiny, tiny_from
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-import jobs.weights
-from data.dataset import Dataset
-from data.stream import Batch, Stream
-from jobs.cli import dispatch, parse_settings
-from jobs.config import load_config
-from jobs.metrics import read_metrics
-from jobs.weights import check_changes, config_of, fill_shards, locate, open_weights
-from model import ModelConfig
-from model.tensors import Box, tensor_shapes, whole
-from parallel.checkpoint import list_commits
-from parallel.layout import Layout
-from parallel.shard import build_decoder
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
 ONCE = {"train__steps": 1, "train__eval_every": 0, "optimizer__warmup_steps": 1}
@@ -109,10 +109,10 @@ def start(source: Path, layout: Layout) -> tuple[dict[str, Tensor], int, int]:
             numbers += part.numel()
             return part
 
-        return jobs.weights.Weights(weights.config, read, weights.tokenizer)
+        return moray.jobs.models.weights.Weights(weights.config, read, weights.tokenizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.weights, "open_weights", counting)
+        patch.setattr(moray.jobs.models.weights, "open_weights", counting)
         fill_shards(decoder, source)
     state = {name: tensor for name, tensor in decoder.state_dict().items() if name in tensor_shapes(decoder.config)}
     held = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in state.values())

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moray.cluster.events import read_events
+from moray.jobs.config.arguments import parse_settings
+from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.watcher import Listener
+from moray.jobs.training.metrics import read_metrics
+from moray.jobs.training.pretrain import pretrain
 from rich.console import Console
 from tiny import tiny
-
-from cluster.events import read_events
-from jobs.cli import parse_settings
-from jobs.config import RunConfig, load_config
-from jobs.ledger import ledger_problems
-from jobs.metrics import read_metrics
-from jobs.pretrain import pretrain
-from jobs.watcher import Listener
 
 STEPS, EVERY = 12, 3
 ON_FOUR = {
@@ -100,7 +99,7 @@ def test_a_killed_worker_changes_no_later_step(untouched: Path, dataset: Path, t
 
 def test_a_killed_driver_and_the_same_command_again(untouched: Path, dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "jobs", "pretrain", *arguments(dataset, run)]
+    command = [sys.executable, "-m", "moray", "pretrain", *arguments(dataset, run)]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
         until = time.monotonic() + 50
@@ -147,8 +146,8 @@ class StopAt(Listener):
 
 
 def test_more_workers_than_there_will_ever_be(ray_cluster: str, dataset: Path, tmp_path: Path) -> None:
-    from cluster.supervisor import supervise
-    from jobs.trainer import train
+    from moray.cluster.ray.supervisor import supervise
+    from moray.jobs.training.trainer import train
 
     settings = config(dataset, tmp_path / "run", cluster__workers=16, train__global_batch=16)
     with pytest.raises(ValueError, match=r"cluster\.workers=16"):

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from moray.model import Documents, ModelConfig
+from moray.model.block import Block
+from moray.model.context import Context
+from moray.model.norm import CRMSNorm, LayerNorm
 from torch import Tensor, nn
-
-from model import Documents, ModelConfig
-from model.block import Block
-from model.context import Context
-from model.norm import CRMSNorm, LayerNorm
 
 D, HEADS, WIDTH, EPS = 24, 3, 40, 1e-5
 PLAIN: dict[str, Any] = {

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from model.context import Documents, document_lengths
+from moray.model.context import Documents, document_lengths
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from model import Decoder, ModelConfig, initialise
-from model.init import initial_tensor
+from moray.model import Decoder, ModelConfig, initialise
+from moray.model.init import initial_tensor
 
 NARROW: dict[str, Any] = {
     "n_layers": 3,

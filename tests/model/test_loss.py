@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from moray.model import loss
+from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from model import loss
-from model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 
 D, V = 12, 40
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from moray.model import Decoder, KVCache, ModelConfig, initialise
+from moray.model.config.parts import FeedForwardConfig
+from moray.model.context import Context, Documents
+from moray.model.feedforward import FeedForward
+from moray.model.mixffn import CausalConvolution, LowRankAdapter
 from torch import Tensor
-
-from model import Decoder, KVCache, ModelConfig, initialise
-from model.context import Context, Documents
-from model.feedforward import FeedForward
-from model.mixffn import CausalConvolution, LowRankAdapter
-from model.parts import FeedForwardConfig
 
 PACKED = torch.tensor([[0, 0, 0, 0, 0, 1, 2, 2, 2], [3, 3, 4, 4, 4, 4, 4, -1, -1], [-1, -1, -1, 5, 5, 5, 5, 5, 5]])
 WIDTH = 6

@@ -5,11 +5,10 @@ from decimal import Decimal
 
 import pytest
 import torch
+from moray.model import ModelConfig
+from moray.model.accounting.cost import count_parameters, parameters_by_part
+from moray.model.presets import PRESETS, read_family
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
-
-from model import ModelConfig
-from model.cost import count_parameters, parameters_by_part
-from model.presets import PRESETS, read_family
 
 # As the hub counts the tensors of each model's files. DeepSeek's numbers are those without V3's multi-token prediction
 # module and without routing biases, which are buffers here.

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from parallel.gradients import clip_gradients
+from moray.parallel.gradients import clip_gradients
 
 
 def test_the_norm_of_a_large_fp32_gradient_is_exact_to_fp32() -> None:

@@ -3,21 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from model.hf.families.deepseek_v2 import DEEPSEEK_V2
-from model.hf.families.deepseek_v3 import DEEPSEEK_V3
-from model.hf.families.gemma2 import GEMMA2
-from model.hf.families.glm4_moe import GLM4_MOE
-from model.hf.families.gpt2 import GPT2
-from model.hf.families.gpt_bigcode import GPT_BIGCODE
-from model.hf.families.gpt_neo import GPT_NEO
-from model.hf.families.gpt_neox import GPT_NEOX
-from model.hf.families.llama import LLAMA
-from model.hf.families.minimind import MINIMIND2, MINIMIND3
-from model.hf.families.mistral import MISTRAL, MIXTRAL
-from model.hf.families.olmoe import OLMOE
-from model.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
-from model.hf.family import Family
-from model.hf.fields import json_object
+from moray.model.hf.families.deepseek_v2 import DEEPSEEK_V2
+from moray.model.hf.families.deepseek_v3 import DEEPSEEK_V3
+from moray.model.hf.families.gemma2 import GEMMA2
+from moray.model.hf.families.glm4_moe import GLM4_MOE
+from moray.model.hf.families.gpt2 import GPT2
+from moray.model.hf.families.gpt_bigcode import GPT_BIGCODE
+from moray.model.hf.families.gpt_neo import GPT_NEO
+from moray.model.hf.families.gpt_neox import GPT_NEOX
+from moray.model.hf.families.llama import LLAMA
+from moray.model.hf.families.minimind import MINIMIND2, MINIMIND3
+from moray.model.hf.families.mistral import MISTRAL, MIXTRAL
+from moray.model.hf.families.olmoe import OLMOE
+from moray.model.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from moray.model.hf.family import Family
+from moray.model.hf.fields import json_object
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.deepseek import LATENT, LATENT_NAMES, SEQUENCE_BALANCE, SHARED
-from model.hf.family import Family, Rule
-from model.hf.fields import Fields, refused
-from model.hf.names import SHARED_MOE
-from model.hf.rope import rope
-from model.hf.rules import SILU, at, decoder, fixed, ours, same, unused
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.deepseek import LATENT, LATENT_NAMES, SEQUENCE_BALANCE, SHARED
+from moray.model.hf.family import Family, Rule
+from moray.model.hf.fields import Fields, refused
+from moray.model.hf.names import SHARED_MOE
+from moray.model.hf.rope import rope
+from moray.model.hf.rules import SILU, at, decoder, fixed, ours, same, unused
 
 _LIMITED = "group_limited_greedy"
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from model.hf.deepseek import LATENT, LATENT_NAMES, SEQUENCE_BALANCE, SHARED
-from model.hf.family import Family, Rule
-from model.hf.fields import Fields, refused
-from model.hf.names import DEEPSEEK_MOE
-from model.hf.rope import rope
-from model.hf.rules import SILU, decoder, fixed, ours, same, unused
+from moray.model.hf.deepseek import LATENT, LATENT_NAMES, SEQUENCE_BALANCE, SHARED
+from moray.model.hf.family import Family, Rule
+from moray.model.hf.fields import Fields, refused
+from moray.model.hf.names import DEEPSEEK_MOE
+from moray.model.hf.rope import rope
+from moray.model.hf.rules import SILU, decoder, fixed, ours, same, unused
 
 
 def _read_further(fields: Fields) -> dict[str, Any]:

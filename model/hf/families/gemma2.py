@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.family import Family, Rule
-from model.hf.fields import Fields
-from model.hf.names import DENSE
-from model.hf.rope import rope
-from model.hf.rules import ATTENTION_BIAS, DIVIDING_HEADS, decoder, fixed, layer_types, ours, pattern, same
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.family import Family, Rule
+from moray.model.hf.fields import Fields
+from moray.model.hf.names import DENSE
+from moray.model.hf.rope import rope
+from moray.model.hf.rules import ATTENTION_BIAS, DIVIDING_HEADS, decoder, fixed, layer_types, ours, pattern, same
 
 _GELU = "gelu_pytorch_tanh"
 

@@ -1,9 +1,9 @@
 """GPT-2, whose shape GPT-3 has too: Radford et al., 2019; https://arxiv.org/abs/2005.14165."""
 
-from model.hf.family import Family
-from model.hf.gpt import LEARNED, SCALE, activation, joined, sizes
-from model.hf.places import Source
-from model.hf.rules import fixed, ours, unused
+from moray.model.hf.family import Family
+from moray.model.hf.gpt import LEARNED, SCALE, activation, joined, sizes
+from moray.model.hf.places import Source
+from moray.model.hf.rules import fixed, ours, unused
 
 _OURS, _THEIRS = "blocks.{layer}.", "transformer.h.{layer}."
 

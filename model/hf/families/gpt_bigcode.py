@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.families.gpt2 import NAMES, SIZES
-from model.hf.family import Family, Rule
-from model.hf.fields import Fields, refused
-from model.hf.gpt import activation, joined, joined_by_head
-from model.hf.rules import unused
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.families.gpt2 import NAMES, SIZES
+from moray.model.hf.family import Family, Rule
+from moray.model.hf.fields import Fields, refused
+from moray.model.hf.gpt import activation, joined, joined_by_head
+from moray.model.hf.rules import unused
 
 _C_ATTN = "transformer.h.{layer}.attn.c_attn"
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.families.gpt2 import NAMES
-from model.hf.family import Family, Rule
-from model.hf.fields import Fields, refused
-from model.hf.gpt import LEARNED, activation, sizes
-from model.hf.rules import ours, shortest, unused
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.families.gpt2 import NAMES
+from moray.model.hf.family import Family, Rule
+from moray.model.hf.fields import Fields, refused
+from moray.model.hf.gpt import LEARNED, activation, sizes
+from moray.model.hf.rules import ours, shortest, unused
 
 _OURS, _THEIRS = "blocks.{layer}.attention.", "transformer.h.{layer}.attn.attention."
 

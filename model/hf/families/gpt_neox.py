@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from model.config import ModelConfig
-from model.hf.family import Family, Rule
-from model.hf.fields import Fields, refused
-from model.hf.gpt import activation, joined_by_head, sizes
-from model.hf.rope import rope
-from model.hf.rules import same, translated
+from moray.model.config.architecture import ModelConfig
+from moray.model.hf.family import Family, Rule
+from moray.model.hf.fields import Fields, refused
+from moray.model.hf.gpt import activation, joined_by_head, sizes
+from moray.model.hf.rope import rope
+from moray.model.hf.rules import same, translated
 
 _OURS, _THEIRS = "blocks.{layer}.", "gpt_neox.layers.{layer}."
 

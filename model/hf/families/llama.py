@@ -1,9 +1,9 @@
 """Llama 2, 3 and 3.1: https://arxiv.org/abs/2307.09288, https://arxiv.org/abs/2407.21783."""
 
-from model.hf.family import Family
-from model.hf.names import DENSE
-from model.hf.rope import rope
-from model.hf.rules import ATTENTION_BIAS, DIVIDING_HEADS, SILU, decoder, same
+from moray.model.hf.family import Family
+from moray.model.hf.names import DENSE
+from moray.model.hf.rope import rope
+from moray.model.hf.rules import ATTENTION_BIAS, DIVIDING_HEADS, SILU, decoder, same
 
 LLAMA = Family(
     model_type="llama",

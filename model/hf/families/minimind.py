@@ -5,17 +5,28 @@ Its converter writes all but the second generation's experts as Llama, Qwen3 and
 
 from typing import Any
 
+from moray.model.config.architecture import ModelConfig
+from moray.model.config.mistakes import in_one_line
+from moray.model.config.parts import RopeScaling, merge
+from moray.model.hf.deepseek import SEQUENCE_BALANCE
+from moray.model.hf.family import Family, Rule
+from moray.model.hf.fields import Fields, refused
+from moray.model.hf.names import MOE
+from moray.model.hf.rope import rope
+from moray.model.hf.rules import (
+    HEADS,
+    NATURAL_HEADS,
+    SILU,
+    at,
+    balance_loss,
+    decoder,
+    fixed,
+    ours,
+    same,
+    translated,
+    unused,
+)
 from pydantic import ValidationError
-
-from model.config import ModelConfig
-from model.hf.deepseek import SEQUENCE_BALANCE
-from model.hf.family import Family, Rule
-from model.hf.fields import Fields, refused
-from model.hf.names import MOE
-from model.hf.rope import rope
-from model.hf.rules import HEADS, NATURAL_HEADS, SILU, at, balance_loss, decoder, fixed, ours, same, translated, unused
-from model.mistakes import in_one_line
-from model.parts import RopeScaling, merge
 
 _ROPE = rope(theta=1e6)
 _YARN = RopeScaling(kind="yarn", factor=16, original_max_seq_len=2048, attention_factor=1)

@@ -1,9 +1,9 @@
 """Mistral and Mixtral: https://arxiv.org/abs/2310.06825, https://arxiv.org/abs/2401.04088."""
 
-from model.hf.family import Family
-from model.hf.names import DENSE
-from model.hf.rope import rope
-from model.hf.rules import EXPERT_WIDTH, HEADS, SILU, balance_loss, decoder, fixed, same, window_everywhere
+from moray.model.hf.family import Family
+from moray.model.hf.names import DENSE
+from moray.model.hf.rope import rope
+from moray.model.hf.rules import EXPERT_WIDTH, HEADS, SILU, balance_loss, decoder, fixed, same, window_everywhere
 
 MISTRAL = Family(
     model_type="mistral",

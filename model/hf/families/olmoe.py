@@ -1,9 +1,19 @@
 """OLMoE: https://arxiv.org/abs/2409.02060."""
 
-from model.hf.family import Family
-from model.hf.names import MOE
-from model.hf.rope import rope
-from model.hf.rules import ATTENTION_BIAS, EXPERT_WIDTH, NATURAL_HEADS, SILU, balance_loss, decoder, fixed, ours, same
+from moray.model.hf.family import Family
+from moray.model.hf.names import MOE
+from moray.model.hf.rope import rope
+from moray.model.hf.rules import (
+    ATTENTION_BIAS,
+    EXPERT_WIDTH,
+    NATURAL_HEADS,
+    SILU,
+    balance_loss,
+    decoder,
+    fixed,
+    ours,
+    same,
+)
 
 OLMOE = Family(
     model_type="olmoe",

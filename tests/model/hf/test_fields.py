@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from model import ModelConfig
-from model.hf import read_config
-from model.hf.choice import family_for
-from model.hf.families import FAMILIES
-from model.hf.family import Family
+from moray.model import ModelConfig
+from moray.model.hf import read_config
+from moray.model.hf.choice import family_for
+from moray.model.hf.families import FAMILIES
+from moray.model.hf.family import Family
 
 DENSE = [
     "llama2-7b",

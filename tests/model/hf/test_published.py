@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from model import ModelConfig
-from model.hf import read_config
-from model.hf.choice import essence, family_for
-from model.tensors import tensor_shapes
+from moray.model import ModelConfig
+from moray.model.hf import read_config
+from moray.model.hf.choice import essence, family_for
+from moray.model.tensors import tensor_shapes
 
 SUMMARY = {
     "summary_activation": None,

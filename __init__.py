@@ -1,0 +1,1 @@
+"""moray trains Mixture-of-Experts and dense GPTs on Ray."""

@@ -1,0 +1,5 @@
+"""`python -m moray` is the command `moray`."""
+
+from moray.jobs.cli import main
+
+main()

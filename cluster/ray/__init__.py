@@ -1,0 +1,1 @@
+"""Workers on Ray: nodes and their agents, generations of workers, and the supervisor over them."""

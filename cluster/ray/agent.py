@@ -1,0 +1,238 @@
+"""One node's agent: a small process that has imported torch and the function already, and forks the workers.
+
+A worker thus starts in milliseconds, as a process without a past: a restart keeps nothing that the failure may have
+damaged, and imports nothing again. The agent's owner talks to it through one pipe; when the owner goes, the agent and
+its workers go too. Knows nothing of Ray.
+"""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+from moray.cluster.ray.messages import Assignment, Failure, WorkerState
+
+POLL_S = 0.2
+EXIT_CHECK_S = 0.05
+
+
+class AgentProcess:
+    """The owner's end: starts the agent and calls its methods one at a time."""
+
+    def __init__(self, task: bytes, host: str, import_path: list[str]) -> None:
+        """`task` is a pickled (function, argument); `host` is this node's address in the cluster.
+
+        Raises RuntimeError with the agent's own traceback where it cannot import the function.
+        """
+        self._pipe, theirs = Pipe()
+        # One thread a process, as torchrun has it: many processes share the cores, and a fork must not lose a thread.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(import_path)}
+        descriptor = theirs.fileno()
+        command = [sys.executable, "-m", "moray.cluster.ray.agent", str(descriptor)]
+        self._process = subprocess.Popen(command, env=environment, pass_fds=[descriptor], start_new_session=True)
+        theirs.close()
+        self.call("load", task, host)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The agent's answer; raises RuntimeError with its traceback, or EOFError where the agent is gone."""
+        self._pipe.send((method, arguments))
+        is_answer, value = self._pipe.recv()
+        if not is_answer:
+            raise RuntimeError(value)
+        return value
+
+    def close(self) -> None:
+        """Ends the agent and, with it, its workers."""
+        self._pipe.close()
+        self._process.wait()
+
+
+@dataclass
+class _Worker:
+    rank: int
+    pid: int
+    pipe: Connection
+    heard: float = field(default_factory=time.monotonic)
+    step: int | None = None
+    status: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+    failure: Failure | None = None
+    is_gone: bool = False
+
+    def look(self) -> bool:
+        """Takes in what is new of this worker; true where the driver should hear of it at once."""
+        if self.is_gone:
+            return False
+        pid, wait_status = os.waitpid(self.pid, os.WNOHANG)
+        is_news = self._read()
+        if not pid:
+            return is_news
+        self.is_gone = True
+        self.pipe.close()
+        with suppress(ProcessLookupError):  # helpers that the worker left behind
+            os.killpg(self.pid, signal.SIGKILL)
+        if self.exit_code is None and self.failure is None:
+            self.failure = Failure(_cause_of_death(wait_status), time.time())
+        return True
+
+    def _read(self) -> bool:
+        is_news = False
+        with suppress(EOFError, OSError):
+            while self.pipe.poll():
+                message = self.pipe.recv()
+                self.heard = time.monotonic()
+                if isinstance(message, Failure):
+                    self.failure, is_news = message, True
+                elif isinstance(message, int):
+                    self.exit_code = message
+                else:
+                    is_news |= self.step is None
+                    self.step, self.status = message
+        return is_news
+
+    def state(self) -> WorkerState:
+        return WorkerState(
+            rank=self.rank,
+            pid=self.pid,
+            step=self.step,
+            status=self.status,
+            silent_s=time.monotonic() - self.heard,
+            is_suspended=not self.is_gone and _is_suspended(self.pid),
+            exit_code=self.exit_code if self.is_gone else None,
+            failure=self.failure,
+        )
+
+
+class Agent:
+    """Starts, watches and ends the workers of one node. Single-threaded, so that its forks are clean."""
+
+    def __init__(self, owner: Connection) -> None:
+        self._owner = owner
+        self._workers: list[_Worker] = []
+        self._listener: socket.socket | None = None
+
+    def load(self, task: bytes, host: str) -> None:
+        """Imports all that a worker needs, once."""
+        import moray.cluster.ray.child  # noqa: F401
+
+        self._function, self._argument = pickle.loads(task)
+        self._host = host
+
+    def output(self) -> str:
+        """The file that holds what this node's workers write to standard error."""
+        return os.path.realpath("/proc/self/fd/2")
+
+    def bind(self) -> int:
+        """Opens the socket on which rank 0, a worker of this node, will serve the store; returns its port."""
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        self._listener = socket.create_server((self._host, 0), family=family)
+        return self._listener.getsockname()[1]
+
+    def start(self, assignment: Assignment) -> list[int]:
+        """Forks this node's workers; returns their pids."""
+        self._workers = []
+        for local_rank in range(assignment.n_workers):
+            self._workers.append(self._fork(assignment, local_rank))
+        if self._listener:
+            self._listener.close()
+            self._listener = None
+        return [worker.pid for worker in self._workers]
+
+    def _fork(self, assignment: Assignment, local_rank: int) -> _Worker:
+        from moray.cluster.ray.child import work
+
+        rank = assignment.first_rank + local_rank
+        ours, theirs = Pipe(duplex=False)
+        pid = os.fork()
+        if pid:
+            os.setpgid(pid, pid)
+            theirs.close()
+            return _Worker(rank, pid, ours)
+        code = 1
+        try:
+            ours.close()
+            self._owner.close()  # a helper that outlives this worker must not keep the owner waiting for the agent
+            os.setpgid(0, 0)
+            listener = self._listener if rank == 0 else None
+            work(self._function, self._argument, assignment, local_rank, self._host, theirs, listener)
+            code = 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> list[WorkerState]:
+        """What became of the workers: at once where one began, failed or ended, else after a while."""
+        deadline = time.monotonic() + POLL_S
+        while True:
+            news = [worker.look() for worker in self._workers]
+            left = deadline - time.monotonic()
+            if any(news) or left <= 0:
+                return [worker.state() for worker in self._workers]
+            wait([worker.pipe for worker in self._workers if not worker.is_gone], min(left, EXIT_CHECK_S))
+
+    def stop(self) -> None:
+        """Asks the workers to stop when they can."""
+        for worker in self._workers:
+            if not worker.is_gone:
+                os.kill(worker.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends every worker now, suspended ones included, and waits until they are gone."""
+        for worker in self._workers:
+            if not worker.is_gone:
+                os.killpg(worker.pid, signal.SIGKILL)
+        for worker in self._workers:
+            if not worker.is_gone:
+                os.waitpid(worker.pid, 0)
+                worker.is_gone = True
+                worker.pipe.close()
+
+
+def _cause_of_death(wait_status: int) -> str:
+    code = os.waitstatus_to_exitcode(wait_status)
+    if code >= 0:
+        return f"exited with code {code} without a word"
+    return f"was killed by {signal.Signals(-code).name}"
+
+
+def _is_suspended(pid: int) -> bool:
+    try:
+        # The state follows the command's name, which stands in parentheses and may hold any character (proc(5)).
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
+def main() -> None:
+    pipe = Connection(int(sys.argv[1]))
+    agent = Agent(pipe)
+    # A scheduler may send SIGTERM to every process of a node: it is for the workers, which unblock it when they can
+    # act on it. The agent ends with its owner.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except (EOFError, OSError):
+            agent.kill()
+            return
+        try:
+            answer = (True, getattr(agent, method)(*arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        # The owner may have gone meanwhile; the next receive then says so.
+        with suppress(OSError):
+            pipe.send(answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What a worker process does from its fork to its end."""
+
+import ctypes
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from moray.cluster.devices import check_health, pick_device
+from moray.cluster.ray.messages import Assignment, Failure
+from moray.cluster.signals import stop_on_signals
+from moray.cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+
+def work(
+    function: WorkerFunction,
+    argument: Any,
+    assignment: Assignment,
+    local_rank: int,
+    own_host: str,
+    pipe: Connection,
+    listener: socket.socket | None,
+) -> None:
+    """Runs the function as one rank and sends its heartbeats, then its exit code or a Failure, through `pipe`.
+
+    `listener` is rank 0's bound and listening socket. Returns only after success: a worker that failed keeps its
+    connections open until its agent kills it, so that no peer fails of a closed one before the reason is known.
+    """
+    _die_with_parent()
+    _choose_interface(own_host)
+    with stop_on_signals(impatient=False) as should_stop:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        try:
+            device = pick_device(local_rank)
+            check_health(device)
+            # The agent imported torch for one thread, so as to fork; the cores of this node are its workers' to share.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // assignment.n_workers))
+            context = WorkerContext(
+                rank=assignment.first_rank + local_rank,
+                world_size=assignment.world_size,
+                local_rank=local_rank,
+                local_world_size=assignment.n_workers,
+                generation=assignment.generation,
+                device=device,
+                open_store=lambda: _open_store(assignment, listener),
+                report=lambda step, status: pipe.send((step, status)),
+                should_stop=should_stop,
+            )
+            pipe.send(int(function(context, argument) or EXIT_DONE))
+        except BaseException as error:
+            pipe.send(_describe(error))
+            while True:
+                signal.pause()
+
+
+def _open_store(assignment: Assignment, listener: socket.socket | None) -> dist.Store:
+    # Rank 0 listens on a socket that was bound before anybody heard of its port: the port cannot be lost to another.
+    return dist.TCPStore(
+        assignment.host,
+        assignment.port,
+        is_master=listener is not None,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach() if listener else None,
+    )
+
+
+def _describe(error: BaseException) -> Failure:
+    is_users_mistake = isinstance(error, ValueError)
+    reason = str(error) if is_users_mistake else f"{type(error).__name__}: {error}"
+    return Failure(reason, time.time(), "".join(traceback.format_exception(error)), is_users_mistake)
+
+
+def _die_with_parent() -> None:
+    """Has the kernel kill this process when its agent ends, whatever this process is stuck in."""
+    if sys.platform == "linux":
+        agent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != agent:
+            os._exit(1)
+
+
+def _choose_interface(own_host: str) -> None:
+    """Has gloo use the interface of this node's address; the one it takes from the host's name is often loopback."""
+    if sys.platform != "linux":
+        return
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                reply = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # an interface without an address
+            if socket.inet_ntoa(reply[20:24]) == own_host:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -1,0 +1,224 @@
+"""One generation of the group: start its workers on the nodes, watch them, and end them all when one fails."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import ray
+from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.ray.messages import Assignment, WorkerState
+from moray.cluster.ray.nodes import Node
+from ray.exceptions import RayError
+
+TICK_S = 0.5
+SETTLE_S = 0.1
+CALL_S = 30.0
+KILL_S = 10.0
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How long a worker may be silent before its first heartbeat and between two, and who hears of the group."""
+
+    startup_s: float
+    heartbeat_s: float
+    on_event: OnEvent
+    on_status: OnStatus
+    should_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The failure that ended a generation: the first one, not what its peers made of it."""
+
+    reason: str
+    rank: int | None = None
+    pid: int | None = None
+    node: str | None = None
+    traceback: str | None = None
+    is_users_mistake: bool = False
+    step: int | None = None
+    """The last one that the rank did; None before the first, or where the fault is no rank's."""
+
+    def repeats(self, before: "Fault") -> bool:
+        """Whether a rank failed for the same reason at the same step: what failed twice alike fails again.
+
+        One retry is justified, for a GPU may flip a bit. Which rank is the first to raise what all do is chance, and
+        one resumed right before the bad step has no step to show; one that dies without a word must be the same one.
+        """
+        if self.rank is None or self.reason != before.reason:
+            return False
+        if self.traceback is None:
+            return (self.rank, self.step) == (before.rank, before.step)
+        return self.step in (before.step, None)
+
+    def __str__(self) -> str:
+        if self.rank is not None:
+            return f"rank {self.rank} (pid {self.pid} on {self.node}): {self.reason}"
+        return f"node {self.node}: {self.reason}" if self.node else self.reason
+
+
+class Generation:
+    """Runs the workers once, from their start to the end of the last one or the first failure of any."""
+
+    def __init__(
+        self, number: int, nodes: Sequence[Node], watch: Watch, ready_kind: Literal["ready", "recovered"]
+    ) -> None:
+        """`ready_kind` is the event to send once all workers have begun."""
+        self.lost: list[Node] = []
+        self._number = number
+        self._ready_kind = ready_kind
+        self._nodes = list(nodes)
+        self._watch = watch
+        self._node_of = [node for node in nodes for _ in range(node.slots)]
+        self._states: dict[int, WorkerState] = {}
+        self._polls: dict[ray.ObjectRef, Node] = {}
+        self._replied: dict[Node, float] = {}
+
+    def run(self, since: float) -> int | Fault:
+        """The exit code of the group, or why it failed; then all workers are gone, and `lost` names dead nodes.
+
+        `since` is the time.monotonic() of the last fault or, in the first generation, of the start.
+        """
+        try:
+            outcome = self._start() or self._follow(since)
+        except BaseException:
+            self._kill()
+            raise
+        if isinstance(outcome, int):
+            return outcome
+        self._kill()
+        # Ranks feel the end of a node's connections before Ray knows that the node is gone.
+        return self._loss() if self.lost and outcome.traceback and not outcome.is_users_mistake else outcome
+
+    def _start(self) -> Fault | None:
+        n_workers = len(self._node_of)
+        try:
+            port = ray.get(self._nodes[0].call("bind"), timeout=CALL_S)
+            firsts = [self._node_of.index(node) for node in self._nodes]
+            replies = [
+                node.call("start", Assignment(self._number, n_workers, first, node.slots, self._nodes[0].host, port))
+                for node, first in zip(self._nodes, firsts, strict=True)
+            ]
+            pids = [pid for reply in ray.get(replies, timeout=CALL_S) for pid in reply]
+            outputs = ray.get([node.call("output") for node in self._nodes], timeout=CALL_S)
+        except RayError as error:
+            self.lost = [node for node in self._nodes if not self._answers(node)]
+            return Fault(f"workers did not start: {error}", node=", ".join(node.host for node in self.lost))
+        ranks = [{"rank": rank, "pid": pid, "node": self._node_of[rank].host} for rank, pid in enumerate(pids)]
+        self._watch.on_event(
+            "start", {"generation": self._number, "workers": n_workers, "ranks": ranks, "output": sorted(set(outputs))}
+        )
+        for node in self._nodes:
+            self._poll(node)
+        return None
+
+    def _follow(self, since: float) -> int | Fault:
+        n_workers = len(self._node_of)
+        is_ready = is_stopping = False
+        while True:
+            self._receive(TICK_S)
+            if fault := self._find_fault():
+                return fault
+            states = self._states.values()
+            if not is_ready and len(states) == n_workers and all(has_begun(state) for state in states):
+                is_ready = True
+                seconds = time.monotonic() - since
+                self._watch.on_event(self._ready_kind, {"generation": self._number, "seconds": seconds})
+            if len(states) == n_workers and all(state.exit_code is not None for state in states):
+                return max(state.exit_code or 0 for state in states)
+            if not is_stopping and self._watch.should_stop():
+                is_stopping = True
+                self._watch.on_event("stop", {"generation": self._number})
+                for node in self._nodes:
+                    node.call("stop")
+
+    def _poll(self, node: Node) -> None:
+        self._polls[node.call("poll")] = node
+        self._replied[node] = time.monotonic()
+
+    def _receive(self, timeout_s: float) -> None:
+        """Takes in the agents' answers: waits for one, then takes all that are there."""
+        ray.wait(list(self._polls), timeout=timeout_s)
+        ready, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
+        for poll in ready:
+            node = self._polls.pop(poll)
+            try:
+                states = ray.get(poll)
+            except RayError:
+                self.lost.append(node)
+                continue
+            for state in states:
+                before = self._states.get(state.rank)
+                self._states[state.rank] = state
+                if state.step is not None and (before is None or before.step != state.step):
+                    self._watch.on_status(state.rank, state.step, state.status)
+            self._poll(node)
+
+    def _find_fault(self) -> Fault | None:
+        failed = [state for state in self._states.values() if state.failure]
+        if failed and not self.lost and all(state.failure and state.failure.traceback for state in failed):
+            # What these ranks raised may be the echo of a death that another agent is about to report.
+            time.sleep(SETTLE_S)
+            self._receive(0)
+        self.lost += [node for node, at in self._replied.items() if self._is_overdue(node, at)]
+        if self.lost:
+            return self._loss()
+        failed = [state for state in self._states.values() if state.failure]
+        if failed:
+            return self._describe(min(failed, key=_precedence))
+        silent = [state for state in self._states.values() if self._is_silent(state)]
+        if silent:
+            return self._describe(min(silent, key=_suspicion))
+        return None
+
+    def _loss(self) -> Fault:
+        return Fault("the node or its agent was lost", node=", ".join(node.host for node in self.lost))
+
+    def _is_overdue(self, node: Node, replied: float) -> bool:
+        return node not in self.lost and time.monotonic() - replied > max(self._watch.heartbeat_s, KILL_S)
+
+    def _is_silent(self, state: WorkerState) -> bool:
+        limit_s = self._watch.startup_s if state.step is None else self._watch.heartbeat_s
+        return state.exit_code is None and state.silent_s > limit_s
+
+    def _describe(self, state: WorkerState) -> Fault:
+        node = self._node_of[state.rank].host
+        if failure := state.failure:
+            is_mistake = failure.is_users_mistake
+            return Fault(failure.reason, state.rank, state.pid, node, failure.traceback, is_mistake, state.step)
+        last = "before its first step" if state.step is None else f"after step {state.step}"
+        why = ", its process is suspended" if state.is_suspended else ""
+        return Fault(f"silent for {state.silent_s:.1f} s {last}{why}", state.rank, state.pid, node, step=state.step)
+
+    def _kill(self) -> None:
+        """Ends all workers; a node that does not confirm it is lost."""
+        kills = {node: node.call("kill") for node in self._nodes if node not in self.lost}
+        for node, kill in kills.items():
+            try:
+                ray.get(kill, timeout=KILL_S)
+            except RayError:
+                self.lost.append(node)
+
+    def _answers(self, node: Node) -> bool:
+        try:
+            ray.get(node.call("output"), timeout=KILL_S)
+        except RayError:
+            return False
+        return True
+
+
+def has_begun(state: WorkerState) -> bool:
+    return state.step is not None or state.exit_code is not None
+
+
+def _precedence(state: WorkerState) -> tuple[bool, float]:
+    """The cause before its echoes: a death without a word comes first, then what was raised first."""
+    assert state.failure
+    return state.failure.traceback is not None, state.failure.time
+
+
+def _suspicion(state: WorkerState) -> tuple[bool, int, float]:
+    """When one hangs, all fall silent in the next collective: suspect the suspended, then the furthest behind."""
+    return not state.is_suspended, -1 if state.step is None else state.step, -state.silent_s

@@ -1,0 +1,176 @@
+"""Where workers may run: the nodes of a Ray cluster, a placement group on each, and an agent in it."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from moray.cluster.events import OnEvent
+from moray.cluster.ray.agent import AgentProcess
+from moray.cluster.ray.local_ray import local_ray, slots_for
+from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+AGENT_START_S = 120.0
+RETRY_S = 0.2
+
+
+class AgentActor:
+    """Holds a node's slots in Ray and passes calls on to the agent, a process that is free of Ray."""
+
+    def __init__(self, task: bytes, host: str, import_path: list[str]) -> None:
+        # The agent sees what Ray lets a worker import, then what the driver could.
+        self._agent = AgentProcess(task, host, [*sys.path, *import_path])
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return self._agent.call(method, *arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """Some slots of one machine, reserved, with the agent that runs workers in them."""
+
+    host: str
+    slots: int
+    group: PlacementGroup
+    actor: Any
+
+    def call(self, method: str, *arguments: Any) -> ray.ObjectRef:
+        return self.actor.call.remote(method, *arguments)
+
+    def release(self) -> None:
+        # Ray kills what its actor started; the agent also ends by itself when its owner is gone.
+        with suppress(RayError):
+            ray.kill(self.actor)
+            remove_placement_group(self.group)
+
+
+@contextmanager
+def connected(workers: int) -> Iterator[bool]:
+    """Connects to the cluster of RAY_ADDRESS, or to a local Ray of its own; yields whether it is such a local one."""
+    if ray.is_initialized():
+        yield False
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    with nullcontext(address) if address else local_ray(slots_for(workers)) as where:
+        ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield not address
+        finally:
+            ray.shutdown()
+
+
+def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
+    """Shares `missing` workers out over nodes as evenly as their free slots allow: node -> workers (at least one).
+
+    The free slots must suffice.
+    """
+    shares = dict.fromkeys(free, 0)
+    for _ in range(missing):
+        node = min((node for node in free if shares[node] < free[node]), key=lambda node: shares[node])
+        shares[node] += 1
+    return {node: share for node, share in shares.items() if share}
+
+
+class Gang:
+    """The nodes that hold the workers' slots. Survivors of a failure stay; `fill` replaces what was lost."""
+
+    def __init__(self, task: bytes, workers: int, is_local: bool, patience_s: float, on_event: OnEvent) -> None:
+        self.nodes: list[Node] = []
+        self._task = task
+        self._workers = workers
+        self._is_local = is_local
+        self.patience_s = patience_s
+        self._on_event = on_event
+        self._resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
+
+    def fill(self, should_stop: Callable[[], bool]) -> None:
+        """Reserves the missing slots and starts their agents; waits for them at most `patience_s`.
+
+        Returns without them where asked to stop. Raises ValueError where the cluster stays too small or too busy.
+        """
+        began = time.monotonic()
+        has_told = False
+        while missing := self._workers - sum(node.slots for node in self.nodes):
+            if should_stop():
+                return
+            total, free = self._slots()
+            if sum(free.values()) >= missing:
+                self._place(split(missing, free))
+                continue
+            # A cluster may still be growing; a machine is not.
+            patience_s = 0.0 if self._is_local and sum(total.values()) < self._workers else self.patience_s
+            if time.monotonic() - began >= patience_s:
+                raise ValueError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
+            if not has_told:
+                has_told = True
+                self._on_event("wait", {"workers": missing, "free": sum(free.values()), "patience_s": patience_s})
+            time.sleep(RETRY_S)
+
+    def drop(self, node: Node) -> None:
+        """Gives up a node that was lost."""
+        self.nodes.remove(node)
+        node.release()
+
+    def close(self) -> None:
+        """Ends all workers and gives their slots back."""
+        for node in self.nodes:
+            node.release()
+        self.nodes = []
+
+    def _slots(self) -> tuple[dict[str, int], dict[str, int]]:
+        """All slots and the free ones of every node that is alive, by its id."""
+        available = available_resources_per_node()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        total = {node["NodeID"]: int(node["Resources"].get(self._resource, 0)) for node in alive}
+        free = {node: int(available.get(node, {}).get(self._resource, 0)) for node in total}
+        return total, free
+
+    def _too_few(self, total: int, free: int, patience_s: float) -> str:
+        asked = f"cluster.workers={self._workers}, but"
+        if total < self._workers and self._is_local:  # only GPUs can be too few here: CPU slots were made to fit
+            return f"{asked} this machine has {total} GPUs; choose at most {total}, or CUDA_VISIBLE_DEVICES= for CPUs"
+        slots = f"{total} {self._resource} slots"
+        if total < self._workers:
+            return f"{asked} after {patience_s:g} s the cluster has {slots}; choose at most {total}, or add nodes"
+        return (
+            f"{asked} after {patience_s:g} s only {free} of the cluster's {slots} are free; "
+            + (f"choose at most {free}, or " if free else "")
+            + "wait until others have finished"
+        )
+
+    def _place(self, shares: Mapping[str, int]) -> None:
+        """Reserves each node's share and starts its agent; raises RayError where one does not start."""
+        hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        started = [self._reserve(node_id, hosts[node_id], slots) for node_id, slots in shares.items()]
+        self.nodes += started
+        for node in started:
+            try:
+                ray.get(node.call("output"), timeout=AGENT_START_S)
+            except RayError:
+                self.drop(node)
+                raise
+
+    def _reserve(self, node_id: str, host: str, slots: int) -> Node:
+        group = placement_group(
+            [{self._resource: float(slots)}],
+            strategy="STRICT_PACK",
+            bundle_label_selector=[{"ray.io/node-id": node_id}],
+        )
+        actor = (
+            ray.remote(AgentActor)
+            .options(
+                num_cpus=slots if self._resource == "CPU" else 0,
+                num_gpus=slots if self._resource == "GPU" else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+            )
+            .remote(self._task, host, sys.path)
+        )
+        return Node(host, slots, group, actor)

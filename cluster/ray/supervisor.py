@@ -1,0 +1,106 @@
+"""Keeps a group of workers going on Ray: starts it, and starts it again after a failure, within a budget."""
+
+import pickle
+import time
+from dataclasses import asdict
+from typing import Any
+
+from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.ray.generation import Fault, Generation, Watch
+from moray.cluster.ray.nodes import Gang, connected
+from moray.cluster.signals import stop_on_signals
+from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError, WorkerFunction
+from ray.exceptions import RayError
+
+
+def supervise(
+    function: WorkerFunction,
+    argument: Any,
+    *,
+    workers: int,
+    first_generation: int = 1,
+    max_restarts: int = 3,
+    heartbeat_timeout_s: float = 300.0,
+    startup_timeout_s: float = 600.0,
+    placement_timeout_s: float = 60.0,
+    on_event: OnEvent = lambda kind, fields: None,
+    on_status: OnStatus = lambda rank, step, status: None,
+) -> int:
+    """Runs `function(context, argument)` in `workers` processes on Ray; returns the group's exit code.
+
+    A worker that dies, raises, or gives no heartbeat for `heartbeat_timeout_s` (`startup_timeout_s` before the first
+    one) ends its generation: all workers are killed and started again, at most `max_restarts` times. SIGTERM and
+    Ctrl-C make `should_stop()` true on all workers; a second Ctrl-C kills them.
+    Raises ValueError for what the function itself raises as one (no retry would help), and where the cluster has not
+    had enough slots for `placement_timeout_s` at the start; WorkerError where it has not had them after a fault, once
+    the restarts are spent, and where two generations in a row failed alike.
+    """
+    began = time.monotonic()
+    task = _pickle(function, argument)
+    if workers < 1:
+        raise ValueError(f"cluster.workers={workers} must be at least 1")
+    # Connecting to Ray replaces the handler of SIGTERM: ours comes after it.
+    with connected(workers) as is_local, stop_on_signals(impatient=True) as should_stop:
+        watch = Watch(startup_timeout_s, heartbeat_timeout_s, on_event, on_status, should_stop)
+        gang = Gang(task, workers, is_local, placement_timeout_s, on_event)
+        try:
+            code = _run(gang, watch, range(first_generation, first_generation + max_restarts + 1))
+        finally:
+            gang.close()
+    on_event("end", {"code": code, "seconds": time.monotonic() - began})
+    return code
+
+
+def _run(gang: Gang, watch: Watch, numbers: range) -> int:
+    """Runs the generations of these numbers, as many as it takes; returns the exit code of the last one."""
+    since, before = time.monotonic(), None
+    for number in numbers:
+        outcome = _run_generation(number, gang, watch, since, before)
+        if isinstance(outcome, int):
+            return outcome
+        since = time.monotonic()
+        watch.on_event("fault", {"generation": number, **asdict(outcome)})
+        if watch.should_stop():
+            return EXIT_INTERRUPTED  # the newest commit stands, and the same command resumes from it
+        if outcome.is_users_mistake:
+            raise ValueError(outcome.reason)
+        if before and outcome.repeats(before):
+            raise _worker_error(outcome, "the generation before failed alike, and so would the next")
+        before = outcome
+    assert before
+    raise _worker_error(before, f"cluster.max_restarts={len(numbers) - 1} is spent")
+
+
+def _worker_error(fault: Fault, why_no_more: str) -> WorkerError:
+    summary = f"{' '.join(str(fault).split())}; {why_no_more}"
+    return WorkerError(f"{summary}\n{fault.traceback or ''}".rstrip())
+
+
+def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before: Fault | None) -> int | Fault:
+    try:
+        gang.fill(watch.should_stop)
+    except RayError as error:
+        return Fault(f"an agent did not start: {error}")
+    except ValueError:
+        if not before:
+            raise
+        room = f"the cluster had no room for all workers again within cluster.placement_timeout_s={gang.patience_s:g}"
+        raise _worker_error(before, f"{room}; the same command resumes once it has") from None
+    if watch.should_stop():
+        return EXIT_INTERRUPTED
+    generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
+    try:
+        return generation.run(since)
+    finally:
+        for node in generation.lost:
+            gang.drop(node)
+
+
+def _pickle(function: WorkerFunction, argument: Any) -> bytes:
+    """Raises ValueError where another process could not import the function."""
+    if function.__module__ == "__main__" or "<" in function.__qualname__:
+        raise ValueError(
+            f"worker function {function.__qualname__} of {function.__module__} must be importable by other processes: "
+            "define it at the top level of a module"
+        )
+    return pickle.dumps((function, argument))

@@ -1,5 +1,0 @@
-"""`python -m jobs` is the command `moray`."""
-
-from jobs.cli import main
-
-main()

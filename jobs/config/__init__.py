@@ -1,0 +1,1 @@
+"""The settings of a run: command line over recipe over preset over default."""

@@ -1,0 +1,289 @@
+"""RunConfig: everything a training run depends on. Command line over recipe over preset over default."""
+
+import math
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
+
+from moray.jobs.config.nearest import nearest
+from moray.jobs.models.weights import check_changes, config_of, locate
+from moray.model import ModelConfig
+from moray.model.config.mistakes import in_one_line
+from moray.model.config.moe import MoEConfig
+from moray.model.config.parts import merge
+from moray.model.presets import preset_fields
+from moray.parallel.checkpoint.commits import list_commits
+from moray.parallel.layout import Layout
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+DEFAULT_PRESET = "demo-moe"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _absolute(path: str) -> str:
+    """A worker elsewhere need not start in this folder; a URL is absolute already."""
+    return os.path.abspath(os.path.expanduser(path)) if path and "://" not in path else path
+
+
+AnyPath = Annotated[str, AfterValidator(_absolute)]
+
+
+class DataSection(Section):
+    path: AnyPath = ""
+    """A folder made by `moray prepare`."""
+
+
+class TrainSection(Section):
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run; the learning rate's schedule ends here."""
+    global_batch: int = Field(32, ge=1)
+    """Sequences of one optimizer step, over all workers."""
+    micro_batch: int = Field(8, ge=1)
+    """Most sequences of one forward pass on one worker; the rest of its share is accumulated."""
+    seq_len: int = Field(512, ge=1)
+    """Tokens of a sequence."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides on the initial weights and on the order of the data."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the matrix products; weights, gradients' reduction and optimizer are float32 either way."""
+    eval_every: int = Field(100, ge=0)
+    """Steps between two passes over the validation split; 0: only at the end."""
+
+
+class OptimizerSection(Section):
+    """AdamW."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Highest learning rate."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Last learning rate over the highest."""
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After warm-up: a cosine to the end, or stable until a linear decay (warmup-stable-decay)."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in which wsd decays."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Of matrices alone, not of norms."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Highest norm of the gradient of the global batch."""
+
+
+class CheckpointSection(Section):
+    every: int = Field(100, ge=1)
+    """Steps between two commits; the last step is always committed."""
+    keep: int = Field(3, ge=1)
+    """Newest commits that are kept."""
+    keep_every: int | None = Field(None, ge=1)
+    """Commits at multiples of this step are kept for good."""
+
+
+def _default_launcher() -> Literal["ray", "torchrun"]:
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "ray"
+
+
+class ClusterSection(Section):
+    launcher: Literal["ray", "torchrun", "local"] = Field(default_factory=_default_launcher)
+    """ray starts and watches the workers; under torchrun this process is one of them; local is this process alone."""
+    workers: int = Field(1, ge=1)
+    """Worker processes under ray: one for each GPU or CPU slot."""
+    max_restarts: int = Field(3, ge=0)
+    """How often the group may start again after a fault."""
+    heartbeat_timeout_s: float = Field(300.0, gt=0)
+    """Seconds without a finished step after which a worker counts as lost."""
+    startup_timeout_s: float = Field(600.0, gt=0)
+    """The same before a worker's first sign of life: loading a commit and the first step may take longer."""
+    placement_timeout_s: float = Field(60.0, ge=0)
+    """Seconds to wait under ray for enough free slots: at the start, and when a lost node must be replaced."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.launcher == "local" and self.workers != 1:
+            raise ValueError(f"cluster.workers={self.workers} must be 1 with cluster.launcher=local; or choose ray")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        if self.launcher == "torchrun":
+            return int(os.environ.get("WORLD_SIZE", "1"))
+        return 1 if self.launcher == "local" else self.workers
+
+
+class RunSection(Section):
+    dir: AnyPath = ""
+    """The folder that the run lives in; the same command resumes what it holds."""
+
+
+class RunConfig(Section):
+    """Everything a training run depends on."""
+
+    weights_from: AnyPath = ""
+    """Set as `model.from`: the Hugging Face folder, run or commit whose architecture and weights it starts with."""
+    model: ModelConfig = ModelConfig.preset(DEFAULT_PRESET)
+    data: DataSection = DataSection()
+    layout: Layout = Layout()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data.path:
+            raise ValueError("data.path is missing: the folder that `moray prepare` made")
+        if not self.run.dir:
+            raise ValueError("run.dir is missing: the folder that the run shall live in")
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"train.seq_len={self.train.seq_len} must be at most model.max_seq_len={self.model.max_seq_len}"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most train.steps={self.train.steps}"
+            )
+        layout = self.resolved_layout
+        layout.validate_for(self.model, self.train.seq_len)
+        if self.train.global_batch % layout.dp:
+            nearest = round(self.train.global_batch / layout.dp) * layout.dp or layout.dp
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} must be a multiple of the {layout.dp} data-parallel "
+                f"ranks of layout {layout}; try {nearest}"
+            )
+        if self.model.moe:
+            self._check_routing_groups(self.model.moe, layout)
+            self._check_router_learns(self.model.moe)
+        return self
+
+    def _check_routing_groups(self, moe: MoEConfig, layout: Layout) -> None:
+        """A routing group lies within one rank's lanes and one micro-batch, or its statistics would depend on both."""
+        lanes = self.train.global_batch // layout.dp
+        together = math.gcd(lanes, min(lanes, self.train.micro_batch))
+        if together % moe.group_size:
+            fits = [size for size in range(1, together + 1) if together % size == 0]
+            raise ValueError(
+                f"model.moe.group_size={moe.group_size} must divide train.micro_batch={self.train.micro_batch} and the "
+                f"{lanes} sequences of each data-parallel rank; try one of {fits}, or larger batches"
+            )
+
+    def _check_router_learns(self, moe: MoEConfig) -> None:
+        """A lone gate that is divided by itself has no gradient; published models load with it all the same."""
+        of_scores = ("balance_loss", "device_loss", "communication_loss", "load_loss")
+        if moe.top_k == 1 < moe.n_experts and moe.normalise_gates and not any(getattr(moe, name) for name in of_scores):
+            raise ValueError(
+                "model.moe.top_k=1 with normalise_gates=true makes every gate 1, and no loss tells the router "
+                "anything; set normalise_gates=false, a balance_loss, or a higher top_k"
+            )
+
+    @property
+    def resolved_layout(self) -> Layout:
+        return self.layout.resolve(self.cluster.world_size)
+
+
+def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
+    """The validated config of a recipe (a name or a .toml file) and `section.key` -> value pairs that override it.
+
+    Raises ValueError of one line that names the setting, its value and what would be right.
+    """
+    sections: dict[str, Any] = {}
+    for name, value in [*flatten(read_recipe(recipe) if recipe else {}), *overrides.items()]:
+        *path, key = check_name(name).split(".")
+        section = sections
+        for part in path:
+            # What sets a part to none is overruled by what sets one of its fields.
+            section[part] = section = section.get(part) or {}
+        section[key] = None if isinstance(value, str) and value.lower() == "none" else value
+    model = sections.setdefault("model", {})
+    source = _source(model, sections.get("run", {}).get("dir", ""))
+    # The preset, or the model whose weights are taken, is where the architecture's fields start from; what they end as
+    # is the config.
+    fields = source[1].model_dump() if source else preset_fields(str(model.pop("preset", DEFAULT_PRESET)))
+    sections["model"] = merge(fields, model)
+    if source:
+        sections["weights_from"] = str(source[0])
+    try:
+        config = RunConfig.model_validate(sections)
+    except ValidationError as error:
+        raise ValueError(in_one_line(error, RunConfig)) from None
+    if source:
+        check_changes(source[1], config.model)
+    return config
+
+
+def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
+    """Takes `from` out of a recipe's model: whose weights the run starts with, and their architecture."""
+    named = model.pop("from", None)
+    if not named:
+        return None
+    if "preset" in model:
+        raise ValueError(
+            f"model.preset={model['preset']} and model.from={named} are two models to start from; leave one out"
+        )
+    named = Path(_absolute(str(named)))
+    # Once it has committed, a run does without what it started from.
+    for commit in list_commits(Path(_absolute(run)) / "checkpoints")[-1:] if run else []:
+        metadata = commit.manifest.metadata["config"]
+        recorded = Path(metadata.get("weights_from") or "/")
+        if recorded.is_relative_to(named):
+            return recorded, ModelConfig(**metadata["model"])
+    try:
+        path = locate(named)
+        return path, config_of(path)
+    except ValueError as error:
+        raise ValueError(f"model.from={named}: {error}") from None
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The tables of a recipe. Raises ValueError where there is none of that name, or where it is not TOML."""
+    if recipe.endswith(".toml"):
+        path: Any = Path(recipe)
+        if not path.is_file():
+            raise ValueError(f"--recipe {recipe} does not exist")
+    else:
+        folder = resources.files("moray.jobs.config.recipes")
+        path = folder / f"{recipe}.toml"
+        known = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+        if recipe not in known:
+            raise ValueError(f"--recipe {recipe} is not known; {nearest(recipe, known)}")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--recipe {recipe} is not TOML: {error}") from None
+
+
+def check_name(name: str) -> str:
+    """The name of a setting, or ValueError with the nearest one that exists."""
+    known = ["model.preset", *(found for found, _ in settings(RunConfig))]
+    if name not in known:
+        raise ValueError(f"{name} is not a setting; {nearest(name, known)}")
+    return name
+
+
+def settings(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting below a config by its dotted name; a part that may be none (`model.moe`) before its own."""
+    for name, field in config.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        part = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        if part is None or NoneType in kinds:
+            yield "model.from" if name == "weights_from" else prefix + name, field
+        if part:
+            yield from settings(part, f"{prefix}{name}.")
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as pairs of a dotted name and a value."""
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,1 @@
+"""Models that exist: opened, shown, exported, upcycled."""

@@ -1,0 +1,145 @@
+"""`moray inspect`: what a model is made of and what it costs, before anything is built or trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moray.jobs.config.nearest import nearest
+from moray.jobs.config.run import load_config
+from moray.jobs.models.describe import describe
+from moray.jobs.models.weights import config_of, locate
+from moray.model import ModelConfig
+from moray.model.accounting.cost import (
+    PARTS,
+    SCORES,
+    cache_bytes,
+    count_parameters,
+    forward_flops,
+    parameters_by_part,
+    training_state_bytes,
+)
+from moray.model.accounting.saved import activation_bytes
+from moray.model.presets import PRESETS
+from rich.console import Console
+from rich.table import Table
+
+USUAL_SEQ_LEN = 4096
+
+
+def inspect_model(source: str, seq_len: int | None, *, as_json: bool, console: Console) -> None:
+    """Prints the architecture that `source` names and its costs at a sequence length.
+
+    Raises ValueError for a source that is neither a preset nor a run nor a Hugging Face folder, and for a length that
+    the model has not.
+    """
+    config = find_config(source)
+    seq_len = min(USUAL_SEQ_LEN, config.max_seq_len) if seq_len is None else seq_len
+    if not 1 <= seq_len <= config.max_seq_len:
+        raise ValueError(f"seq_len={seq_len} must lie between 1 and max_seq_len={config.max_seq_len}")
+    costs = costs_of(config, seq_len)
+    if as_json:
+        print(json.dumps({"source": source, "model": config.model_dump(), **costs}, indent=2))
+        return
+    console.print(f"[bold]{source}[/bold]")
+    for line in describe(config):
+        console.print(line)
+    total, active = count_parameters(config)
+    console.print(f"{total:,} parameters" + (f", of which a token passes {active:,}" if active < total else ""))
+    console.print(_table_of_parts(costs), _table_of_bytes(costs))
+
+
+def find_config(source: str) -> ModelConfig:
+    """The architecture of a preset, of a run (its newest commit, or before that its config.toml) or of a folder."""
+    if source in PRESETS:
+        return ModelConfig.preset(source)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ValueError(f"{source} is neither a preset nor a folder; {nearest(source, PRESETS)}")
+    try:
+        path = locate(folder)
+    except ValueError as error:
+        if (folder / "config.toml").is_file():
+            return load_config(str(folder / "config.toml"), {}).model
+        raise ValueError(f"{folder} is neither a run (config.toml) nor a Hugging Face folder (config.json)") from error
+    return config_of(path)
+
+
+def costs_of(config: ModelConfig, seq_len: int) -> dict[str, Any]:
+    """Parameters, FLOPs a token and bytes, as `--json` prints them; shapes follow the parts of `model.cost`."""
+    parts, flops = parameters_by_part(config), forward_flops(config, seq_len)
+    activations = activation_bytes(config, seq_len)
+    return {
+        "seq_len": seq_len,
+        "parameters": {**count_parameters(config)._asdict(), "parts": {name: x._asdict() for name, x in parts.items()}},
+        "flops_per_token": {
+            "forward": sum(flops.values()),
+            "backward": 2 * sum(flops.values()),
+            "forward_parts": flops,
+        },
+        "bytes": {
+            **training_state_bytes(config)._asdict(),
+            "activations_per_token": activations.total / seq_len,
+            "activations_per_token_of_layers": [size / seq_len for size in activations.layers],
+            # A convolution's inputs are held from the first token on, however many follow.
+            "kv_cache_per_token": cache_bytes(config, 2) - cache_bytes(config, 1),
+            "kv_cache": cache_bytes(config, seq_len),
+        },
+    }
+
+
+def _table_of_parts(costs: dict[str, Any]) -> Table:
+    parameters, flops = costs["parameters"], costs["flops_per_token"]
+    table = Table(title=f"Parameters, and FLOPs a token at {costs['seq_len']:,} tokens", title_justify="left")
+    for heading in ("part", "parameters", "active", "share", "forward", "backward"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part in (*PARTS, SCORES):
+        count, forward = parameters["parts"].get(part), flops["forward_parts"].get(part)
+        if count or forward:
+            held = _counts(count, parameters["total"]) if count else [""] * 3
+            table.add_row(part, *held, *(_products(forward) if forward else [""] * 2))
+    table.add_section()
+    table.add_row("together", *_counts(parameters, parameters["total"]), *_products(flops["forward"]))
+    return table
+
+
+def _counts(count: dict[str, int], total: int) -> list[str]:
+    return [short(count["total"], "kMBT"), short(count["active"], "kMBT"), f"{count['total'] / total:.1%}"]
+
+
+def _products(forward: float) -> list[str]:
+    return [short(forward, "kMGTP"), short(2 * forward, "kMGTP")]
+
+
+def _table_of_bytes(costs: dict[str, Any]) -> Table:
+    held = costs["bytes"]
+    table = Table("of", title="Memory", title_justify="left")
+    table.add_column("bytes", justify="right")
+    table.add_column("", justify="right")
+    for name, size in (
+        ("weights, fp32", held["weights"]),
+        ("gradients, fp32", held["gradients"]),
+        ("optimizer: two moments, fp32", held["optimizer"]),
+        ("activations a token, bf16", held["activations_per_token"]),
+        ("KV cache a token, bf16", held["kv_cache_per_token"]),
+        (f"KV cache of {costs['seq_len']:,} tokens, bf16", held["kv_cache"]),
+    ):
+        table.add_row(name, f"{size:,.0f}", binary(size))
+    return table
+
+
+def short(number: float, units: str) -> str:
+    """With three digits: short(1234567, "kMBT") -> 1.23M."""
+    for unit in ("", *units[:-1]):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}{units[-1]}"
+
+
+def binary(size: float) -> str:
+    """1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.4g} {unit}"
+        size /= 1024
+    return f"{size:,.4g} TiB"

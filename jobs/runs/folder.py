@@ -1,0 +1,142 @@
+"""The folder of a run: who may work in it, what may go on in it, and what lies there."""
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moray.data.dataset import Dataset
+from moray.data.tokenizer import copy_tokenizer
+from moray.jobs.config.recipe_file import to_toml
+from moray.jobs.config.run import RunConfig, flatten
+from moray.model import ModelConfig
+from moray.model.accounting.cost import count_parameters
+from moray.parallel.checkpoint.commits import Commit, list_commits
+
+# What decides on weights, data order or their meaning: a run that changed one would be another run.
+_FIXED = ("seed", "global_batch", "seq_len")
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@contextmanager
+def claimed(config: RunConfig, dataset: Dataset) -> Iterator[None]:
+    """Makes the run's folder, or checks that it may go on; no other driver can claim it until the block ends.
+
+    Writes config.toml and tokenizer/. Until something is committed, the folder is bound to nothing.
+    The lock is flock's: some network file systems keep it to one host, or have none.
+    Raises ValueError naming the holder of a folder in use, what differs in one that holds another run, and the room
+    that a commit needs where the disk has none.
+    """
+    folder = Path(config.run.dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.dir={folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        commits = list_commits(folder / "checkpoints")
+        if commits:
+            check_same_run(commits[-1], config, dataset)
+        _check_space(config.model, folder)
+        _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=bool(commits))
+        _replace_file(folder / "config.toml", to_toml(config))
+        yield
+
+
+def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
+    """Raises ValueError unless config and data continue the run that made the commit, at the position it ended at."""
+    metadata = commit.manifest.metadata
+    there = metadata["config"]
+    if "train" not in there:
+        raise ValueError(
+            f"run.dir={now.run.dir} holds weights alone, without the state of an optimizer that a run resumes from; "
+            f"start from them in another run.dir, with model.from={now.run.dir}"
+        )
+    before = _deciding(ModelConfig(**there["model"]), there["train"], there.get("weights_from", ""))
+    wanted = _deciding(now.model, now.train.model_dump(), now.weights_from)
+    differing = [
+        f"{name}={wanted.get(name)} (there: {before.get(name)})"
+        for name in {**wanted, **before}
+        if wanted.get(name) != before.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"run.dir={now.run.dir} holds a different run: {', '.join(differing)}; "
+            "choose another run.dir or these settings"
+        )
+    position, expected = metadata["data"]["position"], commit.step * now.train.global_batch
+    if position != expected:
+        raise ValueError(
+            f"{commit.path} was committed at data position {position}, not at step {commit.step} * "
+            f"train.global_batch={now.train.global_batch} = {expected}: going on would skip or repeat sequences"
+        )
+    dataset.check_fingerprint(metadata["data"]["fingerprint"])
+
+
+def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> dict[str, Any]:
+    settings = {"model.from": weights_from, **dict(flatten(model.model_dump(), "model."))}
+    return settings | {f"train.{name}": train[name] for name in _FIXED}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds RUN/.lock, of which the kernel lets go however this process ends."""
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise ValueError(
+                f"run.dir={folder} is in use by {holder}; wait until it has ended, or choose another run.dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _check_space(model: ModelConfig, folder: Path) -> None:
+    parameters, _ = count_parameters(model)
+    needed, free = 12 * parameters, shutil.disk_usage(folder).free  # fp32 weights and two moments
+    if free < needed:
+        raise ValueError(
+            f"run.dir={folder}: a commit takes at least {needed / 2**20:,.1f} MiB, but its disk has "
+            f"{free / 2**20:,.1f} MiB left; free some or choose another"
+        )
+
+
+def _put_tokenizer(data: Path, folder: Path, *, is_bound: bool) -> None:
+    """Copies the data's tokenizer, whole or not at all; once something is committed, the one there must be the same."""
+    if folder.exists():
+        if _tokenizer_bytes(folder) == _tokenizer_bytes(data):
+            return
+        if is_bound:
+            raise ValueError(f"{folder} is not the tokenizer of data.path={data}, the run's data; move it away")
+        shutil.rmtree(folder)
+    partial = folder.with_name("tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed here
+    partial.mkdir()
+    copy_tokenizer(data, partial)
+    partial.rename(folder)
+
+
+def _tokenizer_bytes(folder: Path) -> bytes | None:
+    path = folder / "tokenizer.json"
+    return path.read_bytes() if path.is_file() else None
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """The file holds the old text or the new one, whatever happens on the way."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

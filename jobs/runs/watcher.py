@@ -1,0 +1,157 @@
+"""What a person sees of a run while it goes on: the newest step, and every event that matters."""
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moray.cluster.events import EventLog
+from moray.jobs.config.run import RunConfig
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_EVERY_S = 10.0  # between two lines where no terminal can show one that changes
+
+
+class Listener:
+    """Hears of everything that happens while a run goes on; `moray demo` is one that interferes."""
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        """An event of the cluster, as `cluster.events` lists them."""
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        """A rank's newest heartbeat; it may come again."""
+
+
+class Watcher(Listener):
+    """Writes the cluster's events to the run's log, and shows the newest step: in place, or now and then as a line.
+
+    What the workers themselves have to say (a damaged or failed commit) comes by way of the log, too.
+    """
+
+    def __init__(self, config: RunConfig, console: Console, next_listener: Listener) -> None:
+        self._console, self._next = console, next_listener
+        self._events = EventLog(Path(config.run.dir) / "events.jsonl")
+        self._tail = Tail(self._events.path)
+        self._steps = config.train.steps
+        self._display = StepDisplay(self._steps, console) if console.is_terminal else None
+        self._row: dict[str, Any] | None = None  # until it is printed
+        self._step = 0
+        self._printed_at = time.monotonic()
+
+    def __enter__(self) -> "Watcher":
+        if self._display:
+            self._display.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show_new_events()
+        if self._display:
+            self._display.live.stop()
+        elif self._row:
+            self._print_row()
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        self._events.write(kind, **fields)
+        self._show_new_events()
+        self._next.on_event(kind, fields)
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        if rank == 0 and "loss" in status and step != self._step:
+            self._row, self._step = {**status, "step": step}, step
+            if self._display:
+                self._display.show(self._row)
+            elif time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
+                self._print_row()
+        self._show_new_events()
+        self._next.on_status(rank, step, status)
+
+    def _print_row(self) -> None:
+        assert self._row
+        self._print(f"step {self._row['step']}/{self._steps}  " + "  ".join(numbers(self._row)))
+        self._row, self._printed_at = None, time.monotonic()
+
+    def _show_new_events(self) -> None:
+        for event in self._tail.read():
+            if line := describe(event["kind"], event):
+                self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class StepDisplay:
+    """A bar, and below it the numbers of the newest step, whole whatever the terminal's width."""
+
+    def __init__(self, steps: int, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("training", total=steps)
+        self.live = Live(Group(self._bar, Text("starting workers")), console=console)
+
+    def show(self, row: dict[str, Any]) -> None:
+        self._bar.update(self._task, completed=row["step"])
+        self.live.update(Group(self._bar, *map(Text, numbers(row))))
+
+
+class Tail:
+    """Reads what is appended to an event log from now on, a whole line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The events since the last call."""
+        if not self._path.exists():
+            return []
+        with open(self._path, "rb") as file:
+            file.seek(self._offset)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole + end)
+        events = []
+        for line in whole.splitlines():
+            with suppress(json.JSONDecodeError):  # a worker's crash may have cut it short
+                events.append(json.loads(line))
+        return events
+
+
+def numbers(row: dict[str, Any]) -> list[str]:
+    """A step's row of metrics.jsonl for the eye: a line that fits 80 columns, and one of the experts' balance."""
+    parts = [
+        f"loss {row['loss']:.3f}",
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+        f"MFU {row['mfu']:.0%}",
+        f"norm {row['grad_norm']:.2f}",
+        f"lr {row['lr']:.1e}",
+        f"{row['memory_bytes'] / 2**30:.1f} GiB",
+    ]
+    lines = ["  ".join(parts)]
+    if row["expert_balance"]:
+        lines.append("experts max/mean " + " ".join(f"{value:.1f}" for value in row["expert_balance"]))
+    return lines
+
+
+def describe(kind: str, fields: dict[str, Any]) -> str | None:
+    """A line for an event that a person watching wants to know of."""
+    if kind == "fault":
+        where = f"rank {fields['rank']} (pid {fields['pid']})" if fields.get("rank") is not None else "the group"
+        if fields.get("rank") is None and fields.get("node"):
+            where = f"node {fields['node']}"
+        return f"fault: {where}: {fields['reason']}"
+    if kind == "recovered":
+        return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
+    if kind == "commit_refused":
+        return f"refused the damaged commit of step {fields.get('step')}: {'; '.join(fields.get('problems', []))}"
+    if kind == "commit_failed":
+        return f"{fields.get('error')}; the next commit tries again"
+    if kind == "wait":
+        return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
+    if kind == "stop":
+        return "stopping: the workers finish their step and commit"
+    return None

@@ -1,0 +1,1 @@
+"""The story of a step, and the driver's side of it."""

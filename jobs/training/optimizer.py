@@ -1,0 +1,52 @@
+"""AdamW over sharded parameters, with a state that exists before the first step, so that a commit can fill it."""
+
+from collections import defaultdict
+
+import torch
+from moray.jobs.config.run import OptimizerSection
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def build_optimizer(module: nn.Module, settings: OptimizerSection) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019), fused; weight decay on matrices alone, not on norms and biases.
+
+    One parameter group for each (mesh, decay): the fused kernel cannot take tensors of two meshes in one call.
+    """
+    groups: dict[tuple[object, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in module.named_parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        # The experts' biases are stacked, and still biases.
+        is_matrix = parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
+        groups[mesh, is_matrix].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": settings.weight_decay if is_matrix else 0.0}
+            for (_, is_matrix), parameters in groups.items()
+        ],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+    for parameters in groups.values():
+        for parameter in parameters:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a commit holds: `model.NAME` (weights and routing biases), `optimizer.NAME.exp_avg` and so on."""
+    state = {f"model.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return state

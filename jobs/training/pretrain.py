@@ -1,0 +1,83 @@
+"""`moray pretrain`: checks everything that can be wrong, then launches the workers and shows how they get on."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+from moray.cluster.events import read_events
+from moray.cluster.launch import launch
+from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError
+from moray.data.dataset import Dataset
+from moray.data.tokenizer import same_vocabulary
+from moray.jobs.config.run import RunConfig
+from moray.jobs.models.weights import tokenizer_of
+from moray.jobs.runs.folder import claimed
+from moray.jobs.runs.watcher import Listener, Watcher
+from moray.jobs.training.trainer import train
+from rich.console import Console
+
+
+def pretrain(config: RunConfig, console: Console | None = None, listener: Listener | None = None) -> int:
+    """Runs to the last step, or until asked to stop; returns the exit code.
+
+    Raises ValueError for a user's mistake, WorkerError of one line where the workers failed for good.
+    """
+    dataset = Dataset.open(config.data.path)
+    is_first = os.environ.get("RANK", "0") == "0" or config.cluster.launcher != "torchrun"
+    console = console or Console(stderr=True, quiet=not is_first)
+    if config.weights_from:
+        check_tokenizer(Path(config.weights_from), Path(config.data.path), console)
+    dataset.check_vocabulary(config.model.vocab_size)
+    with claimed(config, dataset) if is_first else nullcontext():
+        code = _launch(config, console, listener or Listener())
+    if code == EXIT_INTERRUPTED:
+        console.print("stopped on request, committed; the same command resumes")
+    return code
+
+
+def check_tokenizer(source: Path, data: Path, console: Console) -> None:
+    """Raises ValueError if the data's tokens mean others than those that the weights were trained on.
+
+    Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits.
+    """
+    tokenizer = tokenizer_of(source)
+    if not source.exists():
+        return
+    if not (tokenizer / "tokenizer.json").is_file():
+        console.print(
+            f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on"
+        )
+    elif not same_vocabulary(tokenizer, data):
+        raise ValueError(
+            f"data.path={data} has other tokens than model.from={source} was trained on; "
+            f"make the data with `moray prepare … --tokenizer {tokenizer}`"
+        )
+
+
+def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
+    events, cluster = Path(config.run.dir) / "events.jsonl", config.cluster
+    with Watcher(config, console, listener) as watcher:
+        try:
+            return launch(
+                train,
+                config,
+                launcher=cluster.launcher,
+                workers=cluster.workers,
+                first_generation=next_generation(events),
+                max_restarts=cluster.max_restarts,
+                heartbeat_timeout_s=cluster.heartbeat_timeout_s,
+                startup_timeout_s=cluster.startup_timeout_s,
+                placement_timeout_s=cluster.placement_timeout_s,
+                on_event=watcher.on_event,
+                on_status=watcher.on_status,
+            )
+        except WorkerError as error:
+            summary, _, trace = str(error).partition("\n")
+            raise WorkerError(f"{summary}; the traceback is in {events}" if trace else summary) from error
+
+
+def next_generation(events: Path) -> int:
+    """One more than the highest in the log: a number names one attempt in the whole history of a run."""
+    if not events.exists():
+        return 1
+    return 1 + max((event.get("generation", 0) for event in read_events(events)), default=0)

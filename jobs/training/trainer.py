@@ -1,0 +1,312 @@
+"""The training loop, as one worker runs it: read it from top to bottom as the story of a step."""
+
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from moray.cluster.devices import peak_memory_bytes
+from moray.cluster.events import EventLog
+from moray.cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, WorkerContext
+from moray.data.dataset import Dataset
+from moray.data.stream import Batch, Stream, evaluation_batches
+from moray.jobs.config.run import RunConfig
+from moray.jobs.models.weights import fill_shards
+from moray.jobs.runs.folder import check_same_run
+from moray.jobs.training.metrics import MetricsLog, expert_metrics, matmul_peak
+from moray.jobs.training.optimizer import build_optimizer, set_learning_rate, training_state
+from moray.jobs.training.schedule import learning_rate
+from moray.model import Decoder, Randomness
+from moray.model.accounting.cost import train_flops_per_token
+from moray.parallel.checkpoint.checkpointer import Checkpointer, DiskFullError
+from moray.parallel.gradients import (
+    GlobalLosses,
+    MicroBatch,
+    accumulate_gradients,
+    clip_gradients,
+    evaluate,
+    update_routing_bias,
+    world_sum,
+)
+from moray.parallel.layout import Layout
+from moray.parallel.shard import build_decoder, initialise_shards
+
+
+class Pulse:
+    """This worker's heartbeat: `beat` after each step, `again` within long work between two, lest it count as hung."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._last: dict[str, Any] = {"step": 0}
+
+    def beat(self, row: dict[str, Any]) -> None:
+        self._last = row
+        self.again()
+
+    def again(self) -> None:
+        # The same words: a driver that has not heard them yet must not miss the step's numbers.
+        self._context.heartbeat(**self._last)
+
+
+@dataclass
+class Training:
+    """What the loop works on. `step` counts the optimizer steps done; all else but it keeps its identity."""
+
+    context: WorkerContext
+    pulse: Pulse
+    config: RunConfig
+    layout: Layout
+    dataset: Dataset
+    decoder: Decoder
+    optimizer: torch.optim.AdamW
+    checkpointer: Checkpointer
+    lanes: range
+    flops_per_token: float
+    peak_flops: float
+    step: int = 0
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.context.rank == 0
+
+
+def train(context: WorkerContext, config: RunConfig) -> int:
+    """Trains from the newest commit (or the start) to the last step, or until asked to stop. Every rank runs it."""
+    with context.process_group():
+        training = set_up(context, config)
+        stream = Stream(
+            training.dataset,
+            "train",
+            seq_len=config.train.seq_len,
+            global_batch=config.train.global_batch,
+            seed=config.train.seed,
+            lanes=training.lanes,
+        )
+        with metrics_log(training) as log, closing(stream.batches(training.step)) as batches:
+            while training.step < config.train.steps:
+                began = time.perf_counter()
+                row = take_step(training, next(batches))
+                row |= speed(training, row["tokens"], time.perf_counter() - began)
+                last = training.step == config.train.steps
+                stopping = agree_to_stop(training)
+                if not stopping and (last or is_due(training.step, config.train.eval_every)):
+                    row |= validate(training)
+                    stopping = agree_to_stop(training)
+                if log:
+                    log.write(row)
+                if last or stopping or is_due(training.step, config.checkpoint.every):
+                    commit(training, row, log)
+                training.pulse.beat(row if training.is_first_rank else {"step": training.step})
+                if stopping:
+                    break
+        finish_commits(training)
+    return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
+
+
+def take_step(training: Training, batch: Batch) -> dict[str, Any]:
+    """One optimizer step on one global batch: forward, backward, combine, check, clip, update."""
+    config, decoder = training.config, training.decoder
+    decoder.train()
+    losses = accumulate_gradients(decoder, micro_batches(training, batch), training.layout.tp)
+    norm = clip_gradients(decoder.parameters(), config.optimizer.clip_norm)
+    check_finite(training.step, losses, norm)
+    rate = learning_rate(training.step, config.train.steps, config.optimizer)
+    set_learning_rate(training.optimizer, rate)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    load = update_routing_bias(decoder)
+    training.step += 1
+    return {
+        "step": training.step,
+        "loss": losses.cross_entropy,
+        "z_loss": losses.z,
+        "auxiliary_loss": losses.auxiliary,
+        "tokens": losses.tokens,
+        "positions": [batch.first, batch.first + config.train.global_batch],
+        "grad_norm": norm,
+        "lr": rate,
+        **expert_metrics(load),
+        "generation": training.context.generation,
+        "layout": str(training.layout),
+    }
+
+
+def set_up(context: WorkerContext, config: RunConfig) -> Training:
+    """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
+    layout = config.layout.resolve(context.world_size)
+    dataset = Dataset.open(config.data.path)
+    compute_dtype = getattr(torch, config.train.dtype)
+    decoder = build_decoder(
+        config.model,
+        layout.meshes(context.device.type),
+        dtype=torch.float32,
+        compute_dtype=compute_dtype,
+    )
+    share = config.train.global_batch // layout.dp
+    dp_rank = layout.dp_rank(context.rank)
+    events = EventLog(Path(config.run.dir) / "events.jsonl")
+    pulse = Pulse(context)
+    training = Training(
+        context=context,
+        pulse=pulse,
+        config=config,
+        layout=layout,
+        dataset=dataset,
+        decoder=decoder,
+        optimizer=build_optimizer(decoder, config.optimizer),
+        checkpointer=Checkpointer(
+            Path(config.run.dir) / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            on_event=lambda kind, fields: events.write(kind, generation=context.generation, **fields),
+            on_wait=pulse.again,
+        ),
+        lanes=range(dp_rank * share, (dp_rank + 1) * share),
+        flops_per_token=train_flops_per_token(config.model, config.train.seq_len),
+        peak_flops=world_sum(torch.tensor(matmul_peak(context.device, compute_dtype))).item(),
+    )
+    resume(training, events)
+    return training
+
+
+def resume(training: Training, events: EventLog) -> None:
+    """Puts the newest whole commit into place, else the weights to start with.
+
+    Raises ValueError if the commit is of another run, or ended elsewhere.
+    """
+    commit = training.checkpointer.load(training_state(training.decoder, training.optimizer))
+    if commit is None and training.config.weights_from:
+        fill_shards(training.decoder, Path(training.config.weights_from))
+    elif commit is None:
+        initialise_shards(training.decoder, training.config.train.seed)
+    position = 0
+    if commit:
+        check_same_run(commit, training.config, training.dataset)
+        training.step, position = commit.step, commit.manifest.metadata["data"]["position"]
+    if training.is_first_rank:
+        found = {"step": training.step, "position": position, "layout": str(training.layout)}
+        events.write("resume" if commit else "begin", generation=training.context.generation, **found)
+
+
+def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> None:
+    """Commits weights, optimizer, routing bias, data position and all else a resume needs, as one."""
+    config = training.config
+    if log:
+        log.flush_to_disk()
+    metadata = {
+        "config": config.model_dump(),
+        "layout": training.layout.model_dump(),
+        "data": {"position": training.step * config.train.global_batch, "fingerprint": training.dataset.fingerprint},
+        "schedule": {"step": training.step, "lr": row["lr"]},
+        # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
+        "rng": {"seed": config.train.seed},
+        "loss": row["loss"],
+        "versions": versions(),
+    }
+    training.checkpointer.save(training.step, training_state(training.decoder, training.optimizer), metadata)
+
+
+def finish_commits(training: Training) -> None:
+    """Waits for the last commit. Raises ValueError if the disk is full: to start again would not help."""
+    try:
+        training.checkpointer.finish()
+    except DiskFullError as error:
+        run = training.config.run.dir
+        raise ValueError(
+            f"run.dir={run}: the disk is full: {error}; free space and give the same command again"
+        ) from None
+
+
+def check_finite(step: int, losses: GlobalLosses, norm: float) -> None:
+    """Raises FloatingPointError before a bad gradient can reach the weights."""
+    if not (math.isfinite(losses.cross_entropy) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"step {step + 1}: loss {losses.cross_entropy}, gradient norm {norm}; the weights are as step {step} left "
+            "them. Try a lower optimizer.lr, more warm-up, or train.dtype=float32"
+        )
+
+
+def validate(training: Training) -> dict[str, float]:
+    """Mean cross-entropy per token over the whole validation split; nothing where asked to stop on the way."""
+    config = training.config
+    batches = evaluation_batches(
+        training.dataset,
+        "validation",
+        seq_len=config.train.seq_len,
+        global_batch=config.train.global_batch,
+        lanes=training.lanes,
+    )
+    was_stopped = False
+
+    def pieces() -> Iterator[MicroBatch]:
+        nonlocal was_stopped
+        for batch in batches:
+            yield from micro_batches(training, batch)
+            training.pulse.again()
+            if was_stopped := agree_to_stop(training):
+                return
+
+    loss = evaluate(training.decoder, pieces())
+    return {} if was_stopped else {"validation_loss": loss}
+
+
+def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
+    """This rank's lanes in pieces of at most micro_batch sequences, on its device."""
+    train, device = training.config.train, training.context.device
+    sequences_B = torch.arange(batch.first + training.lanes.start, batch.first + training.lanes.stop)
+    tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT, sequences_B)
+    return [
+        MicroBatch.of(
+            tokens, targets, positions, documents, device, Randomness(train.seed, training.step, sequences.to(device))
+        )
+        for tokens, targets, positions, documents, sequences in zip(
+            *(tensor.split(train.micro_batch) for tensor in tensors), strict=True
+        )
+    ]
+
+
+def speed(training: Training, tokens: int, seconds: float) -> dict[str, Any]:
+    """Tokens a second, the share of the measured matmul peak of all workers together (MFU), and memory."""
+    config = training.config
+    processed = config.train.global_batch * config.train.seq_len
+    flops = training.flops_per_token * processed
+    return {
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": flops / seconds / training.peak_flops,
+        "memory_bytes": peak_memory_bytes(training.context.device),
+    }
+
+
+def agree_to_stop(training: Training) -> bool:
+    """Whether any rank was asked to stop: all leave after the same step."""
+    return world_sum(torch.tensor(float(training.context.should_stop()))).item() > 0
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) comes after this one."""
+    return every > 0 and step % every == 0
+
+
+def versions() -> dict[str, str]:
+    """The libraries that made a commit; torchrun does without Ray."""
+    installed = {name: version(name) for name in ("torch", "safetensors", "numpy", "ray") if find_spec(name)}
+    return {"python": platform.python_version(), **installed}
+
+
+@contextmanager
+def metrics_log(training: Training) -> Iterator[MetricsLog | None]:
+    """The log on rank 0, None elsewhere."""
+    if not training.is_first_rank:
+        yield None
+        return
+    log = MetricsLog(Path(training.config.run.dir), training.step, training.context.generation)
+    with closing(log):
+        yield log

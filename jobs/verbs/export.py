@@ -1,0 +1,23 @@
+"""`moray export`."""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from moray.jobs.verbs.say import complain
+
+
+def export(run: tyro.conf.Positional[Path], *, out: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> int:
+    """Write a run's newest commit as a Hugging Face folder that transformers loads and serves.
+
+    Args:
+        run: The run's folder.
+        out: The folder to make.
+        dtype: What the weights are rounded to.
+    """
+    import torch
+    from moray.jobs.models.export import export as run_export
+
+    model_type = run_export(run, out, getattr(torch, dtype), complain)
+    print(f"{out}: a Hugging Face folder of model_type {model_type}")
+    return 0

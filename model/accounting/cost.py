@@ -1,0 +1,155 @@
+"""What a model costs, from its config alone: parameters, floating-point operations a token, bytes.
+
+FLOPs are those of matrix products (and of a convolution along the sequence), two for each multiply-add, of what the
+architecture asks for: an expert's for the tokens routed to it, a query's for the keys that it sees. Looking up an
+embedding is none. What an implementation computes beside them (whole blocks of a mask, scores again in the backward
+pass, places in capacity that stay empty) does not count, as is usual for MFU (PaLM, appendix B).
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from moray.model.config.architecture import ModelConfig
+from moray.model.decoder import Decoder
+from torch import Tensor
+
+PARTS = (
+    "embedding",
+    "positions",
+    "attention",
+    "dense ffn",
+    "router",
+    "routed experts",
+    "shared experts",
+    "norms",
+    "head",
+)
+SCORES = "attention scores"
+_FP32_BYTES = 4
+
+
+class Count(NamedTuple):
+    """Parameters. active: those that one token passes, which of each layer's routed experts are top_k."""
+
+    total: int
+    active: int
+
+
+def count_parameters(config: ModelConfig) -> Count:
+    """Of the whole model. Tied embeddings count once, and so does an embedding's lookup as active."""
+    parts = parameters_by_part(config).values()
+    return Count(sum(part.total for part in parts), sum(part.active for part in parts))
+
+
+def parameters_by_part(config: ModelConfig) -> dict[str, Count]:
+    """The parts of PARTS that the model has. A tied head has no parameters of its own; norms are those of all parts."""
+    return {part: _count(part, tensors, config) for part, tensors in _tensors_by_part(config).items()}
+
+
+def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    """Floating-point operations a token by part, on average over a document of seq_len tokens.
+
+    Each weight of a matrix multiplies a token once; SCORES are the products of queries, keys and values, which grow
+    with the length. Latent attention is counted as in training, where keys and values are made from latent vectors.
+    """
+    flops: dict[str, float] = {}
+    for part, tensors in _tensors_by_part(config).items():
+        if part not in ("embedding", "positions", "norms"):
+            flops[part] = 2 * _count(part, (tensor for tensor in tensors if tensor.ndim > 1), config).active
+    flops[SCORES] = _score_flops(config, seq_len)
+    flops["head"] = 2 * config.vocab_size * config.d_model
+    return flops
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations of forward and backward for one token: the backward pass costs two forward ones."""
+    return 3 * sum(forward_flops(config, seq_len).values())
+
+
+class TrainingState(NamedTuple):
+    """Bytes of what training keeps of every parameter, over all ranks together."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def training_state_bytes(config: ModelConfig) -> TrainingState:
+    """As the trainer keeps them: fp32 weights, fp32 gradients, AdamW's two fp32 moments.
+
+    Beside them, a step in bf16 holds a bf16 copy of the layers at work, and AdamW a scalar for each tensor.
+    """
+    total = count_parameters(config).total
+    return TrainingState(_FP32_BYTES * total, _FP32_BYTES * total, 2 * _FP32_BYTES * total)
+
+
+def cache_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of the KV cache of one sequence of so many tokens.
+
+    A layer holds its keys and values of all tokens, of the last `window` ones if it is local, or one latent vector a
+    token; a dense layer with a convolution also its last taps - 1 inputs.
+    """
+    attention, latent = config.attention, config.attention.latent
+    width = latent.kv_rank + latent.rope_dim if latent else 2 * attention.n_kv_heads * attention.head_dim
+    held = 0
+    for layer in range(config.n_layers):
+        held += width * min(_sees(config, layer, tokens), tokens)
+        if not config.is_moe_layer(layer):
+            held += max(config.ffn.conv_width - 1, 0) * config.ffn.width
+    return held * dtype.itemsize
+
+
+def _tensors_by_part(config: ModelConfig) -> dict[str, list[Tensor]]:
+    """Weights on the meta device: what multiplies a token has two dimensions or more, biases and norms have one."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    for name, parameter in decoder.named_parameters():
+        # Experts' biases are stacked, [E, F].
+        found[_part(name)].append(parameter.flatten() if "bias" in name.rpartition(".")[2] else parameter)
+    return {part: tensors for part, tensors in found.items() if tensors}
+
+
+def _part(name: str) -> str:
+    modules = name.split(".")
+    if any("norm" in module for module in modules):
+        return "norms"
+    for module, part in (
+        ("experts", "routed experts"),
+        ("router", "router"),
+        ("attention", "attention"),
+        ("embedding", "embedding"),
+        ("position_embedding", "positions"),
+        ("head", "head"),
+    ):
+        if module in modules:
+            return part
+    return "shared experts" if any("shared" in module for module in modules) else "dense ffn"
+
+
+def _count(part: str, tensors: Iterable[Tensor], config: ModelConfig) -> Count:
+    total = sum(tensor.numel() for tensor in tensors)
+    if part == "routed experts" and config.moe:
+        return Count(total, total * config.moe.top_k // config.moe.n_experts)
+    return Count(total, total)
+
+
+def _score_flops(config: ModelConfig, seq_len: int) -> float:
+    """Products of queries with keys, and of weights with values, of all heads and layers, for the mean token."""
+    attention, latent = config.attention, config.attention.latent
+    value_dim = latent.value_dim if latent else attention.head_dim
+    a_pair = 2 * attention.n_heads * (attention.head_dim + value_dim)
+    pairs = sum(_pairs(seq_len, _sees(config, layer, seq_len)) for layer in range(config.n_layers))
+    return a_pair * pairs / seq_len
+
+
+def _pairs(tokens: int, window: int) -> int:
+    """Queries and the keys that they see: sum over t < tokens of min(t + 1, window)."""
+    return window * (window + 1) // 2 + (tokens - window) * window
+
+
+def _sees(config: ModelConfig, layer: int, tokens: int) -> int:
+    """The most tokens that a token of a sequence of so many sees in this layer, itself among them."""
+    window = config.attention.window
+    return min(window, tokens) if window and config.attention.is_local(layer) else tokens

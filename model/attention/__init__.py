@@ -1,0 +1,1 @@
+"""Attention in all its kinds, positions, and the cache of keys and values."""

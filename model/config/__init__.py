@@ -1,0 +1,1 @@
+"""What a model is: the frozen, validated description of an architecture."""

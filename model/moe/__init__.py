@@ -1,0 +1,1 @@
+"""Mixture-of-Experts: router, dispatcher, experts, and what keeps them balanced."""

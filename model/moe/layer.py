@@ -1,0 +1,106 @@
+"""The Mixture-of-Experts layer: Router -> Dispatcher -> Experts -> Dispatcher, each replaceable alone."""
+
+# Shapes: B sequences, T tokens of each on this rank, D model width, E experts, K experts per token, M rows sent.
+
+import torch
+from moray.model.config.architecture import ModelConfig
+from moray.model.context import Context
+from moray.model.feedforward import FeedForward
+from moray.model.moe.balance import Statistics, statistics_of
+from moray.model.moe.capacity import capacity_of, within_capacity
+from moray.model.moe.dispatch import LocalDispatcher
+from moray.model.moe.experts import Experts
+from moray.model.moe.router import Router, Routing
+from torch import Tensor, nn
+
+
+class MoE(nn.Module):
+    """Routed experts, and shared ones that every token passes (DeepSeekMoE, 2024).
+
+    Shapes: x_BTD -> [B, T, D], and while training what the auxiliary losses are made of (else None).
+    Raises ValueError in training where the config's router draws and the context has nothing to draw from.
+    """
+
+    tokens_E: Tensor
+    dropped: Tensor
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.moe
+        self.moe, self.layer = config.moe, layer
+        self.router = Router(config)
+        self.experts = Experts(config.n_experts, config.d_model, config.moe.expert_width, config.expert_ffn)
+        shared_width = config.moe.n_shared * config.moe.expert_width
+        self.shared = FeedForward(config.d_model, shared_width, config.expert_ffn) if shared_width else None
+        self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if config.moe.shared_gate else None
+        self.dispatcher = LocalDispatcher()
+        # Since the last optimizer step, on this rank, in training alone: tokens that chose each expert, and how many of
+        # these choices found it full.
+        self.register_buffer("tokens_E", torch.zeros(config.n_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
+        routing = self.router(x_BTD, self._keys(context))
+        kept_BTK, statistics = routing.drawn_BTK, None
+        if self.training:
+            self._check_groups(len(x_BTD))
+            if self.moe.capacity_factor is not None:
+                kept_BTK = self._within_capacity(routing, context.documents.valid_BT)
+            statistics = statistics_of(routing, self.dispatcher.own(context.documents.valid_BT), self.moe)
+            self.tokens_E += statistics.counts_GE.sum(0).to(torch.int64)
+            statistics = statistics.total(self.dispatcher.total)
+        kept_NK = None if kept_BTK is None else kept_BTK.flatten(0, 1)
+        rows_MD, counts_E, plan = self.dispatcher.dispatch(
+            x_BTD.flatten(0, 1), routing.chosen_BTK.flatten(0, 1), kept_NK, self.moe.n_experts
+        )
+        out_ND = self.dispatcher.combine(self.experts(rows_MD, counts_E), plan, routing.gates_BTK.flatten(0, 1))
+        return self._with_shared(out_ND.view_as(x_BTD), x_BTD, context), statistics
+
+    def _with_shared(self, out_BTD: Tensor, x_BTD: Tensor, context: Context) -> Tensor:
+        if self.shared is None:
+            return out_BTD
+        shared_BTD = self.shared(x_BTD, context)
+        if self.shared_gate is not None:
+            shared_BTD = shared_BTD * self.shared_gate(x_BTD).sigmoid()
+        return out_BTD + shared_BTD
+
+    def _keys(self, context: Context) -> Tensor | None:
+        """What this rank's tokens draw their random numbers with."""
+        if not (self.training and self.moe.is_random):
+            return None
+        if context.randomness is None:
+            raise ValueError(
+                f"model.moe (noisy={self.moe.noisy}, jitter={self.moe.jitter}, second_expert={self.moe.second_expert}) "
+                "draws random numbers in training: pass randomness=Randomness(seed, step, sequences) to Decoder.loss"
+            )
+        valid_BT = context.documents.valid_BT
+        positions_BT = torch.arange(valid_BT.shape[1], device=valid_BT.device).expand(valid_BT.shape)
+        return context.randomness.keys(f"router {self.layer}", self.dispatcher.own(positions_BT))
+
+    def _within_capacity(self, routing: Routing, valid_BT: Tensor) -> Tensor:
+        """Which assignments are kept, [B, T, K]; counts those that are dropped."""
+        moe, own = self.moe, self.dispatcher.own
+        taken_BTK = own(valid_BT)[..., None].expand(routing.chosen_BTK.shape)
+        if routing.drawn_BTK is not None:
+            taken_BTK = taken_BTK & routing.drawn_BTK
+        # A queue is as long as its sequences, whatever part of them this rank routes.
+        kept_BTK = own(
+            within_capacity(
+                self.dispatcher.whole(routing.chosen_BTK),
+                self.dispatcher.whole(routing.gates_BTK.detach()),
+                self.dispatcher.whole(taken_BTK),
+                capacity_of(moe, valid_BT.unflatten(0, (-1, moe.group_size)).sum((1, 2))),
+                moe.drop_by,
+            )
+        )
+        self.dropped += (taken_BTK & ~kept_BTK).sum()
+        return kept_BTK
+
+    def _check_groups(self, sequences: int) -> None:
+        size = self.moe.group_size
+        if sequences % size:
+            fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
+            raise ValueError(
+                f"model.moe.group_size={size} must divide the {sequences} sequences of a forward pass; "
+                f"try one of {fits}"
+            )

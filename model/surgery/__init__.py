@@ -1,0 +1,1 @@
+"""One model made out of another."""

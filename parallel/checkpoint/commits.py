@@ -1,0 +1,190 @@
+"""A folder of checkpoints: `step-000000100/` and its like. Finding whole ones, checking, reading and removing them.
+
+What is being written or removed has a name that begins with a dot, and nobody reads it: a checkpoint appears and
+disappears by one rename.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from moray.parallel.checkpoint.manifest import Manifest, StoredFile, StoredTensor, coverage_problem
+from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, flush_folder
+from safetensors import safe_open
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+_STEP_FOLDER = re.compile(r"step-(\d{9,})")
+_LEFTOVER = re.compile(r"\.(staging|removed)-.+")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint on disk, as its manifest describes it."""
+
+    step: int
+    path: Path
+    manifest: Manifest
+
+
+def commit_name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def commit_paths(folder: Path) -> list[Path]:
+    """Every folder named like a commit, whole or not, oldest step first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def list_commits(folder: Path) -> list[Commit]:
+    """The commits in `folder` with a sound manifest and every file at its size, oldest first; no digest is checked."""
+    commits = []
+    for path in commit_paths(folder):
+        try:
+            commit = read_commit(path)
+        except ValueError:
+            continue
+        if not any(_size_problem(path / name, file) for name, file in commit.manifest.files.items()):
+            commits.append(commit)
+    return commits
+
+
+def read_commit(path: Path) -> Commit:
+    """Reads the manifest in `path`. Raises ValueError naming it when it is missing, damaged or of another step."""
+    file = path / MANIFEST
+    try:
+        manifest = Manifest.from_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    if path.name != commit_name(manifest.step):
+        raise ValueError(f"{file}: describes step {manifest.step}, which belongs in {commit_name(manifest.step)}")
+    return Commit(manifest.step, path, manifest)
+
+
+def verify(commit: Commit, share: int = 0, shares: int = 1) -> list[str]:
+    """Every problem found: a file missing, of wrong size or digest, a tensor not covered exactly once.
+
+    With `shares` > 1, this looks at one of as many equal shares of the files and tensors, so that ranks can split the
+    work: together they read each file once.
+    """
+    manifest = commit.manifest
+    problems = _file_problems(commit, sorted(manifest.files)[share::shares])
+    for name in sorted(manifest.tensors)[share::shares]:
+        stored = manifest.tensors[name]
+        unknown = {chunk.file for chunk in stored.chunks} - manifest.files.keys()
+        if unknown:
+            problems.append(f"{commit.path}: tensor {name!r} lies in files the manifest does not list: {unknown}")
+        if gap := coverage_problem(stored.shape, ((chunk.offsets, chunk.sizes) for chunk in stored.chunks)):
+            problems.append(f"{commit.path}: tensor {name!r}: {gap}")
+    return problems
+
+
+def read_tensors(commit: Commit, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors on CPU, one at a time, whatever layout wrote them; all of them, or those in `names` in that order.
+
+    The digests of all files needed are checked first. Raises ValueError naming missing tensors or damaged files.
+    """
+    stored = commit.manifest.tensors
+    wanted = list(stored if names is None else names)
+    if missing := [name for name in wanted if name not in stored]:
+        raise ValueError(f"{commit.path} holds no tensors named {missing}")
+    files = {chunk.file for name in wanted for chunk in stored[name].chunks}
+    if problems := _file_problems(commit, sorted(files)):
+        raise ValueError("; ".join(problems))
+    reader = ChunkReader(commit.path)
+    return ((name, _assemble(reader, stored[name])) for name in wanted)
+
+
+class ChunkReader:
+    """Chunks of a commit as tensors mapped from their files: only the pages that are used are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open: dict[str, safe_open] = {}
+
+    def read(self, file: str, key: str) -> Tensor:
+        if file not in self._open:
+            self._open[file] = safe_open(self._path / file, framework="pt")
+        return self._open[file].get_tensor(key)
+
+
+def prune(folder: Path, step: int, keep: int, keep_every: int | None) -> list[int]:
+    """Removes commits older than the `keep` newest up to `step`, but for every `keep_every`-th; returns their steps.
+
+    Nothing is removed unless the commit of `step`, just made, can be read back: its manifest, and its files' sizes.
+    Commits after `step` are neither counted nor removed: a run that fell back to an older commit has refused them.
+    """
+    commits = [commit for commit in list_commits(folder) if commit.step <= step]
+    if not commits or commits[-1].step != step:
+        return []
+    removed = [commit for commit in commits[:-keep] if not keep_every or commit.step % keep_every]
+    for commit in removed:
+        discard(commit.path)
+    return [commit.step for commit in removed]
+
+
+def publish(staging: Path, target: Path, manifest: Manifest) -> int:
+    """Makes a commit of a folder whose files are all written: the manifest last, then one rename; returns its size."""
+    with open(staging / MANIFEST, "x") as file:
+        size = file.write(manifest.to_json()) + sum(file.size for file in manifest.files.values())
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folder(staging)
+    if target.exists():
+        discard(target)
+    staging.rename(target)
+    flush_folder(target.parent)
+    return size
+
+
+def discard(path: Path) -> None:
+    """Removes a folder: out of sight in one rename, then file by file."""
+    hidden = path.parent / f".removed-{path.name.lstrip('.')}-{secrets.token_hex(4)}"
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Makes `folder` and removes what an interrupted save or removal left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            # By way of a rename, so that a writer that outlived its group can't make a half-removed folder visible.
+            discard(path)
+
+
+def _assemble(reader: ChunkReader, stored: StoredTensor) -> Tensor:
+    full = torch.empty(stored.shape, dtype=DTYPE_OF_NAME[stored.dtype])
+    for chunk in stored.chunks:
+        box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        full[box] = reader.read(chunk.file, chunk.key)
+    return full
+
+
+def _file_problems(commit: Commit, names: Iterable[str]) -> list[str]:
+    entries = ((commit.path / name, commit.manifest.files[name]) for name in names)
+    return [problem for path, file in entries if (problem := _size_problem(path, file) or _digest_problem(path, file))]
+
+
+def _size_problem(path: Path, file: StoredFile) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None if size == file.size else f"{path}: has {size} bytes instead of {file.size}"
+
+
+def _digest_problem(path: Path, file: StoredFile) -> str | None:
+    try:
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None if digest == file.sha256 else f"{path}: its sha256 is {digest} instead of {file.sha256}"

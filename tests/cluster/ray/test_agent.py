@@ -1,0 +1,122 @@
+"""An agent and its workers without Ray: how they begin, and how they end."""
+
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from counting import Plan, count, end_silently, leave_a_helper
+from moray.cluster.ray.agent import AgentProcess
+from moray.cluster.ray.messages import Assignment, WorkerState
+
+HOST = "127.0.0.1"
+
+
+@contextmanager
+def agent_for(function: Any, argument: Any) -> Iterator[AgentProcess]:
+    agent = AgentProcess(pickle.dumps((function, argument)), HOST, sys.path)
+    try:
+        yield agent
+    finally:
+        agent.close()
+
+
+def poll_until_ended(agent: AgentProcess) -> list[WorkerState]:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        states: list[WorkerState] = agent.call("poll")
+        if all(state.exit_code is not None or state.failure for state in states):
+            return states
+    raise AssertionError(f"the workers have not ended: {states}")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_of_one_agent_count_twice(tmp_path: Path) -> None:
+    with agent_for(count, Plan(str(tmp_path), 3)) as agent:
+        for generation in (1, 2):
+            port = agent.call("bind")
+            pids = agent.call("start", Assignment(generation, 3, 0, 3, HOST, port))
+            states = poll_until_ended(agent)
+            assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
+            assert [state.pid for state in states] == pids
+            (tmp_path / "steps").unlink()
+
+
+def test_two_agents_make_one_group(tmp_path: Path) -> None:
+    plan = Plan(str(tmp_path), 3)
+    with agent_for(count, plan) as first, agent_for(count, plan) as second:
+        port = first.call("bind")
+        # The second node is faster: its ranks wait at the port that is already bound.
+        second.call("start", Assignment(1, 3, 2, 1, HOST, port))
+        first.call("start", Assignment(1, 3, 0, 2, HOST, port))
+        states = poll_until_ended(first) + poll_until_ended(second)
+    assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
+    assert sorted(path.name for path in tmp_path.glob("rank-*")) == [f"rank-{rank}-of-3" for rank in range(3)]
+
+
+def test_a_stop_reaches_workers_that_were_forked_just_now(tmp_path: Path) -> None:
+    with agent_for(count, Plan(str(tmp_path), 100000)) as agent:
+        for generation in (1, 2, 3):
+            agent.call("start", Assignment(generation, 2, 0, 2, HOST, agent.call("bind")))
+            agent.call("stop")
+            assert [state.exit_code for state in poll_until_ended(agent)] == [75, 75]
+
+
+def test_a_death_without_a_word_is_a_failure() -> None:
+    with agent_for(end_silently, None) as agent:
+        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind")))
+        (state,) = poll_until_ended(agent)
+        assert state.failure
+        assert state.failure.reason == "exited with code 3 without a word"
+        assert state.failure.traceback is None
+
+
+def test_a_workers_helpers_end_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    with agent_for(leave_a_helper, str(path)) as agent:
+        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind")))
+        (state,) = poll_until_ended(agent)
+        assert state.exit_code == 0
+        deadline = time.monotonic() + 10
+        while is_alive(int(path.read_text())) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not is_alive(int(path.read_text()))
+
+
+def test_a_function_the_agent_cannot_import_is_named() -> None:
+    task = pickle.dumps(count).replace(b"counting", b"countess")
+    with pytest.raises(RuntimeError, match="No module named 'countess'"):
+        AgentProcess(task, HOST, sys.path)
+
+
+def test_workers_do_not_outlive_the_agents_owner(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, __file__, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(is_alive(pid) for pid in pids)
+    finally:
+        owner.kill()
+        owner.wait()
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in pids)
+
+
+if __name__ == "__main__":
+    with agent_for(count, Plan(sys.argv[1], 100000, 0.01)) as agent:
+        print(*agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"))), flush=True)
+        time.sleep(1000)

@@ -1,0 +1,80 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from counting import Plan, count, history
+from moray.cluster.ray.nodes import split
+from moray.cluster.ray.supervisor import supervise
+from moray.cluster.worker import WorkerError
+from ray.cluster_utils import Cluster
+
+
+@pytest.mark.parametrize(
+    ("missing", "free", "shares"),
+    [
+        (4, {"a": 8}, {"a": 4}),
+        (8, {"a": 8, "b": 8}, {"a": 4, "b": 4}),
+        (5, {"a": 8, "b": 8}, {"a": 3, "b": 2}),
+        (8, {"a": 1, "b": 8, "c": 8}, {"a": 1, "b": 4, "c": 3}),
+        (1, {"a": 0, "b": 2}, {"b": 1}),
+        (10, {"a": 2, "b": 8}, {"a": 2, "b": 8}),
+        (0, {"a": 2}, {}),
+    ],
+)
+def test_workers_are_shared_out_evenly(missing: int, free: dict[str, int], shares: dict[str, int]) -> None:
+    assert split(missing, free) == shares
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Two Ray nodes of two CPU slots each, on this machine."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=2)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nodes: Cluster, tmp_path: Path) -> None:
+    lost: list[Any] = []
+
+    def remove_node(rank: int, step: int, status: dict[str, Any]) -> None:
+        if step >= 10 and not lost:
+            lost.append(two_nodes.list_all_nodes()[1])
+            two_nodes.remove_node(lost[0], allow_graceful=False)
+
+    with pytest.raises(WorkerError) as raised:
+        supervise(
+            count, Plan(str(tmp_path), 1000, pause_s=0.02), workers=4, placement_timeout_s=0.5, on_status=remove_node
+        )
+    summary = str(raised.value).splitlines()[0]
+    assert "was lost; the cluster had no room for all workers again within cluster.placement_timeout_s=0.5" in summary
+    assert summary.endswith("the same command resumes once it has")
+
+
+def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: Path) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    has_acted = False
+
+    def replace_node(rank: int, step: int, status: dict[str, Any]) -> None:
+        nonlocal has_acted
+        if step >= 10 and not has_acted:
+            has_acted = True
+            two_nodes.remove_node(two_nodes.list_all_nodes()[1], allow_graceful=False)
+            two_nodes.add_node(num_cpus=2)
+
+    code = supervise(
+        count,
+        Plan(str(tmp_path), 60, pause_s=0.02),
+        workers=4,
+        on_event=lambda kind, fields: events.append((kind, fields)),
+        on_status=replace_node,
+    )
+    assert code == 0
+    assert [step for step, _ in history(tmp_path)] == list(range(1, 61))
+    (fault,) = [fields for kind, fields in events if kind == "fault"]
+    assert "was lost" in fault["reason"]
+    assert len({output for kind, fields in events if kind == "start" for output in fields["output"]}) == 3

@@ -1,0 +1,234 @@
+"""Real workers on a real Ray, killed, suspended and misled while they count."""
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from counting import Plan, count, history, never_begin
+from moray.cluster.ray.generation import Fault
+from moray.cluster.ray.supervisor import supervise
+from moray.cluster.worker import WorkerError
+
+
+class Observer:
+    """Keeps all events, and does `act(pid of rank 2)` when rank 0 of generation 1 is at step 10."""
+
+    def __init__(self, act: Callable[[int], None] = lambda pid: None) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.statuses: list[tuple[int, int, dict[str, Any]]] = []
+        self._act = act
+        self._has_acted = False
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        self.events.append((kind, fields))
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        self.statuses.append((rank, step, status))
+        if not self._has_acted and step >= 10:
+            self._has_acted = True
+            self._act(self.pids(1)[2])
+
+    def kinds(self, but: str = "") -> list[str]:
+        return [kind for kind, _ in self.events if kind != but]
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        return next(fields for each, fields in self.events if each == kind)
+
+    def pids(self, generation: int) -> list[int]:
+        starts = [fields for kind, fields in self.events if kind == "start"]
+        return [rank["pid"] for rank in starts[generation - 1]["ranks"]]
+
+
+@pytest.fixture
+def connection(ray_cluster: str) -> Iterator[None]:
+    """This process as a driver of the cluster, so that a test can look at what supervise() left there."""
+    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def counted_once(folder: Path, steps: int) -> bool:
+    return [step for step, _ in history(folder)] == list(range(1, steps + 1))
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_every_rank_runs_and_nothing_stays_behind(connection: None, tmp_path: Path) -> None:
+    for n_run in range(1, 4):
+        observer = Observer()
+        folder = tmp_path / str(n_run)
+        folder.mkdir()
+        code = supervise(
+            count, Plan(str(folder), 5), workers=4, on_event=observer.on_event, on_status=observer.on_status
+        )
+        assert code == 0
+        assert counted_once(folder, 5)
+        assert sorted(path.name for path in folder.glob("rank-*")) == [f"rank-{rank}-of-4" for rank in range(4)]
+        assert observer.kinds() == ["start", "ready", "end"]
+        assert (0, 5, {"apples": 5}) in observer.statuses
+        assert all(is_gone(pid) for pid in observer.pids(1))
+        groups = ray.util.placement_group_table().values()
+        assert [group["state"] for group in groups] == ["REMOVED"] * n_run
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "its process is suspended")],
+    ids=["killed", "suspended"],
+)
+def test_a_lost_worker_costs_one_generation(ray_cluster: str, tmp_path: Path, number: int, reason: str) -> None:
+    observer = Observer(lambda pid: os.kill(pid, number))
+    code = supervise(
+        count,
+        Plan(str(tmp_path), 60, pause_s=0.02),
+        workers=4,
+        heartbeat_timeout_s=5.0,
+        on_event=observer.on_event,
+        on_status=observer.on_status,
+    )
+    assert code == 0
+    assert counted_once(tmp_path, 60)
+    assert {generation for _, generation in history(tmp_path)} == {1, 2}
+    assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
+    fault = observer.fields("fault")
+    assert (fault["rank"], fault["pid"], fault["generation"]) == (2, observer.pids(1)[2], 1)
+    assert reason in fault["reason"]
+    assert all(is_gone(pid) for pid in observer.pids(1) + observer.pids(2))
+
+
+@pytest.mark.parametrize("ancestor", [1, 2], ids=["agent", "actor"])
+def test_a_lost_node_is_replaced(ray_cluster: str, tmp_path: Path, ancestor: int) -> None:
+    def kill_ancestor(pid: int) -> None:
+        for _ in range(ancestor):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(pid, signal.SIGKILL)
+
+    observer = Observer(kill_ancestor)
+    plan = Plan(str(tmp_path), 60, pause_s=0.02)
+    assert supervise(count, plan, workers=4, on_event=observer.on_event, on_status=observer.on_status) == 0
+    assert counted_once(tmp_path, 60)
+    assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
+    assert "was lost" in observer.fields("fault")["reason"]
+    assert all(is_gone(pid) for pid in observer.pids(1))
+
+
+def test_a_worker_that_never_begins_is_restarted(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 3)
+    assert supervise(never_begin, plan, workers=2, startup_timeout_s=1.0, on_event=observer.on_event) == 0
+    assert "before its first step" in observer.fields("fault")["reason"]
+
+
+def test_a_spent_budget_shows_the_first_failure(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
+    with pytest.raises(WorkerError) as raised:
+        supervise(count, plan, workers=4, max_restarts=0, first_generation=3, on_event=observer.on_event)
+    summary, *details = str(raised.value).splitlines()
+    assert re.fullmatch(
+        r"rank 1 \(pid \d+ on .*\): RuntimeError: one too many apples; cluster.max_restarts=0 is spent", summary
+    )
+    assert any("counting.py" in line for line in details)
+    # A worker that fails at once may do so before the driver has heard that all began.
+    assert observer.kinds(but="ready") == ["start", "fault"]
+    assert {fields["generation"] for _, fields in observer.events} == {3}
+
+
+def test_what_failed_twice_alike_is_not_tried_a_third_time(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
+    with pytest.raises(WorkerError, match="one too many apples; the generation before failed alike, and so would"):
+        supervise(count, plan, workers=4, max_restarts=9, first_generation=7, on_event=observer.on_event)
+    assert observer.kinds(but="ready") == ["start", "fault", "start", "fault"]  # step 4 was committed: 5 is the next
+    assert [fields["generation"] for kind, fields in observer.events if kind != "ready"] == [7, 7, 8, 8]
+    assert observer.fields("fault")["step"] == 4
+
+
+def fault(**changes: Any) -> Fault:
+    return replace(Fault("RuntimeError: apples", rank=1, pid=9, node="a", traceback="at line 3", step=4), **changes)
+
+
+@pytest.mark.parametrize(
+    ("fault", "before", "repeats"),
+    [
+        (fault(), fault(pid=10, node="b"), True),
+        (fault(), fault(rank=2), True),  # what all ranks raise, any may be the first to raise
+        (fault(), fault(step=5), False),
+        (fault(), fault(reason="RuntimeError: pears"), False),
+        (fault(traceback=None), fault(traceback=None), True),
+        (fault(traceback=None), fault(traceback=None, rank=2), False),
+        (fault(step=None), fault(step=None), True),
+        (fault(step=None), fault(), True),  # resumed right before the bad step, and raised in it again
+        (fault(), fault(step=None), False),
+        (fault(traceback=None, step=None), fault(traceback=None), False),
+        (Fault("was lost", node="a"), Fault("was lost", node="a"), False),
+    ],
+)
+def test_alike_is_the_same_reason_at_the_same_step(fault: Fault, before: Fault, repeats: bool) -> None:
+    assert fault.repeats(before) == repeats
+
+
+def test_two_other_deaths_at_other_steps_are_both_survived(ray_cluster: str, tmp_path: Path) -> None:
+    victims = {10: 2, 30: 3}
+    observer = Observer()
+
+    def kill(rank: int, step: int, status: dict[str, Any]) -> None:
+        for at in [at for at in victims if step >= at]:
+            starts = sum(kind == "start" for kind in observer.kinds())
+            os.kill(observer.pids(starts)[victims.pop(at)], signal.SIGKILL)
+
+    plan = Plan(str(tmp_path), 50, pause_s=0.02)
+    assert supervise(count, plan, workers=4, on_event=observer.on_event, on_status=kill) == 0
+    assert counted_once(tmp_path, 50)
+    assert {generation for _, generation in history(tmp_path)} == {1, 2, 3}
+
+
+def test_a_users_mistake_is_not_retried(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 10, trouble="ValueError", trouble_at=5)
+    with pytest.raises(ValueError, match=r"^one too many apples$"):
+        supervise(count, plan, workers=4, on_event=observer.on_event)
+    assert observer.kinds(but="ready") == ["start", "fault"]
+
+
+def test_more_workers_than_the_cluster_has(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 1)
+    with pytest.raises(ValueError, match=r"cluster.workers=9.* after 0\.5 s .*8 CPU slots.*at most 8"):
+        supervise(count, plan, workers=9, placement_timeout_s=0.5, on_event=observer.on_event)
+    assert observer.kinds() == ["wait"]
+
+
+def test_more_workers_than_others_leave_free(ray_cluster: str, tmp_path: Path) -> None:
+    messages: list[str] = []
+
+    def start_another(pid: int) -> None:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is looked at below
+            supervise(count, Plan(str(tmp_path), 1), workers=6, placement_timeout_s=0.5)
+        messages.append(str(raised.value))
+
+    observer = Observer(start_another)
+    supervise(count, Plan(str(tmp_path), 12), workers=4, on_event=observer.on_event, on_status=observer.on_status)
+    assert "only 4 of the cluster's 8 CPU slots are free" in messages[0]
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_less_than_one_worker(workers: int) -> None:
+    with pytest.raises(ValueError, match=f"cluster.workers={workers} must be at least 1"):
+        supervise(count, Plan("", 1), workers=workers)
+
+
+def test_a_function_that_no_other_process_can_import() -> None:
+    with pytest.raises(ValueError, match="top level of a module"):
+        supervise(lambda context, argument: 0, None, workers=1)

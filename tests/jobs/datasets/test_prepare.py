@@ -1,0 +1,211 @@
+"""`prepare` end to end on real text: what comes out, that it is the same every time, and what a kill leaves behind."""
+
+import gzip
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import moray.jobs.datasets.prepare
+import numpy as np
+import pytest
+import webdataset
+from moray.data.dataset import Dataset
+from moray.data.tokenizer import load_tokenizer
+from moray.jobs.datasets.prepare import Summary, prepare
+from rich.console import Console
+from transformers import AutoTokenizer
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+SOURCES = [STDLIB / "json", STDLIB / "asyncio", STDLIB / "email"]
+QUIET = Console(file=io.StringIO())
+
+
+def prepared(out: Path, *sources: Path, **settings: object) -> Summary:
+    return prepare(sources or SOURCES, out, **{"vocab_size": 400, "console": QUIET, **settings})  # type: ignore[arg-type]
+
+
+def documents_of(dataset: Dataset, split: str) -> dict[str, list[int]]:
+    """The documents as webdataset reads them: key to token ids."""
+    urls = [str(Path(dataset.folder, shard.name)) for shard in dataset.splits[split].shards]
+    documents = {}
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
+        parts = np.split(sample["tokens.npy"], sample["ends.npy"][:-1])
+        documents |= dict(zip(sample["json"]["documents"], (part.tolist() for part in parts), strict=True))
+    return documents
+
+
+def test_every_document_comes_out_whole(tmp_path: Path) -> None:
+    summary = prepared(tmp_path / "out", STDLIB / "json", STDLIB / "asyncio")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    expected = {
+        f"{folder.name}/{path.relative_to(folder)}": path.read_bytes().decode()
+        for folder in (STDLIB / "json", STDLIB / "asyncio")
+        for path in folder.rglob("*.py")
+    }
+    train, validation = (documents_of(summary.dataset, split) for split in ("train", "validation"))
+    assert len(validation) >= 1
+    assert not train.keys() & validation.keys()
+    assert (train | validation).keys() == expected.keys()
+    for key, ids in (train | validation).items():
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert tokenizer.decode(ids[1:-1]) == expected[key]
+    n_bytes = sum(len(text.encode()) for text in expected.values())
+    n_tokens = sum(len(ids) for ids in (train | validation).values())
+    assert summary.bytes_per_token == pytest.approx(n_bytes / n_tokens)
+    assert summary.dataset.vocab_size == 400
+
+
+def test_the_same_documents_give_the_same_dataset_anywhere_in_any_order(tmp_path: Path) -> None:
+    first = prepared(tmp_path / "a")
+    second = prepared(tmp_path / "elsewhere" / "b", *SOURCES[::-1])
+    assert first.dataset.fingerprint == second.dataset.fingerprint
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "elsewhere" / "b" / path.name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "elsewhere"], "no scratch is left"
+    assert prepared(tmp_path / "c", seed=1).dataset.fingerprint != first.dataset.fingerprint
+
+
+def test_validation_does_not_move_when_documents_are_added(tmp_path: Path) -> None:
+    few = prepared(tmp_path / "few", *SOURCES[:2], validation=0.2)
+    many = prepared(tmp_path / "many", *SOURCES, validation=0.2, seed=3)
+    few_keys, many_keys = (set(documents_of(summary.dataset, "validation")) for summary in (few, many))
+    added = {key for key in many_keys if key.startswith("email/")}
+    assert many_keys - added == few_keys
+
+
+def test_the_summary_counts_duplicates_and_names_what_was_skipped(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}"} for n in (1, 2, 3, 2, 1, 1)] + [{"text": " "}]
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wb") as file:
+        file.write("\n".join(map(json.dumps, rows)).encode() + b'\n{"text": "\xff"}')
+    console = Console(file=io.StringIO(), width=200)
+    summary = prepared(tmp_path / "out", tmp_path / "rows.jsonl.gz", console=console)
+    assert (summary.n_duplicates, sum(split.n_documents for split in summary.dataset.splits.values())) == (3, 3)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3 exact duplicates" in printed
+    assert "1 empty: rows.jsonl.gz:7" in printed
+    assert "1 not UTF-8: rows.jsonl.gz:8" in printed
+    assert str(tmp_path / "out") in printed
+
+
+def test_an_existing_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:
+    first = prepared(tmp_path / "a", vocab_size=300)
+    second = prepared(tmp_path / "b", STDLIB / "json", tokenizer=tmp_path / "a")
+    assert second.dataset.vocab_size == 300
+    assert first.dataset.fingerprint != second.dataset.fingerprint
+    text = "def f(x):\n    return {'é': x}\n"
+    assert load_tokenizer(tmp_path / "b").encode(text) == AutoTokenizer.from_pretrained(tmp_path / "a")(text).input_ids
+
+
+def test_a_finished_dataset_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = prepared(out)
+    with pytest.raises(ValueError, match="already holds a finished dataset"):
+        prepared(out, seed=1)
+    assert Dataset.open(out).fingerprint == first.dataset.fingerprint
+    second = prepared(out, seed=1, overwrite=True)
+    assert Dataset.open(out).fingerprint == second.dataset.fingerprint != first.dataset.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+    first = prepared(tmp_path / "out")
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n')
+    with pytest.raises(ValueError, match="line 2: no field 'text'"):
+        prepared(tmp_path / "out", *SOURCES, tmp_path / "rows.jsonl", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+    assert Dataset.open(tmp_path / "out").fingerprint == first.dataset.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation": 0.0}, "validation=0.0 must lie between 0 and 1"),
+        ({"validation": 1.5}, "validation=1.5"),
+        ({"vocab_size": 100}, "vocab_size=100 must be at least 261"),
+        ({"tokenizer": Path("nowhere")}, "nowhere.* must be a folder that holds a tokenizer.json"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_is_written(tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(tmp_path / "out", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_cannot_be_the_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="file is a file"):
+        prepared(tmp_path / "file")
+    with pytest.raises(ValueError, match="full is not empty"):
+        prepared(tmp_path / "full", overwrite=True)
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # /dev/full answers every write with ENOSPC; the shards are made to land there.
+    def link(name: str) -> None:
+        os.symlink("/dev/full", tmp_path / "out.moray-unfinished" / name)
+
+    encode = moray.jobs.datasets.prepare._encode
+    monkeypatch.setattr(moray.jobs.datasets.prepare, "_encode", lambda *rest: (link("train-00000.tar"), encode(*rest)))
+    with pytest.raises(ValueError, match="out: the disk is full"):
+        prepared(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+COMMAND = """
+import sys
+from moray.jobs.datasets.prepare import prepare
+prepare(sys.argv[2:], sys.argv[1], vocab_size=400)
+"""
+
+
+def start(out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", COMMAND, str(out), *map(str, SOURCES)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("moment", ["scratch", "tokenizer.json", "train-00000.tar", "validation-00000.tar"])
+def test_killed_at_any_moment_it_leaves_nothing_that_looks_finished(tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    try:
+        wait_for(tmp_path / "out.moray-unfinished" / moment, process)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    untouched = prepared(tmp_path / "untouched").dataset.fingerprint
+    if not out.exists():  # the last moments are short, and a kill that comes too late finds the whole
+        with pytest.raises(ValueError, match="out is unfinished"):
+            Dataset.open(out)
+        prepared(out)
+    assert Dataset.open(out).fingerprint == untouched
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "untouched"]
+
+
+def test_two_at_once_do_not_write_the_same_folder(tmp_path: Path) -> None:
+    process = start(tmp_path / "out")
+    try:
+        wait_for(tmp_path / "out.moray-unfinished" / "scratch", process)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(ValueError, match="another process is writing it"):
+            prepared(tmp_path / "out")
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(50) == 0
+    finally:
+        process.kill()
+        process.wait()
+    Dataset.open(tmp_path / "out")

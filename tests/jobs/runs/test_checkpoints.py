@@ -1,0 +1,72 @@
+"""`moray checkpoints` tells of every commit, and finds each flipped byte."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from moray.jobs.runs.checkpoints import show_checkpoints
+from moray.parallel.checkpoint.checkpointer import Checkpointer
+from rich.console import Console
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Commits of the steps 2 and 4, of about 4 MiB each."""
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep=9, keep_every=None, on_event=lambda kind, fields: None)
+    for step in (2, 4):
+        metadata = {"loss": 1.25 * step, "layout": {"dp_replicate": 1, "dp_shard": 2, "tp": 1, "ep": 2}}
+        checkpointer.save(step, {"w": torch.full((1 << 20,), float(step))}, metadata)
+    checkpointer.finish()
+    return tmp_path
+
+
+def show(run: Path, check: bool) -> tuple[int, list[str]]:
+    """The exit code, and the table's rows."""
+    console = Console(file=io.StringIO(), width=500)
+    code = show_checkpoints(run, check, console)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return code, [line for line in text.splitlines() if line.startswith("│")]
+
+
+@pytest.mark.parametrize(("check", "state"), [(False, "whole by its manifest"), (True, "verified")])
+def test_whole_commits_are_listed_oldest_first(run: Path, check: bool, state: str) -> None:
+    code, rows = show(run, check)
+    assert code == 0
+    cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+    assert [(row[0], row[2], row[3], row[4], row[5]) for row in cells] == [
+        ("2", "4.0 MiB", "2.500", "dp_replicate=1 dp_shard=2 tp=1 ep=2", state),
+        ("4", "4.0 MiB", "5.000", "dp_replicate=1 dp_shard=2 tp=1 ep=2", state),
+    ]
+
+
+def shard_of(run: Path, step: int) -> Path:
+    (file,) = (run / "checkpoints" / f"step-{step:09d}").glob("*.safetensors")
+    return file
+
+
+def test_a_flipped_byte_is_found_by_reading_every_byte(run: Path) -> None:
+    file = shard_of(run, 2)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert show(run, check=False)[0] == 0, "the manifest alone can't tell"
+    code, rows = show(run, check=True)
+    assert code == 1
+    assert f"{file}: its sha256 is" in rows[0]
+    assert "verified" in rows[1]
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_what_is_missing_or_cut_off_needs_no_reading(run: Path, check: bool) -> None:
+    shard_of(run, 2).unlink()
+    code, rows = show(run, check)
+    assert code == 1
+    assert "step-000000002" in rows[0]
+    assert "damaged: refused on resume" in rows[0]
+    assert "4.0 MiB" in rows[1]
+
+
+def test_a_run_without_checkpoints_is_told_how_to_get_some(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no checkpoints; `moray pretrain --run\.dir .*` makes them"):
+        show(tmp_path, check=False)

@@ -1,0 +1,106 @@
+"""metrics.jsonl after crashes and restarts, TensorBoard, and the numbers derived for them."""
+
+import json
+import math
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from moray.jobs.training.metrics import (
+    MetricsLog,
+    expert_balance,
+    expert_entropy,
+    expert_metrics,
+    matmul_peak,
+    read_metrics,
+)
+from moray.parallel.gradients import ExpertLoad
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def write(run: Path, steps: range, generation: int = 1, **fields: object) -> None:
+    with closing(MetricsLog(run, steps.start - 1, generation)) as log:
+        for step in steps:
+            log.write({"step": step, "loss": 1 / step, **fields})
+
+
+def test_what_is_written_is_read_one_json_object_a_step(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "run", range(1, 4), layout="dp_shard=2", expert_balance=[1.5, 2.0])
+    lines = (tmp_path / "new" / "run" / "metrics.jsonl").read_text().splitlines()
+    expected = [{"step": n, "loss": 1 / n, "layout": "dp_shard=2", "expert_balance": [1.5, 2.0]} for n in (1, 2, 3)]
+    assert [json.loads(line) for line in lines] == expected
+    assert read_metrics(tmp_path / "new" / "run") == expected
+
+
+def test_a_row_is_visible_at_once(tmp_path: Path) -> None:
+    with closing(MetricsLog(tmp_path, 0, 1)) as log:
+        log.write({"step": 1, "loss": 2.0})
+        assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_steps_above_the_one_resumed_from_no_longer_count(tmp_path: Path) -> None:
+    """Killed at step 142 with a commit at 100, resumed, stopped at 111: there is no step 112."""
+    write(tmp_path, range(1, 143), loss=1.0)
+    write(tmp_path, range(101, 112), generation=2, loss=2.0)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 112))
+    assert [row["loss"] for row in rows] == [1.0] * 100 + [2.0] * 11
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 142 + 1 + 11, "history is not erased"
+    assert lines[142] == {"resumed_from": 100, "generation": 2}
+
+
+def test_a_resume_that_undoes_nothing_leaves_no_mark(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4))
+    write(tmp_path, range(4, 6), generation=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_half_a_last_line_is_passed_over_and_does_not_spoil_the_next(tmp_path: Path, cut: int) -> None:
+    write(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])  # 1: the line is whole but for its end
+    whole = [1, 2, 3] if cut == 1 else [1, 2]
+    assert [row["step"] for row in read_metrics(tmp_path)] == whole
+    write(tmp_path, range(3, 5))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_has_not_begun_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+
+
+def test_tensorboard_shows_the_curves_without_the_steps_that_were_undone(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 6), tokens=7, layout="text")
+    write(tmp_path, range(4, 6), tokens=9)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert [event.value for event in board.Scalars("tokens")] == [7, 7, 7, 9, 9]
+    assert set(board.Tags()["scalars"]) == {"loss", "tokens"}
+
+
+def test_expert_balance_is_the_busiest_over_the_mean() -> None:
+    tokens = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 2]])
+    assert expert_balance(tokens) == [1.0, 4.0, 1.5]
+    assert expert_balance(torch.zeros(1, 4, dtype=torch.int64)) == [0.0]
+
+
+def test_expert_entropy_is_that_of_torchs_categorical_over_that_of_even_use() -> None:
+    tokens = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 2]])
+    shares = tokens / tokens.sum(1, keepdim=True)
+    expected = torch.distributions.Categorical(shares).entropy() / math.log(4)
+    assert expert_entropy(tokens) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_a_step_tells_the_share_of_choices_that_found_their_expert_full() -> None:
+    load = ExpertLoad(torch.tensor([[6, 2], [4, 4]]), torch.tensor([2, 0]))
+    assert expert_metrics(load)["dropped"] == pytest.approx(2 / 16)
+    assert expert_metrics(None) == {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_a_machines(dtype: torch.dtype) -> None:
+    assert 1e9 < matmul_peak(torch.device("cpu"), dtype, seconds=0.01) < 1e15
