@@ -4,18 +4,19 @@ import resource
 import sys
 
 import torch
+from moray import UserError
 
 
 def pick_device(local_rank: int) -> torch.device:
     """The CUDA device of this local rank, or the CPU where there is none.
 
-    Raises ValueError where this machine has CUDA devices, but fewer than its workers.
+    Raises UserError where this machine has CUDA devices, but fewer than its workers.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     n_devices = torch.cuda.device_count()
     if local_rank >= n_devices:
-        raise ValueError(
+        raise UserError(
             f"local rank {local_rank} has no GPU: this machine shows {n_devices}; start at most {n_devices}"
         )
     return torch.device("cuda", local_rank)

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from moray import UserError
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.worker import WorkerFunction
 
@@ -29,20 +30,20 @@ def launch(
     local: this process is the only worker.
     Generations count from `first_generation`, under torchrun from what rank 0 of its first try says. Only ray's
     workers are watched, and only there do the timeouts and `max_restarts` mean anything: see supervise().
-    Raises ValueError for a user's mistake, the function's own included; under ray WorkerError where no restart is left.
+    Raises UserError for a user's mistake, the function's own included; under ray WorkerError where no restart is left.
     """
     if launcher == "local":
         from moray.cluster.local import run_local
 
         if workers != 1:
-            raise ValueError(f"cluster.workers={workers} must be 1 with cluster.launcher=local; or choose ray")
+            raise UserError(f"cluster.workers={workers} must be 1 with cluster.launcher=local; or choose ray")
         return run_local(function, argument, first_generation, on_event, on_status)
     if launcher == "torchrun":
         from moray.cluster.torchrun import run_torchrun
 
         return run_torchrun(function, argument, first_generation, on_event, on_status)
     if launcher != "ray":
-        raise ValueError(f"cluster.launcher={launcher!r} is unknown; choose ray, torchrun or local")
+        raise UserError(f"cluster.launcher={launcher!r} is unknown; choose ray, torchrun or local")
     # Ray is imported only where it is the launcher.
     from moray.cluster.ray.supervisor import supervise
 

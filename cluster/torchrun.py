@@ -4,6 +4,7 @@ import os
 from typing import Any, Literal
 
 import torch.distributed as dist
+from moray import UserError
 from moray.cluster.devices import check_health, pick_device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.local import run_here
@@ -16,10 +17,10 @@ def run_torchrun(
 ) -> int:
     """Runs the function as the rank that torchrun's environment names; only rank 0 tells of events and progress.
 
-    Raises ValueError where this process was not started by torchrun.
+    Raises UserError where this process was not started by torchrun.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ValueError(
+        raise UserError(
             "cluster.launcher=torchrun needs processes that torchrun started: "
             "torchrun --nproc-per-node N -m moray …; or choose ray or local"
         )

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 from fsspec.core import url_to_fs
+from moray import UserError
 from moray.data.dataset import Dataset, Extent, Sample, Shard
 
 CACHE_BYTES = 256 << 20
@@ -45,7 +46,7 @@ class BlockReader:
     def read(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) of a shard, cut at its end, and whether each begins a document; int64 and bool.
 
-        Raises ValueError naming shard, sample and byte where the file is not what the index says.
+        Raises UserError naming shard, sample and byte where the file is not what the index says.
         """
         starts = self._starts[shard]
         stop = min(stop, int(starts[-1]))
@@ -89,8 +90,8 @@ class BlockReader:
             raise self._damage(shard, sample, extent.offset + len(data), "the file ends there")
         return data
 
-    def _damage(self, shard: Shard, sample: Sample, byte: int, what: str) -> ValueError:
-        return ValueError(
+    def _damage(self, shard: Shard, sample: Sample, byte: int, what: str) -> UserError:
+        return UserError(
             f"{self._folder}/{shard.name}, sample {sample.key}, byte {byte}: {what}; "
             "restore the file from a copy, or run `moray prepare` again"
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moray import UserError
 from moray.data.formats import TEXT_SUFFIXES, Raw, is_readable, read_file
 
 STDLIB = "stdlib"
@@ -48,11 +49,11 @@ def read_documents(sources: Sequence[str | Path], skipped: Skipped | None = None
     A source is `stdlib`, a folder (.py .md .rst .txt below it; hidden folders are left out), a file of one of those
     kinds, .jsonl (field `text`; also .gz, .zst), .parquet (column `text`), or a WebDataset .tar (txt or json members).
     What is empty or not UTF-8 is left out and noted in `skipped`.
-    Raises ValueError, before anything is read, for a source that does not exist or has no known format; and while
+    Raises UserError, before anything is read, for a source that does not exist or has no known format; and while
     reading, naming file and place, for one that is damaged or holds no document.
     """
     if not sources:
-        raise ValueError("no source to read; give `stdlib`, a folder or a file")
+        raise UserError("no source to read; give `stdlib`, a folder or a file")
     resolved = [STDLIB if source == STDLIB else _resolve(source) for source in sources]
     skipped = Skipped() if skipped is None else skipped
     return (
@@ -65,10 +66,10 @@ def read_documents(sources: Sequence[str | Path], skipped: Skipped | None = None
 def _resolve(source: str | Path) -> Path:
     path = Path(source).expanduser().resolve()
     if not path.exists():
-        raise ValueError(f"source {str(source)!r} does not exist; give `stdlib`, a folder or a file")
+        raise UserError(f"source {str(source)!r} does not exist; give `stdlib`, a folder or a file")
     if path.is_file() and not is_readable(path):
         kinds = " ".join((*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar"))
-        raise ValueError(f"source {str(source)!r} has no known format; one of: {kinds}")
+        raise UserError(f"source {str(source)!r} has no known format; one of: {kinds}")
     return path
 
 
@@ -95,7 +96,7 @@ def _documents(source: str | Path, label: str, skipped: Skipped) -> Iterator[Doc
         else:
             yield Document(key, text)
     if not found:
-        raise ValueError(f"source {str(source)!r} holds no documents")
+        raise UserError(f"source {str(source)!r} holds no documents")
 
 
 def _raw(source: str | Path, label: str) -> Iterator[Raw]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
+from moray import UserError
 
 INDEX = "index.json"
 VERSION = 1
@@ -84,39 +85,39 @@ class Dataset:
     def open(cls, folder: str | Path) -> "Dataset":
         """Reads the index of a folder (or fsspec URL) that `moray prepare` finished.
 
-        Raises ValueError for a folder that is missing, unfinished, of another version, or whose index or shard sizes
+        Raises UserError for a folder that is missing, unfinished, of another version, or whose index or shard sizes
         are not as they were written.
         """
         folder = str(folder).rstrip("/")
         fs, root = url_to_fs(folder)
         if not fs.exists(f"{root}/{INDEX}"):
-            raise ValueError(_why_missing(folder, fs.exists(root), fs.exists(root + STAGING_SUFFIX)))
+            raise UserError(_why_missing(folder, fs.exists(root), fs.exists(root + STAGING_SUFFIX)))
         try:
             index = json.loads(fs.cat_file(f"{root}/{INDEX}"))
             version, fingerprint = index["version"], index.pop("fingerprint")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}/{INDEX} is damaged ({error}); {_REMEDY}") from None
+            raise UserError(f"{folder}/{INDEX} is damaged ({error}); {_REMEDY}") from None
         if version != VERSION:
-            raise ValueError(f"{folder}/{INDEX} has version {version}, this moray reads version {VERSION}; {_REMEDY}")
+            raise UserError(f"{folder}/{INDEX} has version {version}, this moray reads version {VERSION}; {_REMEDY}")
         if fingerprint != fingerprint_of(index):
-            raise ValueError(f"{folder}/{INDEX} is damaged: its content does not match its fingerprint; {_REMEDY}")
+            raise UserError(f"{folder}/{INDEX} is damaged: its content does not match its fingerprint; {_REMEDY}")
         splits = {name: Split(tuple(map(_shard, shards))) for name, shards in index["splits"].items()}
         dataset = cls(folder, fingerprint, index["vocab_size"], index["pad_id"], splits)
         dataset._check_sizes()
         return dataset
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Raises ValueError if some token of this dataset has no row in the model's embedding."""
+        """Raises UserError if some token of this dataset has no row in the model's embedding."""
         if self.vocab_size > model_vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"data.path={self.folder}: its tokenizer has {self.vocab_size} entries, more than the model's "
                 f"vocab_size={model_vocab_size}; set model.vocab_size={self.vocab_size} or prepare the data with fewer"
             )
 
     def check_fingerprint(self, expected: str) -> None:
-        """Raises ValueError, naming both fingerprints, if a run was trained on other data than this."""
+        """Raises UserError, naming both fingerprints, if a run was trained on other data than this."""
         if self.fingerprint != expected:
-            raise ValueError(
+            raise UserError(
                 f"data.path={self.folder} has fingerprint {self.fingerprint}, but this run was trained on {expected}; "
                 "point data.path at that data or start a new run"
             )
@@ -127,11 +128,11 @@ class Dataset:
         for shard in (shard for split in self.splits.values() for shard in split.shards):
             size = sizes.get(shard.name)
             if size is None:
-                raise ValueError(f"{self.folder}/{shard.name} is missing; {_REMEDY}")
+                raise UserError(f"{self.folder}/{shard.name} is missing; {_REMEDY}")
             if size < shard.size:
-                raise ValueError(f"{self.folder}/{shard.name} ends at byte {size} of {shard.size}; {_REMEDY}")
+                raise UserError(f"{self.folder}/{shard.name} ends at byte {size} of {shard.size}; {_REMEDY}")
             if size > shard.size:
-                raise ValueError(f"{self.folder}/{shard.name} goes on after its end, byte {shard.size}; {_REMEDY}")
+                raise UserError(f"{self.folder}/{shard.name} goes on after its end, byte {shard.size}; {_REMEDY}")
 
 
 _REMEDY = "restore it from a copy, or run `moray prepare` again"

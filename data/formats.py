@@ -1,6 +1,6 @@
 """One reader a file format: each yields (name of the document within the file, its text or undecoded bytes), streaming.
 
-A damaged file raises ValueError naming the file and the place: nothing of a corpus is lost silently.
+A damaged file raises UserError naming the file and the place: nothing of a corpus is lost silently.
 """
 
 import gzip
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, TypeAlias
+
+from moray import UserError
 
 Raw: TypeAlias = tuple[str, str | bytes]  # the document's name, its text (bytes where nobody has decoded it yet)
 
@@ -55,7 +57,7 @@ def _optional(module: str, what: str) -> Any:
     try:
         return __import__(module, fromlist=["_"])
     except ImportError:
-        raise ValueError(f"reading {what} needs {module}: pip install 'moray-train[formats]'") from None
+        raise UserError(f"reading {what} needs {module}: pip install 'moray-train[formats]'") from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -66,12 +68,12 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _field(record: Any, place: str) -> str:
-    """The string under `text`; raises ValueError naming the place and what is there instead."""
+    """The string under `text`; raises UserError naming the place and what is there instead."""
     if not isinstance(record, dict) or "text" not in record:
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{place}: no field 'text'; found {found}")
+        raise UserError(f"{place}: no field 'text'; found {found}")
     if not isinstance(record["text"], str):
-        raise ValueError(f"{place}: field 'text' must be a string, not {type(record['text']).__name__}")
+        raise UserError(f"{place}: field 'text' must be a string, not {type(record['text']).__name__}")
     return record["text"]
 
 
@@ -79,7 +81,7 @@ def _parse(line: bytes, place: str) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg}, character {error.pos + 1})") from None
+        raise UserError(f"{place}: not JSON ({error.msg}, character {error.pos + 1})") from None
 
 
 def _name(record: dict[str, Any], number: int) -> str:
@@ -113,7 +115,7 @@ def read_parquet(path: Path) -> Iterator[Raw]:
     file = _optional("pyarrow.parquet", "a .parquet file").ParquetFile(path)
     names = file.schema_arrow.names
     if "text" not in names:
-        raise ValueError(f"{path}: no column 'text'; found {names}")
+        raise UserError(f"{path}: no column 'text'; found {names}")
     number = 0
     for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[name for name in ("text", "id") if name in names]):
         for record in batch.to_pylist():
@@ -165,16 +167,16 @@ def _format(path: Path) -> str:
 
 
 def read_file(path: Path) -> Iterator[Raw]:
-    """The documents of a file in any known format; raises ValueError naming the file where it is damaged."""
+    """The documents of a file in any known format; raises UserError naming the file where it is damaged."""
     n = 0
     try:
         for document in _READERS[_format(path)](path):
             yield document
             n += 1
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise ValueError(f"{path}: damaged or unreadable after {n} documents ({error})") from error
+        raise UserError(f"{path}: damaged or unreadable after {n} documents ({error})") from error
     except Exception as error:
         # zstandard and pyarrow are optional, so their exceptions cannot be named above.
         if type(error).__module__.partition(".")[0] in ("zstandard", "pyarrow"):
-            raise ValueError(f"{path}: damaged or unreadable after {n} documents ({error})") from error
+            raise UserError(f"{path}: damaged or unreadable after {n} documents ({error})") from error
         raise

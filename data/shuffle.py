@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from moray import UserError
 from moray.data.corpus import Document
 
 BUCKET_BYTES = 64 << 20
@@ -45,11 +46,11 @@ class ShuffledCorpus:
     def validation_limit(self, fraction: float) -> int:
         """Documents whose key hash is below this are for validation: `fraction` of them, but at least one on each side.
 
-        Raises ValueError if there are no two documents with different keys to tell apart.
+        Raises UserError if there are no two documents with different keys to tell apart.
         """
         low, high = self.key_hashes
         if low >= high:
-            raise ValueError(
+            raise UserError(
                 f"the sources hold {self.n_documents} distinct document(s), and a validation split needs at least 2; "
                 "give more, for example a .jsonl with one text a line"
             )

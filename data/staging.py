@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moray import UserError
 from moray.data.dataset import INDEX, STAGING_SUFFIX
 
 REPLACED_SUFFIX = ".moray-replaced"
@@ -18,7 +19,7 @@ def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yields an empty folder beside `out` that becomes `out` when the block ends, and vanishes if it raises.
 
     What a killed process left there is cleared first; a process that still writes there is left in peace.
-    Raises ValueError for a full disk, and if `out` holds a dataset (unless `overwrite`) or anything else.
+    Raises UserError for a full disk, and if `out` holds a dataset (unless `overwrite`) or anything else.
     """
     out = out.expanduser().resolve()
     _check_free(out, overwrite)
@@ -31,12 +32,12 @@ def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         yield staging
         _replace(out, staging)
     except BlockingIOError:
-        raise ValueError(f"out={out}: another process is writing it; wait for it or choose another") from None
+        raise UserError(f"out={out}: another process is writing it; wait for it or choose another") from None
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = f"the disk is full ({error.strerror}); free space or choose another disk"
-            raise ValueError(f"out={out}: {why}") from None
+            raise UserError(f"out={out}: {why}") from None
         raise
     finally:
         os.close(lock)
@@ -44,12 +45,12 @@ def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def _check_free(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out={out} is a file; choose a folder")
+        raise UserError(f"out={out} is a file; choose a folder")
     if (out / INDEX).exists():
         if not overwrite:
-            raise ValueError(f"out={out} already holds a finished dataset; choose another folder, or overwrite it")
+            raise UserError(f"out={out} already holds a finished dataset; choose another folder, or overwrite it")
     elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"out={out} is not empty; choose another folder")
+        raise UserError(f"out={out} is not empty; choose another folder")
 
 
 def _clear(folder: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from moray import UserError
 from moray.data.blocks import CACHE_BYTES, BlockReader
 from moray.data.dataset import Dataset
 from moray.data.order import locate, sequence_counts
@@ -41,7 +42,7 @@ class Stream:
     """An endless stream of training batches over one split.
 
     Memory: a cache of blocks, 256 MiB by default, and `prefetch` batches. The first read of a block verifies it.
-    Raises ValueError for an unknown split, a sequence or batch without a token, or lanes outside the global batch;
+    Raises UserError for an unknown split, a sequence or batch without a token, or lanes outside the global batch;
     while reading, for a damaged shard.
     """
 
@@ -121,7 +122,7 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """The whole split once, in file order: equally many batches for every rank; lanes beyond the end are all masked.
 
-    Raises ValueError as `Stream` does.
+    Raises UserError as `Stream` does.
     """
     _check(dataset, split, seq_len, global_batch, lanes)
     return _evaluation_batches(dataset, split, seq_len, global_batch, lanes)
@@ -172,10 +173,10 @@ def _counts(dataset: Dataset, split: str, seq_len: int) -> np.ndarray:
 
 def _check(dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: range) -> None:
     if split not in dataset.splits:
-        raise ValueError(f"split={split!r} is not in {dataset.folder}; it holds {sorted(dataset.splits)}")
+        raise UserError(f"split={split!r} is not in {dataset.folder}; it holds {sorted(dataset.splits)}")
     if seq_len < 1:
-        raise ValueError(f"seq_len={seq_len} must be at least 1")
+        raise UserError(f"seq_len={seq_len} must be at least 1")
     if global_batch < 1:
-        raise ValueError(f"global_batch={global_batch} must be at least 1")
+        raise UserError(f"global_batch={global_batch} must be at least 1")
     if not lanes or lanes.step != 1 or lanes.start < 0 or lanes.stop > global_batch:
-        raise ValueError(f"lanes={lanes} must be a run within range({global_batch}), the lanes of the global batch")
+        raise UserError(f"lanes={lanes} must be a run within range({global_batch}), the lanes of the global batch")

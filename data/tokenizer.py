@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from moray import UserError
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -71,17 +72,17 @@ class Tokenizer:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises ValueError if there is no room for the 256 bytes and the special tokens."""
+    """Raises UserError if there is no room for the 256 bytes and the special tokens."""
     if vocab_size < MIN_VOCAB_SIZE:
         parts = f"256 bytes + {len(SPECIAL_TOKENS)} special tokens"
-        raise ValueError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} ({parts})")
+        raise UserError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} ({parts})")
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE of at most `vocab_size` entries and saves it in `folder`, with transformers' config.
 
     Deterministic in the texts and their order, whatever the number of threads. A small corpus gives fewer entries.
-    Raises ValueError as `check_vocab_size` does.
+    Raises UserError as `check_vocab_size` does.
     """
     check_vocab_size(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
@@ -110,7 +111,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a prepared dataset or of any Hugging Face folder with a `tokenizer.json`.
 
-    Raises ValueError naming what is missing or cannot be read: a file, or a BOS or EOS token. Without a PAD token, EOS
+    Raises UserError naming what is missing or cannot be read: a file, or a BOS or EOS token. Without a PAD token, EOS
     pads.
     """
     folder = Path(folder)
@@ -120,7 +121,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     bos_id, eos_id = (_special_id(backend, folder, name) for name in ("bos_token", "eos_token"))
     if bos_id is None or eos_id is None:
         missing = "bos_token" if bos_id is None else "eos_token"
-        raise ValueError(f"tokenizer={str(folder)!r} has no {missing}; name one of its tokens in tokenizer_config.json")
+        raise UserError(f"tokenizer={str(folder)!r} has no {missing}; name one of its tokens in tokenizer_config.json")
     pad_id = _special_id(backend, folder, "pad_token")
     return Tokenizer(backend, bos_id, eos_id, eos_id if pad_id is None else pad_id)
 
@@ -161,21 +162,21 @@ def _special_id(backend: tokenizers.Tokenizer, folder: Path, name: str) -> int |
 
 
 def _stated(path: Path) -> dict[str, Any]:
-    """What a configuration says. Raises ValueError naming a file that holds no JSON object."""
+    """What a configuration says. Raises UserError naming a file that holds no JSON object."""
     try:
         stated = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(stated, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {str(stated)[:40]}")
+        raise UserError(f"{path} must hold a JSON object, not {str(stated)[:40]}")
     return stated
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"tokenizer={str(folder)!r} must be a folder that holds a tokenizer.json")
+        raise UserError(f"tokenizer={str(folder)!r} must be a folder that holds a tokenizer.json")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads: {error}") from None
+        raise UserError(f"{path} is not a tokenizer that the tokenizers library reads: {error}") from None

@@ -16,6 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 import tyro
+from moray import UserError
 from moray.jobs.config.nearest import nearest
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
@@ -38,21 +39,21 @@ VERBS: dict[str, Callable[..., int]] = {
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Runs a verb and returns its exit code. Raises ValueError for a user's mistake."""
+    """Runs a verb and returns its exit code. Raises UserError for a user's mistake."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
         print("\n".join(["usage: moray VERB …    (moray VERB --help says more)", "", *lines]))
         return 0
     name, *rest = arguments
     if name not in VERBS:
-        raise ValueError(f"{name} is not a verb of moray; there are {', '.join(VERBS)}")
+        raise UserError(f"{name} is not a verb of moray; there are {', '.join(VERBS)}")
     if name == "pretrain":
         return pretrain(rest)
     return bind(name, rest)()
 
 
 def bind(name: str, arguments: list[str]) -> Callable[[], int]:
-    """A verb with its arguments, ready to be called. Raises ValueError of one line where they do not fit."""
+    """A verb with its arguments, ready to be called. Raises UserError of one line where they do not fit."""
     verb = VERBS[name]
     _check_options(name, arguments)
 
@@ -66,7 +67,7 @@ def bind(name: str, arguments: list[str]) -> Callable[[], int]:
         except SystemExit as end:
             if not end.code:  # --help
                 raise
-    raise ValueError(f"{_condense(said.getvalue())}; `moray {name} --help` says more")
+    raise UserError(f"{_condense(said.getvalue())}; `moray {name} --help` says more")
 
 
 def _check_options(verb: str, arguments: list[str]) -> None:
@@ -76,7 +77,7 @@ def _check_options(verb: str, arguments: list[str]) -> None:
     for word in arguments:
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in {*known, *switches, "--help"}:
-            raise ValueError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
+            raise UserError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
 
 
 def _condense(box: str) -> str:
@@ -89,7 +90,7 @@ def _condense(box: str) -> str:
 def main() -> None:
     try:
         code = dispatch(sys.argv[1:])
-    except ValueError as error:
+    except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # Under torchrun every rank finds most mistakes: rank 0 tells, and torchrun then ends the others.
             time.sleep(RANK_0_TELLS_S)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from moray import UserError
 from moray.model.attention.cache import KVCache
 from moray.model.attention.rope import rope_angles
 from moray.model.block import Block
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
         new = tokens_BT.shape[1]
         end = new + (cache.length if cache else 0)
         if self.position_embedding is not None and end > self.config.max_seq_len:
-            raise ValueError(
+            raise UserError(
                 f"model.max_seq_len={self.config.max_seq_len} learned positions are too few for {end} tokens"
             )
         return cache.positions(new) if cache else torch.arange(new, device=tokens_BT.device)[None]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch.distributed as dist
+from moray import UserError
 from moray.model import ModelConfig
 from pydantic import BaseModel, ConfigDict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -44,19 +45,19 @@ class Layout(BaseModel):
     """Ranks that share each MoE layer's experts; tokens travel to them by all-to-all."""
 
     def resolve(self, world_size: int) -> Self:
-        """With dp_shard filled in. Raises ValueError when the degrees do not multiply to the world size."""
+        """With dp_shard filled in. Raises UserError when the degrees do not multiply to the world size."""
         for name in ("dp_replicate", "dp_shard", "tp", "ep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"layout.{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"layout.{name}={getattr(self, name)} must be at least 1")
         others = self.dp_replicate * self.tp
         if self.dp_shard is None and world_size % others:
-            raise ValueError(
+            raise UserError(
                 f"layout.dp_replicate={self.dp_replicate} * tp={self.tp} = {others} must divide "
                 f"the {world_size} workers; try degrees from {_divisors(world_size)}"
             )
         dp_shard = self.dp_shard if self.dp_shard is not None else world_size // others
         if others * dp_shard != world_size:
-            raise ValueError(
+            raise UserError(
                 f"layout.dp_replicate={self.dp_replicate} * dp_shard={dp_shard} * tp={self.tp} = {others * dp_shard} "
                 f"must equal the {world_size} workers; leave dp_shard out or ask for {others * dp_shard} workers"
             )
@@ -66,7 +67,7 @@ class Layout(BaseModel):
     def shard(self) -> int:
         """dp_shard of a resolved layout."""
         if self.dp_shard is None:
-            raise ValueError("layout.dp_shard is not resolved yet: call resolve(world_size)")
+            raise UserError("layout.dp_shard is not resolved yet: call resolve(world_size)")
         return self.dp_shard
 
     @property
@@ -82,13 +83,13 @@ class Layout(BaseModel):
         return rank // self.tp
 
     def validate_for(self, model: ModelConfig, seq_len: int) -> None:
-        """Raises ValueError naming the degree to change when this (resolved) layout cannot run the model."""
+        """Raises UserError naming the degree to change when this (resolved) layout cannot run the model."""
         peers = self.shard * self.tp
         if self.ep > 1 and not model.n_experts:
-            raise ValueError(f"layout.ep={self.ep} needs experts, but model.moe is none; use ep=1")
+            raise UserError(f"layout.ep={self.ep} needs experts, but model.moe is none; use ep=1")
         if model.n_experts and (model.n_experts % self.ep or peers % self.ep):
             fits = [d for d in _divisors(peers) if model.n_experts % d == 0]
-            raise ValueError(
+            raise UserError(
                 f"layout.ep={self.ep} must divide n_experts={model.n_experts} and dp_shard * tp = {peers}; try {fits}"
             )
         heads = model.attention
@@ -103,12 +104,12 @@ class Layout(BaseModel):
         for name, value in split.items():
             if value % self.tp:
                 fits = [d for d in _divisors(self.world_size) if all(v % d == 0 for v in split.values())]
-                raise ValueError(f"layout.tp={self.tp} must divide {name}={value}; try {fits}")
+                raise UserError(f"layout.tp={self.tp} must divide {name}={value}; try {fits}")
 
     def meshes(self, device_type: str) -> Meshes:
         """Collective: every rank of the world must call it."""
         if dist.get_world_size() != self.world_size:
-            raise ValueError(f"{self} needs {self.world_size} ranks; the process group has {dist.get_world_size()}")
+            raise UserError(f"{self} needs {self.world_size} ranks; the process group has {dist.get_world_size()}")
         dense = (self.dp_replicate, self.shard, self.tp)
         sparse = (self.dp_replicate, self.shard * self.tp // self.ep, self.ep)
         return Meshes(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from moray import UserError
 from moray.cluster.devices import check_health, pick_device
 from moray.cluster.ray.messages import Assignment, Failure
 from moray.cluster.signals import stop_on_signals
@@ -75,7 +76,7 @@ def _open_store(assignment: Assignment, listener: socket.socket | None) -> dist.
 
 
 def _describe(error: BaseException) -> Failure:
-    is_users_mistake = isinstance(error, ValueError)
+    is_users_mistake = isinstance(error, UserError)
     reason = str(error) if is_users_mistake else f"{type(error).__name__}: {error}"
     return Failure(reason, time.time(), "".join(traceback.format_exception(error)), is_users_mistake)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from moray import UserError
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 MAX_WORKERS_PER_CORE = 8
@@ -25,11 +26,11 @@ ANNOUNCEMENT = "Ray is at "
 def slots_for(workers: int) -> int:
     """The CPU slots of a local Ray for so many workers: at least the cores; more where workers share them.
 
-    Raises ValueError where this machine is far too small.
+    Raises UserError where this machine is far too small.
     """
     cores = os.cpu_count() or 1
     if workers > MAX_WORKERS_PER_CORE * cores:
-        raise ValueError(
+        raise UserError(
             f"cluster.workers={workers} is too many for a local Ray on {cores} cores; "
             f"choose at most {MAX_WORKERS_PER_CORE * cores}, or set RAY_ADDRESS to a cluster"
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from moray import UserError
 from moray.cluster.events import OnEvent
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.local_ray import local_ray, slots_for
@@ -94,7 +95,7 @@ class Gang:
     def fill(self, should_stop: Callable[[], bool]) -> None:
         """Reserves the missing slots and starts their agents; waits for them at most `patience_s`.
 
-        Returns without them where asked to stop. Raises ValueError where the cluster stays too small or too busy.
+        Returns without them where asked to stop. Raises UserError where the cluster stays too small or too busy.
         """
         began = time.monotonic()
         has_told = False
@@ -108,7 +109,7 @@ class Gang:
             # A cluster may still be growing; a machine is not.
             patience_s = 0.0 if self._is_local and sum(total.values()) < self._workers else self.patience_s
             if time.monotonic() - began >= patience_s:
-                raise ValueError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
+                raise UserError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
             if not has_told:
                 has_told = True
                 self._on_event("wait", {"workers": missing, "free": sum(free.values()), "patience_s": patience_s})

@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from moray import UserError
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.ray.generation import Fault, Generation, Watch
 from moray.cluster.ray.nodes import Gang, connected
@@ -31,14 +32,14 @@ def supervise(
     A worker that dies, raises, or gives no heartbeat for `heartbeat_timeout_s` (`startup_timeout_s` before the first
     one) ends its generation: all workers are killed and started again, at most `max_restarts` times. SIGTERM and
     Ctrl-C make `should_stop()` true on all workers; a second Ctrl-C kills them.
-    Raises ValueError for what the function itself raises as one (no retry would help), and where the cluster has not
+    Raises UserError for what the function itself raises as one (no retry would help), and where the cluster has not
     had enough slots for `placement_timeout_s` at the start; WorkerError where it has not had them after a fault, once
     the restarts are spent, and where two generations in a row failed alike.
     """
     began = time.monotonic()
     task = _pickle(function, argument)
     if workers < 1:
-        raise ValueError(f"cluster.workers={workers} must be at least 1")
+        raise UserError(f"cluster.workers={workers} must be at least 1")
     # Connecting to Ray replaces the handler of SIGTERM: ours comes after it.
     with connected(workers) as is_local, stop_on_signals(impatient=True) as should_stop:
         watch = Watch(startup_timeout_s, heartbeat_timeout_s, on_event, on_status, should_stop)
@@ -63,7 +64,7 @@ def _run(gang: Gang, watch: Watch, numbers: range) -> int:
         if watch.should_stop():
             return EXIT_INTERRUPTED  # the newest commit stands, and the same command resumes from it
         if outcome.is_users_mistake:
-            raise ValueError(outcome.reason)
+            raise UserError(outcome.reason)
         if before and outcome.repeats(before):
             raise _worker_error(outcome, "the generation before failed alike, and so would the next")
         before = outcome
@@ -81,7 +82,7 @@ def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before:
         gang.fill(watch.should_stop)
     except RayError as error:
         return Fault(f"an agent did not start: {error}")
-    except ValueError:
+    except UserError:
         if not before:
             raise
         room = f"the cluster had no room for all workers again within cluster.placement_timeout_s={gang.patience_s:g}"
@@ -97,9 +98,9 @@ def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before:
 
 
 def _pickle(function: WorkerFunction, argument: Any) -> bytes:
-    """Raises ValueError where another process could not import the function."""
+    """Raises UserError where another process could not import the function."""
     if function.__module__ == "__main__" or "<" in function.__qualname__:
-        raise ValueError(
+        raise UserError(
             f"worker function {function.__qualname__} of {function.__module__} must be importable by other processes: "
             "define it at the top level of a module"
         )

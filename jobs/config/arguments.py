@@ -1,5 +1,7 @@
 """Settings as words of a command line."""
 
+from moray import UserError
+
 
 def parse_settings(arguments: list[str]) -> tuple[str | None, dict[str, str]]:
     """`--recipe R --section.key value --section.key=value` -> (R, {"section.key": "value"}); dashes are underscores."""
@@ -8,12 +10,12 @@ def parse_settings(arguments: list[str]) -> tuple[str | None, dict[str, str]]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            raise ValueError(f"{flag} was not expected; settings are written --section.key value")
+            raise UserError(f"{flag} was not expected; settings are written --section.key value")
         name, equals, value = flag[2:].partition("=")
         name = name.replace("-", "_")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{name} needs a value")
+                raise UserError(f"--{name} needs a value")
             value = rest.pop(0)
         if name == "recipe":
             recipe = value

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
+from moray import UserError
 from moray.jobs.config.nearest import nearest
 from moray.jobs.models.weights import check_changes, config_of, locate
 from moray.model import ModelConfig
@@ -109,7 +110,7 @@ class ClusterSection(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.launcher == "local" and self.workers != 1:
-            raise ValueError(f"cluster.workers={self.workers} must be 1 with cluster.launcher=local; or choose ray")
+            raise UserError(f"cluster.workers={self.workers} must be 1 with cluster.launcher=local; or choose ray")
         return self
 
     @property
@@ -141,22 +142,22 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.data.path:
-            raise ValueError("data.path is missing: the folder that `moray prepare` made")
+            raise UserError("data.path is missing: the folder that `moray prepare` made")
         if not self.run.dir:
-            raise ValueError("run.dir is missing: the folder that the run shall live in")
+            raise UserError("run.dir is missing: the folder that the run shall live in")
         if self.train.seq_len > self.model.max_seq_len:
-            raise ValueError(
+            raise UserError(
                 f"train.seq_len={self.train.seq_len} must be at most model.max_seq_len={self.model.max_seq_len}"
             )
         if self.optimizer.warmup_steps > self.train.steps:
-            raise ValueError(
+            raise UserError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most train.steps={self.train.steps}"
             )
         layout = self.resolved_layout
         layout.validate_for(self.model, self.train.seq_len)
         if self.train.global_batch % layout.dp:
             nearest = round(self.train.global_batch / layout.dp) * layout.dp or layout.dp
-            raise ValueError(
+            raise UserError(
                 f"train.global_batch={self.train.global_batch} must be a multiple of the {layout.dp} data-parallel "
                 f"ranks of layout {layout}; try {nearest}"
             )
@@ -171,7 +172,7 @@ class RunConfig(Section):
         together = math.gcd(lanes, min(lanes, self.train.micro_batch))
         if together % moe.group_size:
             fits = [size for size in range(1, together + 1) if together % size == 0]
-            raise ValueError(
+            raise UserError(
                 f"model.moe.group_size={moe.group_size} must divide train.micro_batch={self.train.micro_batch} and the "
                 f"{lanes} sequences of each data-parallel rank; try one of {fits}, or larger batches"
             )
@@ -180,7 +181,7 @@ class RunConfig(Section):
         """A lone gate that is divided by itself has no gradient; published models load with it all the same."""
         of_scores = ("balance_loss", "device_loss", "communication_loss", "load_loss")
         if moe.top_k == 1 < moe.n_experts and moe.normalise_gates and not any(getattr(moe, name) for name in of_scores):
-            raise ValueError(
+            raise UserError(
                 "model.moe.top_k=1 with normalise_gates=true makes every gate 1, and no loss tells the router "
                 "anything; set normalise_gates=false, a balance_loss, or a higher top_k"
             )
@@ -193,7 +194,7 @@ class RunConfig(Section):
 def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
     """The validated config of a recipe (a name or a .toml file) and `section.key` -> value pairs that override it.
 
-    Raises ValueError of one line that names the setting, its value and what would be right.
+    Raises UserError of one line that names the setting, its value and what would be right.
     """
     sections: dict[str, Any] = {}
     for name, value in [*flatten(read_recipe(recipe) if recipe else {}), *overrides.items()]:
@@ -214,7 +215,7 @@ def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
     try:
         config = RunConfig.model_validate(sections)
     except ValidationError as error:
-        raise ValueError(in_one_line(error, RunConfig)) from None
+        raise UserError(in_one_line(error, RunConfig)) from None
     if source:
         check_changes(source[1], config.model)
     return config
@@ -226,7 +227,7 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
     if not named:
         return None
     if "preset" in model:
-        raise ValueError(
+        raise UserError(
             f"model.preset={model['preset']} and model.from={named} are two models to start from; leave one out"
         )
     named = Path(_absolute(str(named)))
@@ -235,37 +236,37 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
         metadata = commit.manifest.metadata["config"]
         recorded = Path(metadata.get("weights_from") or "/")
         if recorded.is_relative_to(named):
-            return recorded, ModelConfig(**metadata["model"])
+            return recorded, ModelConfig.of(metadata["model"])
     try:
         path = locate(named)
         return path, config_of(path)
-    except ValueError as error:
-        raise ValueError(f"model.from={named}: {error}") from None
+    except UserError as error:
+        raise UserError(f"model.from={named}: {error}") from None
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
-    """The tables of a recipe. Raises ValueError where there is none of that name, or where it is not TOML."""
+    """The tables of a recipe. Raises UserError where there is none of that name, or where it is not TOML."""
     if recipe.endswith(".toml"):
         path: Any = Path(recipe)
         if not path.is_file():
-            raise ValueError(f"--recipe {recipe} does not exist")
+            raise UserError(f"--recipe {recipe} does not exist")
     else:
         folder = resources.files("moray.jobs.config.recipes")
         path = folder / f"{recipe}.toml"
         known = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
         if recipe not in known:
-            raise ValueError(f"--recipe {recipe} is not known; {nearest(recipe, known)}")
+            raise UserError(f"--recipe {recipe} is not known; {nearest(recipe, known)}")
     try:
         return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--recipe {recipe} is not TOML: {error}") from None
+        raise UserError(f"--recipe {recipe} is not TOML: {error}") from None
 
 
 def check_name(name: str) -> str:
-    """The name of a setting, or ValueError with the nearest one that exists."""
+    """The name of a setting, or UserError with the nearest one that exists."""
     known = ["model.preset", *(found for found, _ in settings(RunConfig))]
     if name not in known:
-        raise ValueError(f"{name} is not a setting; {nearest(name, known)}")
+        raise UserError(f"{name} is not a setting; {nearest(name, known)}")
     return name
 
 

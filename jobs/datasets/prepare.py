@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from moray import UserError
 from moray.data.corpus import Skipped, read_documents
 from moray.data.dataset import Dataset, write_index
 from moray.data.shards import SplitWriter
@@ -76,11 +77,11 @@ def prepare(
     `validation` is the share of documents held out, by hash of their key. The same documents, seed and settings give
     the same bytes. Memory: 64 MiB of text, the encoding of the largest document (about 150 bytes a token), and the
     tokenizer's training on 16 MiB (0.2 GB; 1 GB for scripts without spaces); disk: twice the text.
-    Raises ValueError for a bad setting, source or folder, a damaged source, and a full disk.
+    Raises UserError for a bad setting, source or folder, a damaged source, and a full disk.
     """
     started = time.monotonic()
     if not 0 < validation < 1:
-        raise ValueError(f"validation={validation} must lie between 0 and 1, for example 0.01")
+        raise UserError(f"validation={validation} must lie between 0 and 1, for example 0.01")
     own = None if tokenizer is None else Path(tokenizer)
     # What can be wrong is found out before the reading, not after it.
     if own:
@@ -110,7 +111,7 @@ def prepare(
 def _last(sorting: Iterator[ShuffledCorpus], skipped: Skipped) -> ShuffledCorpus:
     last = deque(sorting, maxlen=1)
     if not last:
-        raise ValueError(f"the sources hold no usable document; skipped: {dict(skipped.counts)}")
+        raise UserError(f"the sources hold no usable document; skipped: {dict(skipped.counts)}")
     return last[0]
 
 

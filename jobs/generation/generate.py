@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from moray import UserError
 from moray.data.tokenizer import Tokenizer, load_tokenizer
 from moray.jobs.models.weights import open_whole
 from moray.model import Decoder, KVCache
@@ -15,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Raises ValueError naming the setting that makes no sense."""
+    """How the next token is drawn. Raises UserError naming the setting that makes no sense."""
 
     temperature: float = 0.8
     """0: always the likeliest token."""
@@ -27,19 +28,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
+            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
         if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 (all) or more")
+            raise UserError(f"top_k={self.top_k} must be 0 (all) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie above 0 and at most at 1")
+            raise UserError(f"top_p={self.top_p} must lie above 0 and at most at 1")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must be 0 or more, and less than 2**63")
+            raise UserError(f"seed={self.seed} must be 0 or more, and less than 2**63")
 
 
 def load_run(folder: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, Tokenizer]:
     """The model of a run's newest whole commit, whatever layout wrote it, or of a Hugging Face folder; its tokenizer.
 
-    Says of each damaged commit that it passes over what is wrong with it. Raises ValueError where none is whole.
+    Says of each damaged commit that it passes over what is wrong with it. Raises UserError where none is whole.
     """
     weights = open_whole(folder, on_refused)
     with torch.device("meta"):
@@ -56,22 +57,20 @@ def load_run(folder: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, 
 def generate_tokens(decoder: Decoder, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
     """Token after token. The prompt is computed once; each token after it costs one token's pass.
 
-    Raises ValueError, before the first token, when prompt and new tokens exceed the model's longest sequence, or the
+    Raises UserError, before the first token, when prompt and new tokens exceed the model's longest sequence, or the
     prompt its vocabulary.
     """
     longest = decoder.config.max_seq_len
     if not prompt:
-        raise ValueError("the prompt is empty; it needs one token at least")
+        raise UserError("the prompt is empty; it needs one token at least")
     if max(prompt) >= (entries := decoder.config.vocab_size):
-        raise ValueError(
+        raise UserError(
             f"the prompt holds token {max(prompt)} and the model's vocab_size={entries}: another model's tokenizer"
         )
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if len(prompt) + max_new_tokens > longest:
-        raise ValueError(
-            f"{len(prompt)} prompt tokens and max_new_tokens={max_new_tokens} exceed max_seq_len={longest}"
-        )
+        raise UserError(f"{len(prompt)} prompt tokens and max_new_tokens={max_new_tokens} exceed max_seq_len={longest}")
     return _generate(decoder, prompt, max_new_tokens, sampling)
 
 

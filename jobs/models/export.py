@@ -23,7 +23,7 @@ CHATML = (
 def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]) -> str:
     """Writes a run's newest whole commit as config, weights, tokenizer and generation config; returns the model_type.
 
-    `out` appears whole or not at all. Memory holds a tensor at a time. Raises ValueError for what no family can
+    `out` appears whole or not at all. Memory holds a tensor at a time. Raises UserError for what no family can
     express, before anything is written, and for an `out` in use. `tell` hears what else its user should know.
     """
     weights = open_whole(run, tell)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moray import UserError
 from moray.jobs.config.nearest import nearest
 from moray.jobs.config.run import load_config
 from moray.jobs.models.describe import describe
@@ -29,13 +30,13 @@ USUAL_SEQ_LEN = 4096
 def inspect_model(source: str, seq_len: int | None, *, as_json: bool, console: Console) -> None:
     """Prints the architecture that `source` names and its costs at a sequence length.
 
-    Raises ValueError for a source that is neither a preset nor a run nor a Hugging Face folder, and for a length that
+    Raises UserError for a source that is neither a preset nor a run nor a Hugging Face folder, and for a length that
     the model has not.
     """
     config = find_config(source)
     seq_len = min(USUAL_SEQ_LEN, config.max_seq_len) if seq_len is None else seq_len
     if not 1 <= seq_len <= config.max_seq_len:
-        raise ValueError(f"seq_len={seq_len} must lie between 1 and max_seq_len={config.max_seq_len}")
+        raise UserError(f"seq_len={seq_len} must lie between 1 and max_seq_len={config.max_seq_len}")
     costs = costs_of(config, seq_len)
     if as_json:
         print(json.dumps({"source": source, "model": config.model_dump(), **costs}, indent=2))
@@ -54,13 +55,13 @@ def find_config(source: str) -> ModelConfig:
         return ModelConfig.preset(source)
     folder = Path(source)
     if not folder.is_dir():
-        raise ValueError(f"{source} is neither a preset nor a folder; {nearest(source, PRESETS)}")
+        raise UserError(f"{source} is neither a preset nor a folder; {nearest(source, PRESETS)}")
     try:
         path = locate(folder)
-    except ValueError as error:
+    except UserError as error:
         if (folder / "config.toml").is_file():
             return load_config(str(folder / "config.toml"), {}).model
-        raise ValueError(f"{folder} is neither a run (config.toml) nor a Hugging Face folder (config.json)") from error
+        raise UserError(f"{folder} is neither a run (config.toml) nor a Hugging Face folder (config.json)") from error
     return config_of(path)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 def upcycle(source: Path, options: Upcycling, out: Path, console: Console, on_refused: Callable[[str], None]) -> None:
     """Writes a run folder with one commit, of weights alone, at step 0, and the tokenizer; it appears whole.
 
-    Raises ValueError, before anything is written, for a model or options that do not go together, and an `out` in use.
+    Raises UserError, before anything is written, for a model or options that do not go together, and an `out` in use.
     """
     weights = open_whole(source, on_refused)
     upcycled = Upcycled(weights.config, weights.read, options)

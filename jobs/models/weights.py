@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moray import UserError
 from moray.model import Decoder, ModelConfig
 from moray.model.hf import HFWeights, read_config
 from moray.model.hf.choice import essence
@@ -29,14 +30,14 @@ class Weights:
 def locate(folder: Path) -> Path:
     """The Hugging Face folder or the commit that `folder` stands for: itself, or a run's newest commit.
 
-    Raises ValueError where there is neither.
+    Raises UserError where there is neither.
     """
     if (folder / "config.json").is_file() or (folder / MANIFEST).is_file():
         return folder
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a run: there is no such folder")
+        raise UserError(f"{folder} is not a run: there is no such folder")
     if not (commits := list_commits(folder / "checkpoints")):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no commit yet, nor a Hugging Face config.json; `moray pretrain --run.dir {folder} …` "
             "makes commits"
         )
@@ -46,7 +47,7 @@ def locate(folder: Path) -> Path:
 def config_of(path: Path) -> ModelConfig:
     """The architecture of what `locate` found."""
     if (path / MANIFEST).is_file():
-        return ModelConfig(**read_commit(path).manifest.metadata["config"]["model"])
+        return ModelConfig.of(read_commit(path).manifest.metadata["config"]["model"])
     return read_config(path)
 
 
@@ -58,7 +59,7 @@ def tokenizer_of(path: Path) -> Path:
 def open_weights(path: Path) -> Weights:
     """The weights of what `locate` found; a routing bias that a family does not have is zero.
 
-    Raises ValueError for weights that do not fit the config. A commit's digests are not checked.
+    Raises UserError for weights that do not fit the config. A commit's digests are not checked.
     """
     config = config_of(path)
     if (path / MANIFEST).is_file():
@@ -69,7 +70,7 @@ def open_weights(path: Path) -> Weights:
 def open_whole(folder: Path, on_refused: Callable[[str], None]) -> Weights:
     """The weights of a Hugging Face folder, or of a run's newest commit of which every byte is as it was written.
 
-    Says of each damaged commit that it passes over what is wrong with it. Raises ValueError where none is whole.
+    Says of each damaged commit that it passes over what is wrong with it. Raises UserError where none is whole.
     """
     if (folder / "config.json").is_file():
         return open_weights(folder)
@@ -77,20 +78,20 @@ def open_whole(folder: Path, on_refused: Callable[[str], None]) -> Weights:
     for path in reversed(paths):
         try:
             problems = verify(read_commit(path))
-        except ValueError as error:
+        except UserError as error:
             problems = [str(error)]
         if not problems:
             return open_weights(path)
         on_refused(f"refused the damaged commit {path.name}: {'; '.join(problems)}")
     if paths:
-        raise ValueError(f"{folder} holds no whole commit; `moray checkpoints {folder} --verify` says more")
+        raise UserError(f"{folder} holds no whole commit; `moray checkpoints {folder} --verify` says more")
     return open_weights(locate(folder))
 
 
 def fill_shards(decoder: Decoder, path: Path) -> None:
     """Fills this rank's part of every weight from what `locate` found; ranks share the checking of a commit's digests.
 
-    Collective. Raises ValueError, on all ranks, for a damaged commit.
+    Collective. Raises UserError, on all ranks, for a damaged commit.
     """
     if (path / MANIFEST).is_file():
         _check_together(read_commit(path))
@@ -101,11 +102,11 @@ def _check_together(commit: Commit) -> None:
     ranks = ControlPlane()
     found = ranks.gather(verify(commit, ranks.rank, ranks.world_size))
     if problems := [problem for of_rank in found for problem in of_rank]:
-        raise ValueError(f"model.from={commit.path} is damaged: {'; '.join(problems)}")
+        raise UserError(f"model.from={commit.path} is damaged: {'; '.join(problems)}")
 
 
 def check_changes(source: ModelConfig, changed: ModelConfig) -> None:
-    """Raises ValueError naming every setting in which a model must not differ from the one whose weights it takes."""
+    """Raises UserError naming every setting in which a model must not differ from the one whose weights it takes."""
     before, after = essence(source), essence(changed)
     free = [] if source.position.kind == "learned" else list(STRETCHES)
     differing = [
@@ -117,7 +118,7 @@ def check_changes(source: ModelConfig, changed: ModelConfig) -> None:
         there, here = tensor_shapes(source), tensor_shapes(changed)
         differing = [f"{name} (only on one side)" for name in sorted(there.keys() ^ here.keys())]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"model.from's weights are of another model: {', '.join(differing)}; what training alone reads may "
             "change (losses, capacity, init)" + (f", and {', '.join(STRETCHES)}" if free else "")
         )

@@ -3,6 +3,7 @@
 from datetime import datetime
 from pathlib import Path
 
+from moray import UserError
 from moray.parallel.checkpoint.commits import commit_paths, list_commits, verify
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,7 @@ def show_checkpoints(run: Path, check: bool, console: Console) -> int:
     """Prints a table of the commits; with `check`, reads every byte of them. Returns 1 if one is damaged, else 0."""
     folder = run / "checkpoints"
     if not folder.is_dir():
-        raise ValueError(f"{run} holds no checkpoints; `moray pretrain --run.dir {run} …` makes them")
+        raise UserError(f"{run} holds no checkpoints; `moray pretrain --run.dir {run} …` makes them")
     table = Table("step", "written", "size", "loss", "layout", "state")
     whole = {commit.path: commit for commit in list_commits(folder)}
     wrong = False

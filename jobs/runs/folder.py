@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moray import UserError
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import copy_tokenizer
 from moray.jobs.config.recipe_file import to_toml
@@ -29,12 +30,12 @@ def claimed(config: RunConfig, dataset: Dataset) -> Iterator[None]:
 
     Writes config.toml and tokenizer/. Until something is committed, the folder is bound to nothing.
     The lock is flock's: some network file systems keep it to one host, or have none.
-    Raises ValueError naming the holder of a folder in use, what differs in one that holds another run, and the room
+    Raises UserError naming the holder of a folder in use, what differs in one that holds another run, and the room
     that a commit needs where the disk has none.
     """
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.dir={folder} is a file; name a folder")
+        raise UserError(f"run.dir={folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         commits = list_commits(folder / "checkpoints")
@@ -47,15 +48,15 @@ def claimed(config: RunConfig, dataset: Dataset) -> Iterator[None]:
 
 
 def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
-    """Raises ValueError unless config and data continue the run that made the commit, at the position it ended at."""
+    """Raises UserError unless config and data continue the run that made the commit, at the position it ended at."""
     metadata = commit.manifest.metadata
     there = metadata["config"]
     if "train" not in there:
-        raise ValueError(
+        raise UserError(
             f"run.dir={now.run.dir} holds weights alone, without the state of an optimizer that a run resumes from; "
             f"start from them in another run.dir, with model.from={now.run.dir}"
         )
-    before = _deciding(ModelConfig(**there["model"]), there["train"], there.get("weights_from", ""))
+    before = _deciding(ModelConfig.of(there["model"]), there["train"], there.get("weights_from", ""))
     wanted = _deciding(now.model, now.train.model_dump(), now.weights_from)
     differing = [
         f"{name}={wanted.get(name)} (there: {before.get(name)})"
@@ -63,13 +64,13 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
         if wanted.get(name) != before.get(name)
     ]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"run.dir={now.run.dir} holds a different run: {', '.join(differing)}; "
             "choose another run.dir or these settings"
         )
     position, expected = metadata["data"]["position"], commit.step * now.train.global_batch
     if position != expected:
-        raise ValueError(
+        raise UserError(
             f"{commit.path} was committed at data position {position}, not at step {commit.step} * "
             f"train.global_batch={now.train.global_batch} = {expected}: going on would skip or repeat sequences"
         )
@@ -90,7 +91,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
-            raise ValueError(
+            raise UserError(
                 f"run.dir={folder} is in use by {holder}; wait until it has ended, or choose another run.dir"
             ) from None
         except OSError as error:
@@ -106,7 +107,7 @@ def _check_space(model: ModelConfig, folder: Path) -> None:
     parameters, _ = count_parameters(model)
     needed, free = 12 * parameters, shutil.disk_usage(folder).free  # fp32 weights and two moments
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"run.dir={folder}: a commit takes at least {needed / 2**20:,.1f} MiB, but its disk has "
             f"{free / 2**20:,.1f} MiB left; free some or choose another"
         )
@@ -118,7 +119,7 @@ def _put_tokenizer(data: Path, folder: Path, *, is_bound: bool) -> None:
         if _tokenizer_bytes(folder) == _tokenizer_bytes(data):
             return
         if is_bound:
-            raise ValueError(f"{folder} is not the tokenizer of data.path={data}, the run's data; move it away")
+            raise UserError(f"{folder} is not the tokenizer of data.path={data}, the run's data; move it away")
         shutil.rmtree(folder)
     partial = folder.with_name("tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed here

@@ -4,6 +4,7 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
+from moray import UserError
 from moray.cluster.events import read_events
 from moray.cluster.launch import launch
 from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError
@@ -20,7 +21,7 @@ from rich.console import Console
 def pretrain(config: RunConfig, console: Console | None = None, listener: Listener | None = None) -> int:
     """Runs to the last step, or until asked to stop; returns the exit code.
 
-    Raises ValueError for a user's mistake, WorkerError of one line where the workers failed for good.
+    Raises UserError for a user's mistake, WorkerError of one line where the workers failed for good.
     """
     dataset = Dataset.open(config.data.path)
     is_first = os.environ.get("RANK", "0") == "0" or config.cluster.launcher != "torchrun"
@@ -36,7 +37,7 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
 
 
 def check_tokenizer(source: Path, data: Path, console: Console) -> None:
-    """Raises ValueError if the data's tokens mean others than those that the weights were trained on.
+    """Raises UserError if the data's tokens mean others than those that the weights were trained on.
 
     Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits.
     """
@@ -48,7 +49,7 @@ def check_tokenizer(source: Path, data: Path, console: Console) -> None:
             f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on"
         )
     elif not same_vocabulary(tokenizer, data):
-        raise ValueError(
+        raise UserError(
             f"data.path={data} has other tokens than model.from={source} was trained on; "
             f"make the data with `moray prepare … --tokenizer {tokenizer}`"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moray import UserError
 from moray.cluster.devices import peak_memory_bytes
 from moray.cluster.events import EventLog
 from moray.cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, WorkerContext
@@ -179,7 +180,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
 def resume(training: Training, events: EventLog) -> None:
     """Puts the newest whole commit into place, else the weights to start with.
 
-    Raises ValueError if the commit is of another run, or ended elsewhere.
+    Raises UserError if the commit is of another run, or ended elsewhere.
     """
     commit = training.checkpointer.load(training_state(training.decoder, training.optimizer))
     if commit is None and training.config.weights_from:
@@ -214,12 +215,12 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
 
 
 def finish_commits(training: Training) -> None:
-    """Waits for the last commit. Raises ValueError if the disk is full: to start again would not help."""
+    """Waits for the last commit. Raises UserError if the disk is full: to start again would not help."""
     try:
         training.checkpointer.finish()
     except DiskFullError as error:
         run = training.config.run.dir
-        raise ValueError(
+        raise UserError(
             f"run.dir={run}: the disk is full: {error}; free space and give the same command again"
         ) from None
 

@@ -4,6 +4,7 @@
 # of a feed-forward network.
 
 import torch
+from moray import UserError
 from moray.model.attention.sdpa import sees
 from moray.model.config.architecture import ModelConfig
 from torch import Tensor
@@ -78,13 +79,13 @@ class KVCache:
     def note_padding(self, lengths: list[int] | None, valid_BT: Tensor) -> None:
         """Notes the padding that rows of the coming pass begin with (`Documents`).
 
-        Raises ValueError where a row holds anything but padding and one document behind it.
+        Raises UserError where a row holds anything but padding and one document behind it.
         """
         rows, tokens = valid_BT.shape
         leading_B = (valid_BT.cumsum(1) == 0).sum(1)
         pieces = rows if lengths is None else len(lengths)
         if pieces != rows + int(((leading_B > 0) & (leading_B < tokens)).sum()):
-            raise ValueError(
+            raise UserError(
                 "documents_BT packs several documents into a row, or has padding behind one; with a cache a row is one "
                 "document, with padding (-1) before it only"
             )
@@ -92,7 +93,7 @@ class KVCache:
             return
         padding_B = torch.zeros_like(leading_B) if self.padding_B is None else self.padding_B
         if (leading_B > 0).logical_and(padding_B < self.length).any():
-            raise ValueError(f"documents_BT has padding (-1) behind tokens of a cache that holds {self.length} already")
+            raise UserError(f"documents_BT has padding (-1) behind tokens of a cache that holds {self.length} already")
         self.padding_B = padding_B + leading_B
 
     def positions(self, new: int) -> Tensor:
@@ -104,13 +105,13 @@ class KVCache:
         """Stores a layer's new tokens behind the `length` known ones; returns all that they may see.
 
         Shapes: keys and values, or one tensor of latent vectors, [B, G, T, d] -> each [B, G, S, d], good until the next
-        call for this layer. `visible` says who sees what. Raises ValueError beyond `capacity` or `batch`.
+        call for this layer. `visible` says who sees what. Raises UserError beyond `capacity` or `batch`.
         """
         rows, end = new_BGTd[0].shape[0], self.length + new_BGTd[0].shape[2]
         if rows != self.batch:
-            raise ValueError(f"the cache holds batch={self.batch} sequences; {rows} came")
+            raise UserError(f"the cache holds batch={self.batch} sequences; {rows} came")
         if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens; {end} were to be stored")
+            raise UserError(f"the cache holds {self.capacity} tokens; {end} were to be stored")
         return tuple(self.layers[layer].extend(self.length, list(new_BGTd), self.like))
 
     def visible(self, layer: int, new: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+from moray import UserError
 from moray.model.config.mistakes import in_one_line
 from moray.model.config.moe import MoEConfig
 from moray.model.config.parts import (
@@ -22,7 +23,7 @@ from pydantic import ValidationError, model_validator
 class ModelConfig(Part):
     """A decoder-only GPT, dense or with Mixture-of-Experts layers.
 
-    Raises ValueError naming the field, its value and what would be right: pydantic's, which is one; `of` says it in a
+    Raises UserError naming the field, its value and what would be right: pydantic's, which is one; `of` says it in a
     line.
     """
 
@@ -54,17 +55,17 @@ class ModelConfig(Part):
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
-        """From nested fields. Raises ValueError of one line naming the field, its value and what would be right."""
+        """From nested fields. Raises UserError of one line naming the field, its value and what would be right."""
         try:
             return cls(**fields)
         except ValidationError as error:
-            raise ValueError(in_one_line(error, cls, "model.")) from None
+            raise UserError(in_one_line(error, cls, "model.")) from None
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
         """The named architecture, some fields changed: `preset("demo-moe", n_layers=2, moe={"top_k": 2})`.
 
-        Raises ValueError with the nearest name if there is none.
+        Raises UserError with the nearest name if there is none.
         """
         from moray.model.presets import preset_fields
 
@@ -106,9 +107,9 @@ class ModelConfig(Part):
         above_zero(self, "model", "embedding_scale", "final_softcap")
         self._check_positions()
         if self.norm.placement != "pre" and self.residual == "parallel":
-            raise ValueError(f"model.residual=parallel needs model.norm.placement=pre; it is {self.norm.placement}")
+            raise UserError(f"model.residual=parallel needs model.norm.placement=pre; it is {self.norm.placement}")
         if self.head_bias and self.tied_embeddings:
-            raise ValueError("model.head_bias=true needs model.tied_embeddings=false")
+            raise UserError("model.head_bias=true needs model.tied_embeddings=false")
         if self.moe:
             self._check_moe(self.moe)
         return self
@@ -117,31 +118,29 @@ class ModelConfig(Part):
         head_dim = self.attention.head_dim
         if self.position.kind != "rope":
             if self.attention.latent:
-                raise ValueError(
-                    f"model.position.kind={self.position.kind} does not go with latent attention; use rope"
-                )
+                raise UserError(f"model.position.kind={self.position.kind} does not go with latent attention; use rope")
             return
         if self.position.rotary_dim is None and head_dim % 2:
-            raise ValueError(f"model.attention.head_dim={head_dim} must be even: RoPE turns pairs of channels")
+            raise UserError(f"model.attention.head_dim={head_dim} must be even: RoPE turns pairs of channels")
         if self.position.rotary_dim is not None and (self.attention.latent or self.position.rotary_dim > head_dim):
             right = "leave it out with latent attention" if self.attention.latent else f"at most head_dim={head_dim}"
-            raise ValueError(f"model.position.rotary_dim={self.position.rotary_dim} is too much; {right}")
+            raise UserError(f"model.position.rotary_dim={self.position.rotary_dim} is too much; {right}")
 
     def _check_moe(self, moe: MoEConfig) -> None:
         if self.d_model % 8:
-            raise ValueError(
+            raise UserError(
                 f"model.d_model={self.d_model} must be a multiple of 8 in a model with experts, or the rows of their "
                 f"bf16 weights are no multiple of 16 bytes, as grouped matrix products need; "
                 f"try {self.d_model + -self.d_model % 8}"
             )
         for name in ("conv_width", "adapter_rank"):
             if getattr(self.ffn, name) and self.n_moe_layers == self.n_layers:
-                raise ValueError(
+                raise UserError(
                     f"model.ffn.{name}={getattr(self.ffn, name)} is of dense layers, and every layer has experts; set "
                     "it to 0, or model.moe.n_dense_layers or every higher"
                 )
         if not self.n_moe_layers:
-            raise ValueError(
+            raise UserError(
                 f"model.moe.n_dense_layers={moe.n_dense_layers} and every={moe.every} leave none of "
                 f"n_layers={self.n_layers} layers experts; lower them"
             )

@@ -2,6 +2,7 @@
 
 from typing import Literal, Self
 
+from moray import UserError
 from moray.model.config.parts import Part, above_zero, at_least
 from pydantic import model_validator
 
@@ -94,9 +95,9 @@ class MoEConfig(Part):
         at_least(self, prefix, 0, *losses)
         above_zero(self, prefix, "gate_scale", "capacity_factor")
         if not 0 <= self.jitter < 1:
-            raise ValueError(f"{prefix}.jitter={self.jitter} must be 0 (none) or more, and less than 1")
+            raise UserError(f"{prefix}.jitter={self.jitter} must be 0 (none) or more, and less than 1")
         if self.expert_width % 8:
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.expert_width={self.expert_width} must be a multiple of 8, or the rows of the experts' bf16 "
                 f"weights are no multiple of 16 bytes, as grouped matrix products need; "
                 f"try {self.expert_width + -self.expert_width % 8}"
@@ -109,41 +110,41 @@ class MoEConfig(Part):
         experts, groups = self.n_experts, self.n_groups
         if experts % groups:
             fits = [n for n in range(1, experts + 1) if experts % n == 0]
-            raise ValueError(f"{prefix}.n_groups={groups} must divide n_experts={experts}; try one of {fits}")
+            raise UserError(f"{prefix}.n_groups={groups} must divide n_experts={experts}; try one of {fits}")
         if self.top_k_groups > groups:
-            raise ValueError(f"{prefix}.top_k_groups={self.top_k_groups} must be at most n_groups={groups}")
+            raise UserError(f"{prefix}.top_k_groups={self.top_k_groups} must be at most n_groups={groups}")
         reachable = experts // groups * self.top_k_groups
         if self.top_k > reachable:
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.top_k={self.top_k} must be at most {reachable}, the experts in "
                 f"{self.top_k_groups} of {groups} groups of n_experts={experts}"
             )
         if groups > 1 and self.group_score == "top2" and experts // groups < 2:
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.group_score=top2 needs two experts a group; n_groups={groups} leaves one: use max"
             )
 
     def _check_combinations(self, prefix: str) -> None:
         if self.second_expert == "random" and self.top_k != 2:
-            raise ValueError(f"{prefix}.second_expert=random is GShard's top-2 routing; top_k={self.top_k} must be 2")
+            raise UserError(f"{prefix}.second_expert=random is GShard's top-2 routing; top_k={self.top_k} must be 2")
         if self.load_loss and not (self.noisy and self.top_k < self.n_experts):
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.load_loss={self.load_loss} is the expected load under noise: it needs noisy=true and fewer "
                 f"experts a token than there are; noisy={self.noisy}, top_k={self.top_k}, n_experts={self.n_experts}"
             )
         if self.load_loss and (self.top_k_groups < self.n_groups or self.bias_update_rate):
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.load_loss={self.load_loss} knows the noise alone: it needs top_k_groups={self.top_k_groups} "
                 f"to be n_groups={self.n_groups}, and bias_update_rate={self.bias_update_rate} to be 0"
             )
         if self.noisy and (self.score != "softmax" or not self.normalise_gates):
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.noisy=true is a softmax over the top-k: it needs score=softmax, normalise_gates=true"
             )
         if self.shared_gate and not self.n_shared:
-            raise ValueError(f"{prefix}.shared_gate=true needs a shared expert; n_shared=0")
+            raise UserError(f"{prefix}.shared_gate=true needs a shared expert; n_shared=0")
         for name in ("device_loss", "communication_loss"):
             if getattr(self, name) and self.n_groups == 1:
-                raise ValueError(
+                raise UserError(
                     f"{prefix}.{name}={getattr(self, name)} balances groups of experts: it needs n_groups > 1"
                 )

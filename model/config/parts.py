@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+from moray import UserError
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 
@@ -13,19 +14,19 @@ class Part(BaseModel):
 
 
 def at_least(part: Part, prefix: str, least: float, *names: str) -> None:
-    """Raises ValueError naming the first of these fields that is set and below `least`."""
+    """Raises UserError naming the first of these fields that is set and below `least`."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value < least:
-            raise ValueError(f"{prefix}.{name}={value} must be at least {least}")
+            raise UserError(f"{prefix}.{name}={value} must be at least {least}")
 
 
 def above_zero(part: Part, prefix: str, *names: str) -> None:
-    """Raises ValueError naming the first of these fields that is set and not more than 0."""
+    """Raises UserError naming the first of these fields that is set and not more than 0."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value <= 0:
-            raise ValueError(f"{prefix}.{name}={value} must be more than 0")
+            raise UserError(f"{prefix}.{name}={value} must be more than 0")
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,12 +89,10 @@ class RopeScaling(Part):
         at_least(self, prefix, 1, "factor", "original_max_seq_len")
         above_zero(self, prefix, "low_freq_factor", "beta_fast", "beta_slow", "attention_factor")
         if self.kind in ("llama3", "yarn") and self.original_max_seq_len is None:
-            raise ValueError(
-                f"{prefix}.original_max_seq_len is missing: {self.kind} needs the length trained on before"
-            )
+            raise UserError(f"{prefix}.original_max_seq_len is missing: {self.kind} needs the length trained on before")
         for high, low in (("high_freq_factor", "low_freq_factor"), ("beta_fast", "beta_slow")):
             if getattr(self, high) <= getattr(self, low):
-                raise ValueError(f"{prefix}.{high}={getattr(self, high)} must be more than {low}={getattr(self, low)}")
+                raise UserError(f"{prefix}.{high}={getattr(self, high)} must be more than {low}={getattr(self, low)}")
         return self
 
 
@@ -112,11 +111,11 @@ class PositionConfig(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.theta <= 1:
-            raise ValueError(f"model.position.theta={self.theta} must be more than 1, or no channel turns slower")
+            raise UserError(f"model.position.theta={self.theta} must be more than 1, or no channel turns slower")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
-            raise ValueError(f"model.position.rotary_dim={self.rotary_dim} must be even and at least 2")
+            raise UserError(f"model.position.rotary_dim={self.rotary_dim} must be even and at least 2")
         if self.scaling and self.kind != "rope":
-            raise ValueError(f"model.position.scaling needs model.position.kind=rope; it is {self.kind}")
+            raise UserError(f"model.position.scaling needs model.position.kind=rope; it is {self.kind}")
         return self
 
 
@@ -138,7 +137,7 @@ class LatentConfig(Part):
     def _check(self) -> Self:
         at_least(self, "model.attention.latent", 1, "kv_rank", "q_rank", "nope_dim", "rope_dim", "value_dim")
         if self.rope_dim % 2:
-            raise ValueError(
+            raise UserError(
                 f"model.attention.latent.rope_dim={self.rope_dim} must be even: RoPE turns pairs of channels"
             )
         return self
@@ -180,11 +179,11 @@ class AttentionConfig(Part):
         above_zero(self, prefix, "scale", "softcap")
         if self.n_heads % self.n_kv_heads:
             fits = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}; try one of {fits}"
             )
         if not self.pattern:
-            raise ValueError(f"{prefix}.pattern is empty; try local,global")
+            raise UserError(f"{prefix}.pattern is empty; try local,global")
         if self.latent:
             self._check_latent(self.latent)
         return self
@@ -192,17 +191,17 @@ class AttentionConfig(Part):
     def _check_latent(self, latent: LatentConfig) -> None:
         prefix = "model.attention"
         if self.head_dim != latent.nope_dim + latent.rope_dim:
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.head_dim={self.head_dim} must be latent.nope_dim + latent.rope_dim = "
                 f"{latent.nope_dim + latent.rope_dim}"
             )
         if self.n_kv_heads != self.n_heads:
-            raise ValueError(
+            raise UserError(
                 f"{prefix}.n_kv_heads={self.n_kv_heads} must be n_heads={self.n_heads} with latent attention"
             )
         for name, unset in (("qk_norm", None), ("window", None), ("qkv_bias", False), ("softcap", None)):
             if getattr(self, name) != unset:
-                raise ValueError(
+                raise UserError(
                     f"{prefix}.{name}={getattr(self, name)} does not go with latent attention; leave it {unset}"
                 )
 
@@ -230,7 +229,7 @@ class FeedForwardConfig(Part):
         at_least(self, "model.ffn", 1, "width")
         at_least(self, "model.ffn", 0, "conv_width", "adapter_rank")
         if self.conv_width and self.adapter_rank:
-            raise ValueError(
+            raise UserError(
                 f"model.ffn.adapter_rank={self.adapter_rank} stands in the place of conv_width={self.conv_width}: "
                 "set one of them to 0"
             )

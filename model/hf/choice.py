@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moray import UserError
 from moray.model.attention.rope import base
 from moray.model.config.architecture import ModelConfig
 from moray.model.hf.families import FAMILIES
@@ -18,13 +19,13 @@ moe.router_z_loss moe.bias_update_rate init.scheme init.std
 def family_for(config: ModelConfig) -> Family:
     """The first family that computes what `config` does outside of training.
 
-    Raises ValueError saying what the nearest family would change.
+    Raises UserError saying what the nearest family would change.
     """
     misses = []
     for family in FAMILIES:
         try:
             changed = _changes(family, config)
-        except ValueError as error:
+        except UserError as error:
             # It has no word for a field, which is farther off than words of other meaning.
             misses.append((len(essence(config)), [str(error)], family.model_type))
             continue
@@ -32,11 +33,11 @@ def family_for(config: ModelConfig) -> Family:
             return family
         misses.append((len(changed), changed, family.model_type))
     _, changed, nearest = min(misses)
-    raise ValueError(f"no Hugging Face family expresses this model; the nearest is {nearest}, but {'; '.join(changed)}")
+    raise UserError(f"no Hugging Face family expresses this model; the nearest is {nearest}, but {'; '.join(changed)}")
 
 
 def _changes(family: Family, config: ModelConfig) -> list[str]:
-    """What would be lost in this family's folder. Raises ValueError for what its config.json cannot say."""
+    """What would be lost in this family's folder. Raises UserError for what its config.json cannot say."""
     wanted, held = essence(config), essence(family.read(family.write(config)))
     changed = [
         f"model.{name}={wanted.get(name)} would be {held.get(name)}"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.hf.family import Rule
 from moray.model.hf.fields import Fields, refused
@@ -32,7 +33,7 @@ def _read(fields: Fields) -> dict[str, Any]:
 def _write(config: ModelConfig) -> dict[str, Any]:
     latent, heads = config.attention.latent, config.attention.n_heads
     if latent is None:
-        raise ValueError("model.attention.latent=None is not latent attention")
+        raise UserError("model.attention.latent=None is not latent attention")
     written = {their: getattr(latent, our) for their, our in _FIELDS.items()}
     return {"num_attention_heads": heads, "num_key_value_heads": heads, **written}
 
@@ -46,7 +47,7 @@ def _read_shared(fields: Fields) -> dict[str, Any]:
 
 def _write_shared(config: ModelConfig) -> dict[str, Any]:
     if not at(config, "moe.n_shared"):
-        raise ValueError("model.moe.n_shared=0 must be at least 1")
+        raise UserError("model.moe.n_shared=0 must be at least 1")
     return {"n_shared_experts": at(config, "moe.n_shared")}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.config.parts import merge
 from moray.model.hf.fields import Fields
@@ -45,7 +46,7 @@ class Family:
     def read(self, values: Mapping[str, Any]) -> ModelConfig:
         """The architecture that config.json describes.
 
-        Raises ValueError naming every field that would change the mathematics and has no place in a ModelConfig, or
+        Raises UserError naming every field that would change the mathematics and has no place in a ModelConfig, or
         what makes no sense in one.
         """
         fields = Fields(values)
@@ -55,8 +56,8 @@ class Family:
         fields.finish()
         try:
             return ModelConfig.of(ours)
-        except ValueError as error:
-            raise ValueError(f"config.json: {error}") from None
+        except UserError as error:
+            raise UserError(f"config.json: {error}") from None
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """config.json as both 4.57 and 5.x of transformers read it."""

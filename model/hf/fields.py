@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moray import UserError
+
 _HARMLESS = """
 model_type architectures transformers_version dtype torch_dtype auto_map _name_or_path name_or_path _commit_hash
 use_cache cache_implementation attn_implementation _attn_implementation _attn_implementation_autoset
@@ -33,49 +35,49 @@ class Fields:
         self._taken: set[str] = set()
 
     def take(self, name: str, default: Any = MISSING) -> Any:
-        """A field's value; `default` where the file does not say. Raises ValueError naming a field without either."""
+        """A field's value; `default` where the file does not say. Raises UserError naming a field without either."""
         self._taken.add(name)
         value = self._values.get(name, default)
         if value is MISSING:
-            raise ValueError(f"config.json has no {name}")
+            raise UserError(f"config.json has no {name}")
         return value
 
     def count(self, name: str, default: Any = MISSING) -> int:
-        """A field that is a number of things. Raises ValueError for one that is not a whole number of at least 1."""
+        """A field that is a number of things. Raises UserError for one that is not a whole number of at least 1."""
         value = self.take(name, default)
         if type(value) is not int or value < 1:  # bool is an int
             raise refused(name, value, "it must be a whole number of at least 1")
         return value
 
     def number(self, name: str, default: Any = MISSING) -> float:
-        """A field to calculate with. Raises ValueError for one that is not a number."""
+        """A field to calculate with. Raises UserError for one that is not a number."""
         value = self.take(name, default)
         if type(value) not in (int, float):
             raise refused(name, value, "it must be a number")
         return float(value)
 
     def finish(self) -> None:
-        """Raises ValueError naming, with their values, all fields that were not taken and may not be ignored."""
+        """Raises UserError naming, with their values, all fields that were not taken and may not be ignored."""
         left = {name: value for name, value in self._values.items() if name not in self._taken | set(_HARMLESS.split())}
         refused = [f"{name}={value!r}" for name, value in left.items() if value not in (None, False, "", [], {})]
         if refused:
-            raise ValueError(
+            raise UserError(
                 f"config.json of model_type={self._values.get('model_type')} has fields that moray does not know and "
                 f"that may change what the model computes: {', '.join(refused)}"
             )
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """What a file of JSON holds. Raises ValueError naming a file that holds no JSON object."""
+    """What a file of JSON holds. Raises UserError naming a file that holds no JSON object."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {str(values)[:40]}")
+        raise UserError(f"{path} must hold a JSON object, not {str(values)[:40]}")
     return values
 
 
-def refused(name: str, value: Any, right: str) -> ValueError:
+def refused(name: str, value: Any, right: str) -> UserError:
     """The error for a field whose value has no equal among ours."""
-    return ValueError(f"config.json: {name}={value!r} is not supported; {right}")
+    return UserError(f"config.json: {name}={value!r} is not supported; {right}")

@@ -16,7 +16,7 @@ from torch import Tensor
 def read_config(folder: Path | str) -> ModelConfig:
     """The architecture that a Hugging Face folder describes.
 
-    Raises ValueError naming a model_type that is unknown, and every field of config.json that would be ignored.
+    Raises UserError naming a model_type that is unknown, and every field of config.json that would be ignored.
     """
     return family_of(folder).read(config_json(folder))
 
@@ -25,7 +25,7 @@ def read_config(folder: Path | str) -> ModelConfig:
 def load_pretrained(folder: Path | str, dtype: torch.dtype = torch.float32) -> Decoder:
     """The decoder of a Hugging Face folder, on the CPU and in eval mode; routers stay in fp32 at least.
 
-    Raises ValueError for a config.json that moray cannot compute and for weights that do not fit it.
+    Raises UserError for a config.json that moray cannot compute and for weights that do not fit it.
     """
     config = read_config(folder)
     weights = HFWeights(folder, config)
@@ -50,7 +50,7 @@ def load_pretrained(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
 def save_pretrained(decoder: Decoder, folder: Path | str) -> None:
     """Writes config.json and weights, in the dtype of the embedding, of a decoder that lives whole on one device.
 
-    The family is the first that computes the same. Raises ValueError saying what no family can express.
+    The family is the first that computes the same. Raises UserError saying what no family can express.
     """
     tensors = decoder.state_dict()
 

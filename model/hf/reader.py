@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.hf.families import family_of
 from moray.model.hf.fields import json_object
@@ -22,7 +23,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class HFWeights:
     """The weights of a Hugging Face folder under our names.
 
-    Raises ValueError listing at once all that are missing, unknown or of a wrong shape or dtype, for files that are not
+    Raises UserError listing at once all that are missing, unknown or of a wrong shape or dtype, for files that are not
     whole, and for an output head that differs from the embedding it should be tied to.
     """
 
@@ -77,14 +78,14 @@ class HFWeights:
             elif (dtype := open_slice().get_dtype()) not in FLOATS:
                 wrong.append(f"{name} is of dtype {dtype} and must be F64, F32, F16 or BF16")
         if wrong:
-            raise ValueError(f"{self.folder}: config.json describes other weights:\n  " + "\n  ".join(wrong))
+            raise UserError(f"{self.folder}: config.json describes other weights:\n  " + "\n  ".join(wrong))
 
     def _check_tied(self, head: Source, rows: int = 4096) -> None:
         vocabulary = self.places["embedding.weight"].shape[0]
         for start in range(0, vocabulary, rows):
             part = (slice(start, min(start + rows, vocabulary)), slice(None))
             if not torch.equal(self._part(head, part), self.read("embedding.weight", part)):
-                raise ValueError(
+                raise UserError(
                     f"{self.folder}: tie_word_embeddings=true, but {head.name} differs from the embedding; "
                     "set it to false in config.json"
                 )
@@ -95,7 +96,7 @@ def _open(folder: Path, prefix: str) -> dict[str, Callable[[], Any]]:
     names = _files(folder)
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise ValueError(f"{folder} lacks files that {INDEX} names: {', '.join(absent)}")
+        raise UserError(f"{folder} lacks files that {INDEX} names: {', '.join(absent)}")
     files = [_open_file(folder / name) for name in names]
     slices = {name: partial(file.get_slice, name) for file in files for name in file.keys()}  # noqa: SIM118
     is_bare = not any(name.startswith(prefix) for name in slices)
@@ -107,10 +108,10 @@ def _files(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors")
+        raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}; other formats must be converted to safetensors")
     shards = json_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{folder / INDEX} must hold a weight_map, which names each tensor's file")
+        raise UserError(f"{folder / INDEX} must hold a weight_map, which names each tensor's file")
     return sorted(set(shards.values()))
 
 
@@ -119,6 +120,6 @@ def _open_file(path: Path) -> Any:
         path.open("rb").close()  # of a file that may not be read, safe_open says that it does not exist
         return safe_open(path, framework="pt")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from None
+        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from None

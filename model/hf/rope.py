@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moray import UserError
 from moray.model.attention.rope import base
 from moray.model.config.architecture import ModelConfig
 from moray.model.config.parts import RopeScaling
@@ -39,10 +40,10 @@ def rope(theta: float = 1e4, *, partial: float | None = None, interleaved: bool 
     def write(config: ModelConfig) -> dict[str, Any]:
         position = config.position
         if position.kind != "rope":
-            raise ValueError(f"model.position.kind={position.kind} is not rope")
+            raise UserError(f"model.position.kind={position.kind} is not rope")
         share = config.rotary_dim / config.attention.head_dim
         if partial is None and share != 1 and not config.attention.latent:
-            raise ValueError(f"model.position.rotary_dim={position.rotary_dim} is not all of head_dim")
+            raise UserError(f"model.position.rotary_dim={position.rotary_dim} is not all of head_dim")
         written = {
             "rope_theta": base(config.rotary_dim, position),
             "rope_scaling": _write_scaling(position.scaling),
@@ -91,7 +92,7 @@ def _scaling(stated: Mapping[str, Any], max_positions: int) -> dict[str, Any] | 
         return None
     for name in _NEEDED:
         if name in _KINDS[kind] and stated.get(name) is None:
-            raise ValueError(f"config.json: rope_scaling of rope_type={kind} has no {name}")
+            raise UserError(f"config.json: rope_scaling of rope_type={kind} has no {name}")
     scaling = {name: stated[name] for name in _KINDS[kind] if stated.get(name) is not None}
     if _LENGTH in _KINDS[kind]:
         scaling["original_max_seq_len"] = scaling.pop(_LENGTH, max_positions)

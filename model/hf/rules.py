@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.hf.family import Rule
 from moray.model.hf.fields import MISSING, Fields, refused
@@ -16,11 +17,11 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def at(config: ModelConfig, path: str) -> Any:
-    """A field of the config by its path. Raises ValueError where a part of the way is None."""
+    """A field of the config by its path. Raises UserError where a part of the way is None."""
     value: Any = config
     for part in path.split("."):
         if value is None:
-            raise ValueError(f"there is no model.{path}")
+            raise UserError(f"there is no model.{path}")
         value = getattr(value, part)
     return value
 
@@ -48,7 +49,7 @@ def translated(their: str, our: str, words: Mapping[Any, Any], default: Any = MI
         value = at(config, our)
         found = [name for name, meaning in words.items() if meaning == value]
         if not found:
-            raise ValueError(f"model.{our}={value} has no name in {their}")
+            raise UserError(f"model.{our}={value} has no name in {their}")
         return {their: found[0]}
 
     return Rule(read, write)
@@ -127,7 +128,7 @@ SILU = fixed("hidden_act", "silu")
 
 def _write_dividing_heads(config: ModelConfig) -> dict[str, Any]:
     if config.d_model % config.attention.n_heads:
-        raise ValueError(f"model.attention.n_heads={config.attention.n_heads} does not divide d_model={config.d_model}")
+        raise UserError(f"model.attention.n_heads={config.attention.n_heads} does not divide d_model={config.d_model}")
     return _write_heads(config)
 
 
@@ -148,7 +149,7 @@ def _read_natural_heads(fields: Fields) -> dict[str, Any]:
 def _write_natural_heads(config: ModelConfig) -> dict[str, Any]:
     written = _write_heads(config)
     if written.pop("head_dim") * config.attention.n_heads != config.d_model:
-        raise ValueError(f"model.attention.head_dim={config.attention.head_dim} is not d_model / n_heads")
+        raise UserError(f"model.attention.head_dim={config.attention.head_dim} is not d_model / n_heads")
     return written
 
 
@@ -163,7 +164,7 @@ def _read_biases(fields: Fields) -> dict[str, Any]:
 
 def _write_biases(config: ModelConfig) -> dict[str, Any]:
     if config.attention.qkv_bias != config.attention.output_bias:
-        raise ValueError(f"model.attention.qkv_bias={config.attention.qkv_bias} must be that of output_bias")
+        raise UserError(f"model.attention.qkv_bias={config.attention.qkv_bias} must be that of output_bias")
     return {"attention_bias": config.attention.qkv_bias}
 
 
@@ -184,7 +185,7 @@ def window_everywhere(default: int | None, *, switched: bool = False) -> Rule:
     def write(config: ModelConfig) -> dict[str, Any]:
         local = {config.attention.is_local(layer) for layer in range(config.n_layers)}
         if len(local) > 1:
-            raise ValueError(f"model.attention.pattern={config.attention.pattern}: all layers slide a window or none")
+            raise UserError(f"model.attention.pattern={config.attention.pattern}: all layers slide a window or none")
         window = config.attention.window if local == {True} else None
         return {"sliding_window": window} | ({"use_sliding_window": window is not None} if switched else {})
 
@@ -198,7 +199,7 @@ def layer_types(config: ModelConfig) -> list[str]:
 
 
 def pattern(types: Any, n_layers: int) -> tuple[str, ...]:
-    """The shortest pattern that, repeated, gives these layer types. Raises ValueError for what are none."""
+    """The shortest pattern that, repeated, gives these layer types. Raises UserError for what are none."""
     words = {"sliding_attention": "local", "full_attention": "global"}
     if not isinstance(types, list) or len(types) != n_layers:
         raise refused("layer_types", types, f"it must name the attention of each of the {n_layers} layers")

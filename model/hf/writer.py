@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.hf.choice import family_for
 from moray.model.hf.places import Piece, Place, inverse, is_bias, places, their_shape
@@ -41,13 +42,13 @@ def write_pretrained(
 
     The family is the first that computes what `config` does. In memory is one of their tensors and what it is made of.
     Weights that the folder held before are replaced at the end. max_shard_size: bytes of a file, except one that holds
-    a single larger tensor. Raises ValueError saying what no family can express.
+    a single larger tensor. Raises UserError saying what no family can express.
     """
     family = family_for(config)
     found, homeless = places(config, family.table(config))
     for name, shape in homeless.items():
         if is_bias(name) and read(name, whole(shape)).any():
-            raise ValueError(f"{name} is not zero, and {family.model_type} has no routing bias")
+            raise UserError(f"{name} is not zero, and {family.model_type} has no routing bias")
     entries = {
         name: _Entry(their_shape(pieces, found), _dtype(pieces, dtype), pieces)
         for name, pieces in inverse(found).items()

@@ -3,6 +3,7 @@
 # Shapes: B sequences, T tokens of each on this rank, D model width, E experts, K experts per token, M rows sent.
 
 import torch
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
 from moray.model.feedforward import FeedForward
@@ -18,7 +19,7 @@ class MoE(nn.Module):
     """Routed experts, and shared ones that every token passes (DeepSeekMoE, 2024).
 
     Shapes: x_BTD -> [B, T, D], and while training what the auxiliary losses are made of (else None).
-    Raises ValueError in training where the config's router draws and the context has nothing to draw from.
+    Raises UserError in training where the config's router draws and the context has nothing to draw from.
     """
 
     tokens_E: Tensor
@@ -69,7 +70,7 @@ class MoE(nn.Module):
         if not (self.training and self.moe.is_random):
             return None
         if context.randomness is None:
-            raise ValueError(
+            raise UserError(
                 f"model.moe (noisy={self.moe.noisy}, jitter={self.moe.jitter}, second_expert={self.moe.second_expert}) "
                 "draws random numbers in training: pass randomness=Randomness(seed, step, sequences) to Decoder.loss"
             )
@@ -100,7 +101,7 @@ class MoE(nn.Module):
         size = self.moe.group_size
         if sequences % size:
             fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
-            raise ValueError(
+            raise UserError(
                 f"model.moe.group_size={size} must divide the {sequences} sequences of a forward pass; "
                 f"try one of {fits}"
             )

@@ -8,6 +8,7 @@ import tomllib
 from importlib import resources
 from typing import Any
 
+from moray import UserError
 from moray.model.config.parts import merge
 
 
@@ -31,9 +32,9 @@ PRESETS = _read_all()
 
 
 def preset_fields(name: str) -> dict[str, Any]:
-    """The fields of a preset. Raises ValueError with the nearest name if there is none."""
+    """The fields of a preset. Raises UserError with the nearest name if there is none."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
-        raise ValueError(f"model.preset={name} is not known; {hint}")
+        raise UserError(f"model.preset={name} is not known; {hint}")
     return PRESETS[name]

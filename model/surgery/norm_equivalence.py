@@ -11,6 +11,7 @@ Source: Jiang et al., 2023, section 3.
 # Shapes: D model width; I and O inputs and outputs of a linear layer.
 
 import torch
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
 from torch import Tensor
@@ -32,7 +33,7 @@ def to_pre_rmsnorm(decoder: Decoder) -> Decoder:
     """A new decoder with RMSNorms that computes the same logits as this one with LayerNorms.
 
     The norms keep their weights and biases. The head becomes untied: it reads what it read, while the embedding is
-    recentred. Raises ValueError naming the setting with which the equivalence does not hold.
+    recentred. Raises UserError naming the setting with which the equivalence does not hold.
     """
     config = decoder.config
     _check(config)
@@ -44,7 +45,7 @@ def to_pre_crmsnorm(decoder: Decoder) -> Decoder:
     """A new decoder of width d_model - 1 with CRMSNorms that computes the same logits as this one with LayerNorms.
 
     The stream's last entry, minus the others' sum, is left out. Readers need it, with the norm's weight and bias, so
-    these are folded into them: they gain biases where the norms had some. Raises ValueError as `to_pre_rmsnorm` does.
+    these are folded into them: they gain biases where the norms had some. Raises UserError as `to_pre_rmsnorm` does.
     """
     config = decoder.config
     _check(config)
@@ -70,7 +71,7 @@ def to_pre_crmsnorm(decoder: Decoder) -> Decoder:
 
 
 def _check(config: ModelConfig) -> None:
-    """Raises ValueError where other than LayerNorms read the stream, or other than dense linear layers write to it."""
+    """Raises UserError where other than LayerNorms read the stream, or other than dense linear layers write to it."""
     needed = {
         "norm.kind": (config.norm.kind, "layernorm"),
         "norm.placement": (config.norm.placement, "pre"),
@@ -79,7 +80,7 @@ def _check(config: ModelConfig) -> None:
     }
     for name, (value, right) in needed.items():
         if value != right:
-            raise ValueError(f"model.{name}={value} cannot be converted to Pre-(C)RMSNorm; it must be {right}")
+            raise UserError(f"model.{name}={value} cannot be converted to Pre-(C)RMSNorm; it must be {right}")
 
 
 def _recentred(decoder: Decoder) -> Weights:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.init import initial_tensor
 from moray.model.tensors import Box, Read
@@ -51,7 +52,7 @@ class Upcycling:
 def upcycled_config(dense: ModelConfig, options: Upcycling) -> ModelConfig:
     """The same decoder with experts in every layer: a router as Mixtral's, which most families can express.
 
-    Raises ValueError for what has experts or mixes tokens, and for options that do not divide.
+    Raises UserError for what has experts or mixes tokens, and for options that do not divide.
     Source: Komatsuzaki et al., 2022 (sparse upcycling); He et al., 2024 (granularity, virtual groups).
     """
     _check(dense, options)
@@ -70,19 +71,19 @@ def upcycled_config(dense: ModelConfig, options: Upcycling) -> ModelConfig:
 def _check(dense: ModelConfig, options: Upcycling) -> None:
     width, granularity = dense.ffn.width, options.granularity
     if dense.moe:
-        raise ValueError(f"the model has {dense.n_experts} experts already; only a dense one can be upcycled")
+        raise UserError(f"the model has {dense.n_experts} experts already; only a dense one can be upcycled")
     for name in ("conv_width", "adapter_rank"):
         if value := getattr(dense.ffn, name):
-            raise ValueError(f"model.ffn.{name}={value}: experts have nothing between their projections")
+            raise UserError(f"model.ffn.{name}={value}: experts have nothing between their projections")
     for name, least in (("experts", 1), ("top_k", 1), ("shared", 0), ("granularity", 1)):
         if getattr(options, name) < least:
-            raise ValueError(f"{name}={getattr(options, name)} must be at least {least}")
+            raise UserError(f"{name}={getattr(options, name)} must be at least {least}")
     if not 0 <= options.noise < math.inf:
-        raise ValueError(f"noise={options.noise} must be 0 or more, and finite")
+        raise UserError(f"noise={options.noise} must be 0 or more, and finite")
     if width % (8 * granularity):
         fits = [n for n in range(1, width + 1) if width % (8 * n) == 0]
         right = f"try one of {fits}" if fits else "it is none itself, so its model can't be upcycled"
-        raise ValueError(
+        raise UserError(
             f"granularity={granularity} must cut model.ffn.width={width} into multiples of 8, as grouped matrix "
             f"products need; {right}"
         )
@@ -92,18 +93,18 @@ def _check(dense: ModelConfig, options: Upcycling) -> None:
 def _check_copies(options: Upcycling) -> None:
     granularity, slices = options.granularity, options.routed_slices
     if options.shared > granularity and options.shared % granularity:
-        raise ValueError(
+        raise UserError(
             f"shared={options.shared} must be less than granularity={granularity} (slices of every copy) or a "
             "multiple of it (whole copies)"
         )
     for name in ("experts", "top_k"):
         if (value := getattr(options, name)) % slices:
-            raise ValueError(
+            raise UserError(
                 f"{name}={value} must be a multiple of {slices}, the routed experts that make up one dense network "
                 f"with granularity={granularity} and shared={options.shared}; try {value + -value % slices}"
             )
     if options.top_k > options.experts:
-        raise ValueError(f"top_k={options.top_k} must be at most experts={options.experts}")
+        raise UserError(f"top_k={options.top_k} must be at most experts={options.experts}")
 
 
 class Upcycled:

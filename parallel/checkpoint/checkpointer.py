@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from moray import UserError
 from moray.parallel.checkpoint.commits import (
     Commit,
     clean,
@@ -104,12 +105,12 @@ class Checkpointer:
 
         `on_wait` is called about once a second while save() or finish() waits for the writing thread.
         Removes what an interrupted save left in the folder, so only one run at a time may own it.
-        Raises ValueError for a `keep` or `keep_every` below 1, OSError when the folder can't be made.
+        Raises UserError for a `keep` or `keep_every` below 1, OSError when the folder can't be made.
         """
         if keep < 1:
-            raise ValueError(f"checkpoint keep={keep} must be at least 1, or there would be nothing to resume from")
+            raise UserError(f"checkpoint keep={keep} must be at least 1, or there would be nothing to resume from")
         if keep_every is not None and keep_every < 1:
-            raise ValueError(f"checkpoint keep_every={keep_every} must be at least 1 step, or None for no such commits")
+            raise UserError(f"checkpoint keep_every={keep_every} must be at least 1 step, or None for no such commits")
         self._folder = folder
         self._keep = keep
         self._keep_every = keep_every
@@ -158,7 +159,7 @@ class Checkpointer:
 
         Before a tensor is touched, the ranks check all digests, each file being read by one of them. A damaged commit
         is refused (`commit_refused`) by all, and the one before it tried. Values take the dtype of their target.
-        Raises ValueError when no commit is whole, and when `state` has names or shapes that the commit has not.
+        Raises UserError when no commit is whole, and when `state` has names or shapes that the commit has not.
         """
         self._settle()
         paths = self._ranks.from_rank_0(lambda: commit_paths(self._folder))
@@ -170,9 +171,7 @@ class Checkpointer:
                 return commit
         if paths:
             names = [path.name for path in paths]
-            raise ValueError(
-                f"{self._folder} holds no whole commit, but damaged ones: {names}; move them away to start"
-            )
+            raise UserError(f"{self._folder} holds no whole commit, but damaged ones: {names}; move them away to start")
         return None
 
     def _start(self, save: _Save, writer: CommitWriter) -> None:
@@ -247,7 +246,7 @@ class Checkpointer:
         """Whether this step is committed, digests included: a run that refused it must be able to replace it."""
         try:
             return not verify(read_commit(self._folder / commit_name(step)))
-        except ValueError:
+        except UserError:
             return False
 
     def _examine(self, path: Path) -> Commit | None:
@@ -256,7 +255,7 @@ class Checkpointer:
         try:
             commit = read_commit(path)
             found = verify(commit, self._ranks.rank, self._ranks.world_size)
-        except ValueError as error:
+        except UserError as error:
             found = [str(error)]
         problems = list(dict.fromkeys(problem for of_rank in self._ranks.gather(found) for problem in of_rank))
         if problems and self._ranks.rank == 0:
@@ -273,7 +272,7 @@ def _check_names_and_shapes(commit: Commit, state: dict[str, Tensor]) -> None:
         if name in stored and stored[name].shape != tuple(tensor.shape)
     ]
     if wrong:
-        raise ValueError(f"{commit.path} is of another model: " + "; ".join(wrong))
+        raise UserError(f"{commit.path} is of another model: " + "; ".join(wrong))
 
 
 def _explain(step: int, rank: int, error: BaseException) -> tuple[CommitError, bool]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from moray import UserError
 from moray.parallel.checkpoint.manifest import Manifest, StoredFile, StoredTensor, coverage_problem
 from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, flush_folder
 from safetensors import safe_open
@@ -49,7 +50,7 @@ def list_commits(folder: Path) -> list[Commit]:
     for path in commit_paths(folder):
         try:
             commit = read_commit(path)
-        except ValueError:
+        except UserError:
             continue
         if not any(_size_problem(path / name, file) for name, file in commit.manifest.files.items()):
             commits.append(commit)
@@ -57,14 +58,14 @@ def list_commits(folder: Path) -> list[Commit]:
 
 
 def read_commit(path: Path) -> Commit:
-    """Reads the manifest in `path`. Raises ValueError naming it when it is missing, damaged or of another step."""
+    """Reads the manifest in `path`. Raises UserError naming it when it is missing, damaged or of another step."""
     file = path / MANIFEST
     try:
         manifest = Manifest.from_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
     if path.name != commit_name(manifest.step):
-        raise ValueError(f"{file}: describes step {manifest.step}, which belongs in {commit_name(manifest.step)}")
+        raise UserError(f"{file}: describes step {manifest.step}, which belongs in {commit_name(manifest.step)}")
     return Commit(manifest.step, path, manifest)
 
 
@@ -89,15 +90,15 @@ def verify(commit: Commit, share: int = 0, shares: int = 1) -> list[str]:
 def read_tensors(commit: Commit, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Full tensors on CPU, one at a time, whatever layout wrote them; all of them, or those in `names` in that order.
 
-    The digests of all files needed are checked first. Raises ValueError naming missing tensors or damaged files.
+    The digests of all files needed are checked first. Raises UserError naming missing tensors or damaged files.
     """
     stored = commit.manifest.tensors
     wanted = list(stored if names is None else names)
     if missing := [name for name in wanted if name not in stored]:
-        raise ValueError(f"{commit.path} holds no tensors named {missing}")
+        raise UserError(f"{commit.path} holds no tensors named {missing}")
     files = {chunk.file for name in wanted for chunk in stored[name].chunks}
     if problems := _file_problems(commit, sorted(files)):
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
     reader = ChunkReader(commit.path)
     return ((name, _assemble(reader, stored[name])) for name in wanted)
 

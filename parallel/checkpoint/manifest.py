@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from moray import UserError
 
 FORMAT = 1
 
@@ -61,16 +62,16 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """Raises ValueError saying what is wrong with `text`."""
+        """Raises UserError saying what is wrong with `text`."""
         try:
             body = json.loads(text)
             claimed = body.pop("sha256")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"not a manifest ({error!r})") from error
+            raise UserError(f"not a manifest ({error!r})") from error
         if claimed != _digest(body):
-            raise ValueError(f"altered since it was written: its sha256 is {_digest(body)}, it claims {claimed}")
+            raise UserError(f"altered since it was written: its sha256 is {_digest(body)}, it claims {claimed}")
         if body.pop("format") != FORMAT:
-            raise ValueError(f"not of format {FORMAT}: a newer version wrote it")
+            raise UserError(f"not of format {FORMAT}: a newer version wrote it")
         files = {name: StoredFile(**entry) for name, entry in body.pop("files").items()}
         tensors = {name: _stored_tensor(entry) for name, entry in body.pop("tensors").items()}
         return cls(**body, files=files, tensors=tensors)

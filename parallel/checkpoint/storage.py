@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moray import UserError
 from moray.parallel.checkpoint.commits import ChunkReader, Commit, commit_name, publish
 from moray.parallel.checkpoint.manifest import Chunk, Manifest, StoredFile, StoredTensor, coverage_problem
 from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, dtype_name, flush_folder, write_tensors
@@ -97,7 +98,7 @@ class CommitWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commits: checks that all is there, writes the manifest, renames. Runs on rank 0 when all files are written.
 
-        Raises ValueError when the chunks don't cover a tensor exactly, or a file isn't where rank 0 can see it.
+        Raises UserError when the chunks don't cover a tensor exactly, or a file isn't where rank 0 can see it.
         """
         assert self.staging
         written = [result for of_rank in results for result in of_rank]
@@ -135,11 +136,11 @@ class CommitWriter(StorageWriter):
         assert self.staging
         for name, stored in manifest.tensors.items():
             if problem := coverage_problem(stored.shape, ((chunk.offsets, chunk.sizes) for chunk in stored.chunks)):
-                raise ValueError(f"tensor {name!r}: {problem}")
+                raise UserError(f"tensor {name!r}: {problem}")
         for name, file in manifest.files.items():
             path = self.staging / name
             if not path.exists() or path.stat().st_size != file.size:
-                raise ValueError(
+                raise UserError(
                     f"rank 0 does not see {file.size} bytes in {path}, which another rank has written: "
                     "the checkpoint folder must lie on storage that all nodes share"
                 )
@@ -214,7 +215,7 @@ def _host_copy(planner: SavePlanner, item: WriteItem) -> Tensor:
     assert isinstance(local, Tensor)
     if local.shape != _chunk(item).sizes:
         # FSDP2 splits each of several unequal tensor-parallel shards, which _StridedShard does not describe.
-        raise ValueError(
+        raise UserError(
             f"tensor {item.index.fqn!r} of shape {tuple(_shape(item))} holds a shard of shape {tuple(local.shape)} "
             f"where its placements mean {tuple(_chunk(item).sizes)}; choose degrees that divide its sharded dimension"
         )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from moray import UserError
 from moray.parallel.checkpoint.manifest import StoredFile
 from torch import Tensor
 
@@ -42,7 +43,7 @@ PIECE_BYTES = 1 << 20
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
     """Writes contiguous CPU `tensors` to the new file `path`, flushes it to disk and returns its size and sha256.
 
-    Raises OSError naming the file (a full disk), ValueError for a dtype that safetensors does not know.
+    Raises OSError naming the file (a full disk), UserError for a dtype that safetensors does not know.
     """
     # Widest elements first, so that every tensor begins at a multiple of its element size.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
@@ -74,9 +75,9 @@ def flush_folder(folder: Path) -> None:
 
 
 def dtype_name(name: str, tensor_dtype: torch.dtype) -> str:
-    """safetensors' name of a dtype; ValueError naming the tensor when it has none."""
+    """safetensors' name of a dtype; UserError naming the tensor when it has none."""
     if tensor_dtype not in NAME_OF_DTYPE:
-        raise ValueError(f"tensor {name!r} has dtype {tensor_dtype}; safetensors stores {sorted(DTYPE_OF_NAME)}")
+        raise UserError(f"tensor {name!r} has dtype {tensor_dtype}; safetensors stores {sorted(DTYPE_OF_NAME)}")
     return NAME_OF_DTYPE[tensor_dtype]
 
 

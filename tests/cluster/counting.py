@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from moray import UserError
 from moray.cluster.events import EventLog, read_events
 from moray.cluster.launch import launch
 from moray.cluster.worker import EXIT_INTERRUPTED, WorkerContext
+
+TROUBLES = {kind.__name__: kind for kind in (RuntimeError, ValueError, UserError)}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def count(context: WorkerContext, plan: Plan) -> int:
             assert votes[0] == context.world_size
             step += 1
             if plan.trouble and context.rank == 1 and step >= plan.trouble_at:
-                raise {"RuntimeError": RuntimeError, "ValueError": ValueError}[plan.trouble]("one too many apples")
+                raise TROUBLES[plan.trouble]("one too many apples")
             if context.rank == 0:
                 with open(Path(plan.folder, "steps"), "a") as steps:
                     steps.write(f"{step} {context.generation}\n")

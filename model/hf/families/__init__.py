@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from moray import UserError
 from moray.model.hf.families.deepseek_v2 import DEEPSEEK_V2
 from moray.model.hf.families.deepseek_v3 import DEEPSEEK_V3
 from moray.model.hf.families.gemma2 import GEMMA2
@@ -41,19 +42,19 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def config_json(folder: Path | str) -> dict[str, Any]:
-    """A folder's config.json. Raises ValueError if there is none, or none that can be read."""
+    """A folder's config.json. Raises UserError if there is none, or none that can be read."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json")
+        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
     return json_object(path)
 
 
 def family_of(folder: Path | str) -> Family:
-    """The family of a folder's model_type. Raises ValueError naming the model_type and those that are known."""
+    """The family of a folder's model_type. Raises UserError naming the model_type and those that are known."""
     values = config_json(folder)
     model_type = values.get("model_type")
     for family in FAMILIES:
         if family.model_type == model_type and (not family.marker or family.marker in values):
             return family
     known = ", ".join(sorted(f"{f.model_type} with {f.marker}" if f.marker else f.model_type for f in FAMILIES))
-    raise ValueError(f"{folder}: model_type={model_type!r} is not supported; there are {known}")
+    raise UserError(f"{folder}: model_type={model_type!r} is not supported; there are {known}")

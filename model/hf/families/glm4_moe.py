@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.hf.family import Family, Rule
 from moray.model.hf.fields import Fields, refused
@@ -21,7 +22,7 @@ def _read_shared(fields: Fields) -> dict[str, Any]:
 
 def _write_shared(config: ModelConfig) -> dict[str, Any]:
     if not at(config, "moe.n_shared"):
-        raise ValueError("model.moe.n_shared=0 must be at least 1")
+        raise UserError("model.moe.n_shared=0 must be at least 1")
     return {"n_shared_experts": at(config, "moe.n_shared"), "num_nextn_predict_layers": 0}
 
 

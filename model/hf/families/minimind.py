@@ -5,6 +5,7 @@ Its converter writes all but the second generation's experts as Llama, Qwen3 and
 
 from typing import Any
 
+from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.config.mistakes import in_one_line
 from moray.model.config.parts import RopeScaling, merge
@@ -45,12 +46,12 @@ def _as_part(stated: dict[str, Any]) -> RopeScaling:
     try:
         return RopeScaling(**stated)
     except ValidationError as error:
-        raise ValueError(f"config.json: {in_one_line(error, RopeScaling, 'rope_scaling.')}") from None
+        raise UserError(f"config.json: {in_one_line(error, RopeScaling, 'rope_scaling.')}") from None
 
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:
     if config.position.scaling not in (None, _YARN):
-        raise ValueError(f"model.position.scaling={config.position.scaling} is not MiniMind's")
+        raise UserError(f"model.position.scaling={config.position.scaling} is not MiniMind's")
     return _ROPE.write(config) | {"inference_rope_scaling": config.position.scaling is not None}
 
 

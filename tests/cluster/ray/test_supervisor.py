@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 from counting import Plan, count, history, never_begin
+from moray import UserError
 from moray.cluster.ray.generation import Fault
 from moray.cluster.ray.supervisor import supervise
 from moray.cluster.worker import WorkerError
@@ -196,10 +197,19 @@ def test_two_other_deaths_at_other_steps_are_both_survived(ray_cluster: str, tmp
 
 def test_a_users_mistake_is_not_retried(ray_cluster: str, tmp_path: Path) -> None:
     observer = Observer()
-    plan = Plan(str(tmp_path), 10, trouble="ValueError", trouble_at=5)
-    with pytest.raises(ValueError, match=r"^one too many apples$"):
+    plan = Plan(str(tmp_path), 10, trouble="UserError", trouble_at=5)
+    with pytest.raises(UserError, match=r"^one too many apples$"):
         supervise(count, plan, workers=4, on_event=observer.on_event)
     assert observer.kinds(but="ready") == ["start", "fault"]
+
+
+def test_a_librarys_value_error_is_nobodys_mistake(ray_cluster: str, tmp_path: Path) -> None:
+    """UnicodeDecodeError and JSONDecodeError are ValueErrors, too: half-read files, say."""
+    observer = Observer()
+    plan = Plan(str(tmp_path), 10, trouble="ValueError", trouble_at=5)
+    with pytest.raises(WorkerError, match="ValueError: one too many apples; the generation before failed alike"):
+        supervise(count, plan, workers=4, on_event=observer.on_event)
+    assert observer.kinds(but="ready") == ["start", "fault", "start", "fault"]
 
 
 def test_more_workers_than_the_cluster_has(ray_cluster: str, tmp_path: Path) -> None:
