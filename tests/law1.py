@@ -22,7 +22,7 @@ from moray.parallel.shard import build_decoder, initialise_shards
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-STEPS, BATCH, TOKENS, SEED = 5, 8, 16, 3
+STEPS, BATCH, TOKENS, SEED = 3, 8, 16, 3
 MAX_NORM = 0.5
 IDLE_EXPERT = 1
 OPTIMIZER = OptimizerSection(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)

@@ -7,6 +7,7 @@ one call after the other would keep the gloo groups of all of them alive (DTenso
 threads and connections would slow down every later call.
 """
 
+import gc
 import importlib.util
 import multiprocessing as mp
 import pickle
@@ -56,6 +57,7 @@ def _work(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()
     try:
         store = dist.FileStore(rendezvous, world_size)
         dist.init_process_group(

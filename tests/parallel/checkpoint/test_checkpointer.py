@@ -183,7 +183,7 @@ def uneven_strided(folder: Path) -> str:
 
 
 def test_a_shard_that_is_not_what_its_placements_say_is_refused(pool: Pool, tmp_path: Path) -> None:
-    message = r"rank \d: ValueError: tensor 'w' of shape \(9,\) holds a shard of shape .* choose degrees that divide"
+    message = r"rank \d: UserError: tensor 'w' of shape \(9,\) holds a shard of shape .* choose degrees that divide"
     assert all(re.search(message, text) for text in pool.run(uneven_strided, 8, tmp_path))
     assert list(tmp_path.iterdir()) == []
 
