@@ -30,31 +30,19 @@ from moray.parallel.checkpoint.commits import (
     commit_name,
     commit_paths,
     discard,
-    list_commits,
+    give_up_between,
     prune,
     read_commit,
-    read_tensors,
     verify,
+    without_given_up,
 )
-from moray.parallel.checkpoint.manifest import Manifest
+from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
+from moray.parallel.checkpoint.manifest import DamagedError
 from moray.parallel.checkpoint.storage import CommitReader, CommitWriter
 from moray.parallel.control_plane import ControlPlane
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-
-__all__ = [
-    "Checkpointer",
-    "Commit",
-    "CommitError",
-    "DiskFullError",
-    "Manifest",
-    "commit_paths",
-    "list_commits",
-    "read_commit",
-    "read_tensors",
-    "verify",
-]
 
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -80,16 +68,28 @@ class _Save:
     state: dict[str, Tensor]
     copied: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
-    failure: CommitError | None = None
+    failure: CommitError | SupersededError | None = None
     writer: CommitWriter | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The commit that the next one goes on from; step 0 and no digest before the first."""
+
+    step: int = 0
+    digest: str | None = None
 
 
 class Checkpointer:
     """Saves to and loads from a folder that all ranks share. Every method, the constructor too, is collective.
 
+    It writes for one generation: once a newer one is taken, nothing is committed any more, and save() and finish()
+    raise SupersededError. Each commit names the one that it goes on from, the last one loaded or saved.
+
     Events, on rank 0 only and partly from the writing thread:
-    `commit` (step, seconds since save() was called, bytes), `commit_failed` (step, error), `commit_refused` (step,
-    problems), `prune` (steps removed), `prune_failed` (error).
+    `commit` (step, seconds since save() was called, bytes, its digest and its parent's), `commit_failed` (step, error),
+    `commit_refused` (step, problems), `commit_given_up` (steps of another line removed), `prune` (steps removed),
+    `prune_failed` (error).
     """
 
     def __init__(
@@ -100,12 +100,14 @@ class Checkpointer:
         keep_every: int | None,
         on_event: Event,
         on_wait: Callable[[], None] = lambda: None,
+        generation: int | None = None,
     ) -> None:
         """Keeps the `keep` newest commits and every one whose step `keep_every` divides.
 
         `on_wait` is called about once a second while save() or finish() waits for the writing thread.
-        Removes what an interrupted save left in the folder, so only one run at a time may own it.
-        Raises UserError for a `keep` or `keep_every` below 1, OSError when the folder can't be made.
+        `generation` is one that was taken; by default this takes the next one, and so puts an end to all before.
+        Removes what an interrupted save left in the folder. Raises SupersededError for a generation that is not the
+        newest, UserError for a `keep` or `keep_every` below 1, OSError when the folder can't be made.
         """
         if keep < 1:
             raise UserError(f"checkpoint keep={keep} must be at least 1, or there would be nothing to resume from")
@@ -118,16 +120,26 @@ class Checkpointer:
         self._on_wait = on_wait
         self._ranks = ControlPlane()
         self._pending: tuple[_Save, threading.Thread] | None = None
+        self._head = Head()
         if not self._ranks.group:
             # DCP warns when torch.distributed is not in use, which is no mistake here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self._ranks.from_rank_0(lambda: clean(folder))
+        self._generation = self._ranks.from_rank_0(lambda: self._begin(generation))
+
+    def _begin(self, generation: int | None) -> int:
+        if generation is None:
+            generation = take_generation(self._folder)
+        check_newest(self._folder, generation)
+        clean(self._folder)
+        return generation
 
     def save(self, step: int, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Waits for the last save, copies this rank's share of `state` to host memory, and returns; a thread writes it.
 
-        `metadata` is a JSON object; rank 0's is stored. A whole commit of the same step stays as it is. An I/O error
-        (a full disk) of the last save has been reported, and this save is the retry; any other raises CommitError.
+        `metadata` is a JSON object; rank 0's is stored. Where this step is what was loaded or saved last, its commit
+        stays as it is; a commit of the same step that another line left is replaced. An I/O error (a full disk) of the
+        last save has been reported, and this save is the retry; any other raises CommitError, and a newer generation
+        SupersededError.
         """
         last = self._settle()
         if last and last.failure:
@@ -139,11 +151,12 @@ class Checkpointer:
             # The thread copies on another stream than the one that may still be computing the state.
             torch.accelerator.synchronize()
         save = _Save(step, state)
-        self._start(save, CommitWriter(self._folder, step, snapshot, save.copied.set))
+        writer = CommitWriter(self._folder, step, snapshot, save.copied.set, self._generation, self._head.digest)
+        self._start(save, writer)
         self._wait_for(save.copied)
 
     def finish(self) -> None:
-        """Waits for the pending save. Raises CommitError, on all ranks, if it failed in whatever way.
+        """Waits for the pending save. Raises CommitError or SupersededError, on all ranks, if it failed.
 
         An I/O error other than a full disk is worth one more try first, with the state as save() has copied it.
         """
@@ -159,15 +172,17 @@ class Checkpointer:
 
         Before a tensor is touched, the ranks check all digests, each file being read by one of them. A damaged commit
         is refused (`commit_refused`) by all, and the one before it tried. Values take the dtype of their target.
-        Raises UserError when no commit is whole, and when `state` has names or shapes that the commit has not.
+        Raises UserError when no commit is whole, and when `state` has names or shapes that the commit has not; OSError,
+        on all ranks, when one could not read a commit that may well be whole.
         """
         self._settle()
-        paths = self._ranks.from_rank_0(lambda: commit_paths(self._folder))
+        paths = self._ranks.from_rank_0(self._candidates)
         for path in reversed(paths):
             commit = self._examine(path)
             if commit:
                 _check_names_and_shapes(commit, state)
                 self._read(commit, state)
+                self._head = Head(commit.step, commit.manifest.digest)
                 return commit
         if paths:
             names = [path.name for path in paths]
@@ -225,12 +240,17 @@ class Checkpointer:
     def _after_commit(self, writer: CommitWriter, step: int, seconds: float) -> None:
         if self._ranks.rank != 0:
             return
-        self._on_event("commit", {"step": step, "seconds": seconds, "bytes": writer.size})
+        before, self._head = self._head, Head(step, writer.digest)
+        line = {"digest": writer.digest, "parent": before.digest}
+        self._on_event("commit", {"step": step, "seconds": seconds, "bytes": writer.size, **line})
         try:
+            given_up = give_up_between(self._folder, before.step, step)
             removed = prune(self._folder, step, self._keep, self._keep_every)
         except OSError as error:
             self._on_event("prune_failed", {"error": str(error)})
         else:
+            if given_up:
+                self._on_event("commit_given_up", {"steps": given_up})
             if removed:
                 self._on_event("prune", {"steps": removed})
 
@@ -240,24 +260,44 @@ class Checkpointer:
         with suppress(OSError):  # what made the save fail may be in the way of this, too: the next run cleans up
             if writer.staging and writer.staging.exists():
                 discard(writer.staging)
-        self._on_event("commit_failed", {"step": save.step, "error": str(save.failure)})
+        if not isinstance(save.failure, SupersededError):
+            self._on_event("commit_failed", {"step": save.step, "error": str(save.failure)})
 
     def _is_whole(self, step: int) -> bool:
-        """Whether this step is committed, digests included: a run that refused it must be able to replace it."""
-        try:
-            return not verify(read_commit(self._folder / commit_name(step)))
-        except UserError:
+        """Whether the last commit of this very line is of this step, and whole in every byte."""
+        if step != self._head.step:
             return False
+        try:
+            commit = read_commit(self._folder / commit_name(step))
+            return commit.manifest.digest == self._head.digest and not verify(commit)
+        except DamagedError:
+            return False
+
+    def _candidates(self) -> list[Path]:
+        """What may be resumed from, oldest step first: lines that were given up are not, damage is named when tried."""
+        found: dict[Path, Commit | None] = {}
+        for path in commit_paths(self._folder):
+            try:
+                found[path] = read_commit(path)
+            except DamagedError:
+                found[path] = None
+        kept = {commit.path for commit in without_given_up([commit for commit in found.values() if commit])}
+        return [path for path, commit in found.items() if commit is None or path in kept]
 
     def _examine(self, path: Path) -> Commit | None:
         """The commit if it is whole in the eyes of all ranks, each of which checks its share of the files."""
-        commit = None
+        commit, found, unread = None, [], ""
         try:
             commit = read_commit(path)
             found = verify(commit, self._ranks.rank, self._ranks.world_size)
-        except UserError as error:
+        except DamagedError as error:
             found = [str(error)]
-        problems = list(dict.fromkeys(problem for of_rank in self._ranks.gather(found) for problem in of_rank))
+        except OSError as error:
+            unread = f"rank {self._ranks.rank}: {error}"
+        answers = self._ranks.gather((found, unread))
+        if reasons := [unread for _, unread in answers if unread]:
+            raise OSError(f"{path} may be whole, but cannot be read: {'; '.join(reasons)}")
+        problems = list(dict.fromkeys(problem for found, _ in answers for problem in found))
         if problems and self._ranks.rank == 0:
             self._on_event("commit_refused", {"step": int(path.name.removeprefix("step-")), "problems": problems})
         return None if problems else commit
@@ -275,13 +315,15 @@ def _check_names_and_shapes(commit: Commit, state: dict[str, Tensor]) -> None:
         raise UserError(f"{commit.path} is of another model: " + "; ".join(wrong))
 
 
-def _explain(step: int, rank: int, error: BaseException) -> tuple[CommitError, bool]:
+def _explain(step: int, rank: int, error: BaseException) -> tuple[CommitError | SupersededError, bool]:
     """The failure in words, and whether it was I/O alone."""
     causes = {rank: error}
     if isinstance(error, CheckpointException):
         causes = {failed_rank: cause for failed_rank, (cause, _) in error.failures.items()}
     for cause in causes.values():
         traceback.clear_frames(cause.__traceback__)  # they hold the tensors that were being written
+    if superseded := next((cause for cause in causes.values() if isinstance(cause, SupersededError)), None):
+        return SupersededError(str(superseded)), False
     text = "; ".join(f"rank {of}: {type(cause).__name__}: {cause}" for of, cause in sorted(causes.items()))
     numbers = [cause.errno if isinstance(cause, OSError) else None for cause in causes.values()]
     kind = DiskFullError if all(number in (errno.ENOSPC, errno.EDQUOT) for number in numbers) else CommitError

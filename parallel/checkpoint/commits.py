@@ -1,7 +1,8 @@
 """A folder of checkpoints: `step-000000100/` and its like. Finding whole ones, checking, reading and removing them.
 
 What is being written or removed has a name that begins with a dot, and nobody reads it: a checkpoint appears and
-disappears by one rename.
+disappears by one rename. Damage is what is missing, of the wrong size or of the wrong digest; any other error of
+reading is tried again and then raised as the OSError it is.
 """
 
 import hashlib
@@ -9,13 +10,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from moray import UserError
-from moray.parallel.checkpoint.manifest import Manifest, StoredFile, StoredTensor, coverage_problem
+from moray.parallel.checkpoint.manifest import DamagedError, Manifest, StoredFile, StoredTensor, coverage_problem
+from moray.parallel.checkpoint.patience import patiently
 from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, flush_folder
 from safetensors import safe_open
 from torch import Tensor
@@ -40,32 +42,52 @@ def commit_name(step: int) -> str:
 
 def commit_paths(folder: Path) -> list[Path]:
     """Every folder named like a commit, whole or not, oldest step first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in _numbered(folder)]
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def list_commits(folder: Path) -> list[Commit]:
-    """The commits in `folder` with a sound manifest and every file at its size, oldest first; no digest is checked."""
-    commits = []
-    for path in commit_paths(folder):
-        try:
-            commit = read_commit(path)
-        except UserError:
-            continue
-        if not any(_size_problem(path / name, file) for name, file in commit.manifest.files.items()):
-            commits.append(commit)
-    return commits
+    """The commits in `folder` with a sound manifest and every file at its size, oldest first; no digest is checked.
+
+    Those of a line that was given up are left out. Raises OSError for what cannot be read.
+    """
+    return without_given_up([commit for path in commit_paths(folder) if (commit := _sound(path))])
+
+
+def without_given_up(commits: Sequence[Commit]) -> list[Commit]:
+    """Those, oldest first, after which no newer generation began anew from an older step."""
+    kept: list[Commit] = []
+    for commit in commits:
+        if not kept or commit.manifest.generation >= kept[-1].manifest.generation:
+            kept.append(commit)
+    return kept
+
+
+def _sound(path: Path) -> Commit | None:
+    try:
+        commit = read_commit(path)
+    except DamagedError:
+        return None
+    files = commit.manifest.files.items()
+    return None if any(_size_problem(path / name, file) for name, file in files) else commit
 
 
 def read_commit(path: Path) -> Commit:
-    """Reads the manifest in `path`. Raises UserError naming it when it is missing, damaged or of another step."""
+    """Reads the manifest in `path`.
+
+    Raises DamagedError naming it when it is missing, damaged or of another step, OSError when it cannot be read.
+    """
     file = path / MANIFEST
     try:
-        manifest = Manifest.from_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}") from error
+        manifest = Manifest.from_json(patiently(file.read_bytes))
+    except (FileNotFoundError, NotADirectoryError, DamagedError) as error:
+        raise DamagedError(f"{file}: {error}") from error
     if path.name != commit_name(manifest.step):
-        raise UserError(f"{file}: describes step {manifest.step}, which belongs in {commit_name(manifest.step)}")
+        raise DamagedError(f"{file}: describes step {manifest.step}, which belongs in {commit_name(manifest.step)}")
     return Commit(manifest.step, path, manifest)
 
 
@@ -73,7 +95,7 @@ def verify(commit: Commit, share: int = 0, shares: int = 1) -> list[str]:
     """Every problem found: a file missing, of wrong size or digest, a tensor not covered exactly once.
 
     With `shares` > 1, this looks at one of as many equal shares of the files and tensors, so that ranks can split the
-    work: together they read each file once.
+    work: together they read each file once. Raises OSError for what cannot be read.
     """
     manifest = commit.manifest
     problems = _file_problems(commit, sorted(manifest.files)[share::shares])
@@ -90,7 +112,7 @@ def verify(commit: Commit, share: int = 0, shares: int = 1) -> list[str]:
 def read_tensors(commit: Commit, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Full tensors on CPU, one at a time, whatever layout wrote them; all of them, or those in `names` in that order.
 
-    The digests of all files needed are checked first. Raises UserError naming missing tensors or damaged files.
+    The digests of all files needed are checked first. Raises UserError naming missing tensors, DamagedError files.
     """
     stored = commit.manifest.tensors
     wanted = list(stored if names is None else names)
@@ -98,7 +120,7 @@ def read_tensors(commit: Commit, names: Iterable[str] | None = None) -> Iterator
         raise UserError(f"{commit.path} holds no tensors named {missing}")
     files = {chunk.file for name in wanted for chunk in stored[name].chunks}
     if problems := _file_problems(commit, sorted(files)):
-        raise UserError("; ".join(problems))
+        raise DamagedError("; ".join(problems))
     reader = ChunkReader(commit.path)
     return ((name, _assemble(reader, stored[name])) for name in wanted)
 
@@ -122,7 +144,8 @@ def prune(folder: Path, step: int, keep: int, keep_every: int | None) -> list[in
     Nothing is removed unless the commit of `step`, just made, can be read back: its manifest, and its files' sizes.
     Commits after `step` are neither counted nor removed: a run that fell back to an older commit has refused them.
     """
-    commits = [commit for commit in list_commits(folder) if commit.step <= step]
+    sound = [commit for path in commit_paths(folder) if (commit := _sound(path))]
+    commits = [commit for commit in sound if commit.step <= step]
     if not commits or commits[-1].step != step:
         return []
     removed = [commit for commit in commits[:-keep] if not keep_every or commit.step % keep_every]
@@ -131,17 +154,30 @@ def prune(folder: Path, step: int, keep: int, keep_every: int | None) -> list[in
     return [commit.step for commit in removed]
 
 
+def give_up_between(folder: Path, after: int, before: int) -> list[int]:
+    """Removes the commits of the steps between these two, which are of another line; returns their steps."""
+    paths = {step: path for step, path in _numbered(folder) if after < step < before}
+    for path in paths.values():
+        discard(path)
+    return list(paths)
+
+
 def publish(staging: Path, target: Path, manifest: Manifest) -> int:
-    """Makes a commit of a folder whose files are all written: the manifest last, then one rename; returns its size."""
+    """Makes a commit of a folder whose files are all written: the manifest last, then one rename; returns its size.
+
+    Raises FileNotFoundError, and leaves `target` alone, once somebody has moved the folder around `staging` away.
+    """
     with open(staging / MANIFEST, "x") as file:
         size = file.write(manifest.to_json()) + sum(file.size for file in manifest.files.values())
         file.flush()
         os.fsync(file.fileno())
     flush_folder(staging)
+    replaced = staging.with_name(f".removed-{target.name}-{secrets.token_hex(4)}")
     if target.exists():
-        discard(target)
+        target.rename(replaced)
     staging.rename(target)
     flush_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return size
 
 
@@ -176,16 +212,17 @@ def _file_problems(commit: Commit, names: Iterable[str]) -> list[str]:
 
 def _size_problem(path: Path, file: StoredFile) -> str | None:
     try:
-        size = path.stat().st_size
-    except OSError as error:
+        size = patiently(lambda: path.stat().st_size)
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{path}: {error.strerror}"
     return None if size == file.size else f"{path}: has {size} bytes instead of {file.size}"
 
 
 def _digest_problem(path: Path, file: StoredFile) -> str | None:
-    try:
-        with open(path, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        return f"{path}: {error.strerror}"
+    digest = patiently(lambda: _digest(path))
     return None if digest == file.sha256 else f"{path}: its sha256 is {digest} instead of {file.sha256}"
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """manifest.json: what a checkpoint consists of. It is written last, and a reader believes nothing else.
 
-{"sha256": digest of the rest, "format": 1, "step": 100, "created": "2026-01-31T12:00:00+00:00", "metadata": {...},
+{"sha256": digest of the rest, "format": 2, "step": 100, "generation": 1, "parent": sha256 of the manifest before,
+ "created": "2026-01-31T12:00:00+00:00", "metadata": {...},
  "files":   {"rank-00000.safetensors": {"size": 4096, "sha256": "..."}},
  "tensors": {"norm.weight": {"shape": [768], "dtype": "F32", "chunks": [
                 {"file": "rank-00000.safetensors", "key": "norm.weight", "offsets": [0], "sizes": [768]}]}}}
@@ -10,12 +11,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from moray import UserError
 
-FORMAT = 1
+FORMAT = 2
+
+
+class DamagedError(UserError):
+    """A commit that is not as it was written; what could not be read at all is an OSError, and may pass."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +53,45 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One checkpoint; `metadata` is the caller's JSON object, `created` an ISO 8601 time in UTC."""
+    """One checkpoint; `metadata` is the caller's JSON object, `created` an ISO 8601 time in UTC.
+
+    `generation` is the attempt that made it, 0 where no run did; `parent` is the digest of the commit that it goes on
+    from, None where there is none: the commits of a history are a chain.
+    """
 
     step: int
     created: str
     metadata: dict[str, Any]
     files: dict[str, StoredFile]
     tensors: dict[str, StoredTensor]
+    generation: int = 0
+    parent: str | None = None
 
     def to_json(self) -> str:
+        return json.dumps({"sha256": self.digest, **self._body})
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 that names this commit."""
+        return _digest(self._body)
+
+    @cached_property
+    def _body(self) -> dict[str, Any]:
         # asdict leaves tuples and any keys that are not strings; a round trip makes the digest one of what is read.
-        body = json.loads(json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False))
-        return json.dumps({"sha256": _digest(body), **body})
+        return json.loads(json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """Raises UserError saying what is wrong with `text`."""
+        """Raises DamagedError saying what is wrong with `text`."""
         try:
             body = json.loads(text)
             claimed = body.pop("sha256")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"not a manifest ({error!r})") from error
+            raise DamagedError(f"not a manifest ({error!r})") from error
         if claimed != _digest(body):
-            raise UserError(f"altered since it was written: its sha256 is {_digest(body)}, it claims {claimed}")
-        if body.pop("format") != FORMAT:
-            raise UserError(f"not of format {FORMAT}: a newer version wrote it")
+            raise DamagedError(f"altered since it was written: its sha256 is {_digest(body)}, it claims {claimed}")
+        if (version := body.pop("format")) not in (1, FORMAT):  # format 1 had no generations and no parents
+            raise DamagedError(f"of format {version}, not {FORMAT}: a newer version wrote it")
         files = {name: StoredFile(**entry) for name, entry in body.pop("files").items()}
         tensors = {name: _stored_tensor(entry) for name, entry in body.pop("tensors").items()}
         return cls(**body, files=files, tensors=tensors)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from moray import UserError
 from moray.parallel.checkpoint.commits import ChunkReader, Commit, commit_name, publish
+from moray.parallel.checkpoint.generations import check_newest, generation_path, prepare_staging
 from moray.parallel.checkpoint.manifest import Chunk, Manifest, StoredFile, StoredTensor, coverage_problem
 from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, dtype_name, flush_folder, write_tensors
 from torch import Tensor
@@ -46,22 +47,34 @@ class _Written:
 
 
 class CommitWriter(StorageWriter):
-    """Writes one commit to `folder`/step-NNNNNNNNN.
+    """Writes one commit to `folder`/step-NNNNNNNNN, for one generation and as the child of another commit.
 
     `copied` is called on each rank once its share lies in host memory and the caller may change its tensors again. The
     writer keeps that copy and, used a second time, writes it again: no I/O comes before the copy, so that what I/O has
     spoilt can be tried again with the values of the first time.
-    After a failure, `staging` (rank 0) is the folder to remove; `size` (rank 0) is the commit's size in bytes.
+    After a failure, `staging` (rank 0) is the folder to remove; then the commit's `size` in bytes and its `digest` are
+    known, on rank 0.
     """
 
-    def __init__(self, folder: Path, step: int, metadata: dict[str, Any], copied: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        metadata: dict[str, Any],
+        copied: Callable[[], None],
+        generation: int,
+        parent: str | None,
+    ) -> None:
         self._folder = folder
         self._step = step
         self._metadata = metadata
+        self._generation = generation
+        self._parent = parent
         self._copied = copied
         self._copies: dict[str, Tensor] | None = None
         self.staging: Path | None = None
         self.size = 0
+        self.digest = ""
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         pass
@@ -81,13 +94,17 @@ class CommitWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tells each rank the file it shall write, in a new staging folder."""
-        self.staging = self._folder / f".staging-{commit_name(self._step)}-{secrets.token_hex(4)}"
+        around = generation_path(self._folder, self._generation)
+        self.staging = around / f"{commit_name(self._step)}-{secrets.token_hex(4)}"
         return [
             replace(plan, storage_data=self.staging / f"rank-{rank:05d}.safetensors") for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Copies this rank's share to host memory (its only copy), then writes it to one file."""
+        """Copies this rank's share to host memory (its only copy), then writes it to one file.
+
+        Raises SupersededError where this generation may not write any more.
+        """
         if self._copies is None:
             self._copies = {item.index.fqn: _host_copy(planner, item) for item in plan.items}
             self._copied()
@@ -98,7 +115,8 @@ class CommitWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commits: checks that all is there, writes the manifest, renames. Runs on rank 0 when all files are written.
 
-        Raises UserError when the chunks don't cover a tensor exactly, or a file isn't where rank 0 can see it.
+        Raises UserError when the chunks don't cover a tensor exactly, or a file isn't where rank 0 can see it, and
+        SupersededError when another generation has moved the staging folder away.
         """
         assert self.staging
         written = [result for of_rank in results for result in of_rank]
@@ -108,9 +126,16 @@ class CommitWriter(StorageWriter):
             metadata=self._metadata,
             files={result.storage_data.chunk.file: result.storage_data.file for result in written},
             tensors=_stored_tensors(metadata, written),
+            generation=self._generation,
+            parent=self._parent,
         )
-        self._check(manifest)
-        self.size = publish(self.staging, self._folder / commit_name(self._step), manifest)
+        try:
+            self._check(manifest)
+            self.size = publish(self.staging, self._folder / commit_name(self._step), manifest)
+        except (FileNotFoundError, UserError):
+            check_newest(self._folder, self._generation)
+            raise
+        self.digest = manifest.digest
 
     def drop_copy(self) -> None:
         """Gives the memory of the copy back."""
@@ -118,6 +143,7 @@ class CommitWriter(StorageWriter):
 
     def _write_file(self, plan: SavePlan, copies: dict[str, Tensor]) -> list[WriteResult]:
         path: Path = plan.storage_data
+        prepare_staging(self._folder, self._generation)
         path.parent.mkdir(exist_ok=True)
         file = write_tensors(path, copies)
         flush_folder(path.parent)

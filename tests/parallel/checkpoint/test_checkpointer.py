@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from listing import names_in
 from moray.parallel.checkpoint.checkpointer import Checkpointer, CommitError
 from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 from pool import Pool
@@ -185,7 +186,7 @@ def uneven_strided(folder: Path) -> str:
 def test_a_shard_that_is_not_what_its_placements_say_is_refused(pool: Pool, tmp_path: Path) -> None:
     message = r"rank \d: UserError: tensor 'w' of shape \(9,\) holds a shard of shape .* choose degrees that divide"
     assert all(re.search(message, text) for text in pool.run(uneven_strided, 8, tmp_path))
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == []
 
 
 def save_then_change(folder: Path) -> None:
@@ -283,7 +284,7 @@ def test_what_no_retry_can_mend_is_raised_by_the_next_save(tmp_path: Path, value
     checkpointer.save(1, {"w": value}, {})
     with pytest.raises(CommitError, match=f"step 1 was not committed: rank 0: .*{message}"):
         checkpointer.save(2, {"w": torch.zeros(1)}, {})
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == []
 
 
 MEMORY_SCRIPT = """

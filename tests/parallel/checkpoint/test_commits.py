@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from listing import names_in
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import clean, list_commits, prune, read_commit, read_tensors, verify
 from torch import Tensor
@@ -23,7 +24,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_lists_whole_commits_oldest_first(tmp_path: Path) -> None:
-    commit(tmp_path, 200, 5, 1_000_000_000)
+    commit(tmp_path, 5, 200, 1_000_000_000)
     (tmp_path / ".staging-step-000000300-0a1b2c3d").mkdir()
     (tmp_path / "step-latest").mkdir()
     (tmp_path / "step-000000301").mkdir()
@@ -90,7 +91,7 @@ def test_reads_tensors_by_name_in_the_order_asked(tmp_path: Path) -> None:
 def test_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     commit(tmp_path, 10, 20, 30, 40, 50, 60, 70, keep=2, keep_every=30)
     assert steps_of(tmp_path) == [30, 60, 70]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000030", "step-000000060", "step-000000070"]
+    assert names_in(tmp_path) == ["step-000000030", "step-000000060", "step-000000070"]
 
 
 def test_nothing_is_removed_before_its_successor_is_whole(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_clean_removes_leftovers_alone(tmp_path: Path) -> None:
         (tmp_path / leftover / "rank-00000.safetensors").write_bytes(b"half")
     (tmp_path / ".nfs0001").write_text("someone else's")
     clean(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".nfs0001", "step-000000001"]
+    assert names_in(tmp_path) == [".nfs0001", "step-000000001"]
 
 
 def flip_last_byte(path: Path) -> None:

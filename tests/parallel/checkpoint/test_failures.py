@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from listing import names_in
 from moray.parallel.checkpoint.checkpointer import Checkpointer, CommitError
 from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 from pool import Pool
@@ -116,7 +117,7 @@ def test_a_run_that_fell_back_replaces_what_it_refused(pool: Pool, tmp_path: Pat
     pool.run(save_steps, 2, tmp_path, [10, 30])
     damage(tmp_path / "step-000000030" / "rank-00001.safetensors", "flipped")
     # keep=1 counts 20, not the damaged 30 that only looks whole; then 30 is written anew.
-    assert pool.run(fall_back_and_go_on, 2, tmp_path)[0] == [[20, 30], [30]]
+    assert pool.run(fall_back_and_go_on, 2, tmp_path)[0] == [[20], [30]]
     assert verify(list_commits(tmp_path)[0]) == []
 
 
@@ -170,7 +171,7 @@ def test_a_full_disk_is_reported_and_the_next_save_is_the_retry(pool: Pool, smal
     ]
     assert "rank-0000" in events[1][1]["error"]
     assert events_of_1 == []
-    assert sorted(path.name for path in (small_disk / "checkpoints").iterdir()) == ["step-000000001", "step-000000005"]
+    assert names_in(small_disk / "checkpoints") == ["step-000000001", "step-000000005"]
     assert [verify(commit) for commit in list_commits(small_disk / "checkpoints")] == [[], []]
 
 
@@ -185,7 +186,7 @@ def one_rank_may_not_write(folder: Path) -> tuple[Events, str]:
             checkpointer.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    leftovers = list(folder.iterdir()) if dist.get_rank() == 0 else []
+    leftovers = names_in(folder) if dist.get_rank() == 0 else []
     assert leftovers == []
     dist.barrier()
     checkpointer.save(2, sharded(2, rows=256), {})
@@ -214,11 +215,11 @@ def last_commit_meets_a_gap(folder: Path, gap: Path) -> list[str]:
     def on_event(name: str, fields: dict[str, Any]) -> None:
         names.append(name)
         if name == "commit_failed":
-            gap.rename(folder)
+            gap.rename(folder.parent)
 
     checkpointer = Checkpointer(folder, keep=9, keep_every=None, on_event=on_event)
     if dist.get_rank() == 0:
-        folder.rename(gap)
+        folder.parent.rename(gap)
     dist.barrier()
     state = sharded(1)
     checkpointer.save(1, state, {"position": 1})
@@ -229,11 +230,12 @@ def last_commit_meets_a_gap(folder: Path, gap: Path) -> list[str]:
 
 
 def test_finish_tries_the_last_commit_again_as_it_was_saved(pool: Pool, tmp_path: Path) -> None:
-    names, names_of_1 = pool.run(last_commit_meets_a_gap, 2, tmp_path / "checkpoints", tmp_path / "gap")
+    folder = tmp_path / "run" / "checkpoints"
+    names, names_of_1 = pool.run(last_commit_meets_a_gap, 2, folder, tmp_path / "gap")
     assert (names, names_of_1) == (["commit_failed", "commit"], [])
-    (commit,) = list_commits(tmp_path / "checkpoints")
+    (commit,) = list_commits(folder)
     assert verify(commit) == []
-    assert pool.run(load_newest, 2, tmp_path / "checkpoints")[0] == (1, [])
+    assert pool.run(load_newest, 2, folder)[0] == (1, [])
 
 
 def test_a_failed_write_is_tried_again_by_finish(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_a_failed_write_is_tried_again_by_finish(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names == ["commit_failed", "commit"]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    assert names_in(tmp_path) == ["step-000000001"]
     assert torch.equal(dict(read_tensors(list_commits(tmp_path)[0]))["w"], torch.arange(2.0**18))
 
 
@@ -288,7 +290,7 @@ def cannot_be_made(folder: Path) -> None:
 
 def start_saver(folder: Path, rank: int, world_size: int) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, str(folder), str(rank), str(world_size)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -303,16 +305,16 @@ def wait_for_bytes(folder: Path, pattern: str, process: subprocess.Popen[str]) -
 def test_sigkill_while_writing_leaves_nothing_but_staging(tmp_path: Path) -> None:
     process = start_saver(tmp_path / "checkpoints", 0, 1)
     try:
-        wait_for_bytes(tmp_path / "checkpoints", ".staging-step-000000002-*/rank-00000.safetensors", process)
+        wait_for_bytes(tmp_path / "checkpoints", ".generation-*/step-000000002-*/rank-00000.safetensors", process)
     finally:
         process.kill()
         process.communicate()
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert [name[:22] for name in names] == [".staging-step-00000000", "step-000000001"]
+    names = names_in(tmp_path / "checkpoints")
+    assert [name[:21] for name in names] == ["staged/step-000000002", "step-000000001"]
     (commit,) = list_commits(tmp_path / "checkpoints")
     assert commit.step == 1
     checkpointer, _ = checkpointer_and_events(tmp_path / "checkpoints")
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000001"]
+    assert names_in(tmp_path / "checkpoints") == ["step-000000001"]
     state = {"w": torch.zeros(4)}
     loaded = checkpointer.load(state)
     assert loaded
@@ -324,7 +326,7 @@ def test_a_rank_killed_while_writing_fails_the_save_and_hangs_nobody(tmp_path: P
     folder = tmp_path / "checkpoints"
     processes = [start_saver(folder, rank, 2) for rank in range(2)]
     try:
-        wait_for_bytes(folder, ".staging-step-000000002-*/rank-00001.safetensors", processes[1])
+        wait_for_bytes(folder, ".generation-*/step-000000002-*/rank-00001.safetensors", processes[1])
         processes[1].send_signal(signal.SIGKILL)
         output, _ = processes[0].communicate(timeout=50)
     finally:
@@ -333,7 +335,7 @@ def test_a_rank_killed_while_writing_fails_the_save_and_hangs_nobody(tmp_path: P
             process.communicate()
     assert "commit_failed 2" in output
     assert "finish raised: step 2 was not committed: rank 0: RuntimeError" in output
-    assert [path.name for path in folder.iterdir()] == ["step-000000001"]
+    assert names_in(folder) == ["step-000000001"]
 
 
 def save_much(folder: Path, rank: int, world_size: int) -> None:
