@@ -6,13 +6,13 @@ its loss is checked against torch's cross_entropy of its logits.
 
 from typing import Any
 
-import moray.model.moe.experts
 import pytest
 import torch
 import torch.distributed as dist
 from moray.jobs.config.run import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import Decoder, Losses, ModelConfig, Randomness, initialise
+from moray.model.moe import experts
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.grouped import grouped_linear, grouped_mm_linear
 from moray.model.moe.layer import MoE
@@ -134,7 +134,7 @@ def spread(
 
     In fp32 the experts use the grouped kernel that GPUs use, in fp64, which it lacks, the loop over experts.
     """
-    moray.model.moe.experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
+    experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
     decoder = build_decoder(config, layout.meshes("cpu"), dtype=dtype, compute_dtype=compute_dtype or dtype)
     initialise_shards(decoder, SEED)
     starve(decoder)

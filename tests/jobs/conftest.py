@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import moray.jobs.cli
 import pytest
+from moray.jobs import cli
 from moray.jobs.datasets.prepare import prepare
 from rich.console import Console
 
@@ -33,7 +33,7 @@ def moray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["moray", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            moray.jobs.cli.main()
+            cli.main()
         written = capfd.readouterr()
         assert isinstance(end.value.code, int)
         return Outcome(end.value.code, written.out, written.err)

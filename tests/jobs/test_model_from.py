@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import moray.jobs.models.weights
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from moray.data.stream import Batch, Stream
 from moray.jobs.cli import dispatch
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import load_config
+from moray.jobs.models import weights as existing
 from moray.jobs.models.weights import check_changes, config_of, fill_shards, locate, open_weights
 from moray.jobs.training.metrics import read_metrics
 from moray.model import ModelConfig
@@ -109,10 +109,10 @@ def start(source: Path, layout: Layout) -> tuple[dict[str, Tensor], int, int]:
             numbers += part.numel()
             return part
 
-        return moray.jobs.models.weights.Weights(weights.config, read, weights.tokenizer)
+        return existing.Weights(weights.config, read, weights.tokenizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moray.jobs.models.weights, "open_weights", counting)
+        patch.setattr(existing, "open_weights", counting)
         fill_shards(decoder, source)
     state = {name: tensor for name, tensor in decoder.state_dict().items() if name in tensor_shapes(decoder.config)}
     held = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in state.values())

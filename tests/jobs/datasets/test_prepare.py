@@ -11,12 +11,12 @@ import sysconfig
 import time
 from pathlib import Path
 
-import moray.jobs.datasets.prepare
 import numpy as np
 import pytest
 import webdataset
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import load_tokenizer
+from moray.jobs.datasets import prepare as preparing
 from moray.jobs.datasets.prepare import Summary, prepare
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -153,8 +153,8 @@ def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def link(name: str) -> None:
         os.symlink("/dev/full", tmp_path / "out.moray-unfinished" / name)
 
-    encode = moray.jobs.datasets.prepare._encode
-    monkeypatch.setattr(moray.jobs.datasets.prepare, "_encode", lambda *rest: (link("train-00000.tar"), encode(*rest)))
+    encode = preparing._encode
+    monkeypatch.setattr(preparing, "_encode", lambda *rest: (link("train-00000.tar"), encode(*rest)))
     with pytest.raises(ValueError, match="out: the disk is full"):
         prepared(tmp_path / "out")
     assert not list(tmp_path.iterdir())

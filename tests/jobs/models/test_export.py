@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import moray.parallel.checkpoint.weights
 import pytest
 import torch
 from moray.jobs.cli import dispatch
 from moray.jobs.generation.generate import load_run
 from moray.model.hf.families import FAMILIES
+from moray.parallel.checkpoint import weights as weights_of_commits
 from moray.parallel.checkpoint.commits import list_commits
 from safetensors import safe_open
 from tiny import tiny
@@ -122,7 +122,7 @@ class TestFolder:
                 raise OSError(5, "Input/output error")
             return torch.zeros([part.stop - part.start for part in box])  # type: ignore[attr-defined]
 
-        monkeypatch.setattr(moray.parallel.checkpoint.weights.CommitWeights, "read", fail_later)
+        monkeypatch.setattr(weights_of_commits.CommitWeights, "read", fail_later)
         with pytest.raises(OSError, match="Input/output"):
             dispatch(["export", str(run), "--out", str(tmp_path / "hf")])
         assert not list(tmp_path.iterdir())

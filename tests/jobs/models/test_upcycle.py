@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import moray.parallel.checkpoint.weights
 import pytest
 import torch
 from moray.jobs.cli import dispatch
@@ -13,6 +12,7 @@ from moray.jobs.models.weights import open_weights
 from moray.jobs.training.metrics import read_metrics
 from moray.model.hf import save_pretrained
 from moray.model.tensors import Box, tensor_shapes, whole
+from moray.parallel.checkpoint import weights as weights_of_commits
 from moray.parallel.checkpoint.commits import list_commits, verify
 from moray.parallel.checkpoint.weights import CommitWeights, write_weights
 from tiny import tiny, tiny_from
@@ -116,7 +116,7 @@ def test_what_fails_on_the_way_leaves_nothing(dense: Path, tmp_path: Path, monke
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(moray.parallel.checkpoint.weights, "write_tensors", full)
+    monkeypatch.setattr(weights_of_commits, "write_tensors", full)
     with pytest.raises(ValueError, match=r"moe: the disk is full \(No space left on device\); free space"):
         dispatch(["upcycle", str(dense), "--experts", "4", "--top-k", "2", "--out", str(tmp_path / "moe")])
     assert not list(tmp_path.iterdir())
@@ -124,7 +124,7 @@ def test_what_fails_on_the_way_leaves_nothing(dense: Path, tmp_path: Path, monke
 
 def test_weights_are_asked_for_and_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large a tensor, no more than a row or FILE_BYTES at once; what is read again is what was given."""
-    monkeypatch.setattr(moray.parallel.checkpoint.weights, "FILE_BYTES", 4096)
+    monkeypatch.setattr(weights_of_commits, "FILE_BYTES", 4096)
     generator = torch.Generator().manual_seed(0)
     shapes = {"bias": (5,), "matrix": (100, 32), "experts": (3, 16, 64), "wide": (2, 3000)}
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import moray.jobs.runs.watcher
 import pytest
 from moray.cluster.events import EventLog
 from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.runs import watcher as watching
 from moray.jobs.runs.watcher import Listener, Tail, Watcher, describe, numbers
 from rich.console import Console
 from tiny import TINY
@@ -63,7 +63,7 @@ def test_a_log_file_gets_a_plain_line_now_and_then_and_the_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 3.0, 11.0, 11.0, 12.0, 13.0, 13.0])  # start; step 1; step 2 and its printing; 3; 4; the end
-    monkeypatch.setattr(moray.jobs.runs.watcher.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(watching.time, "monotonic", lambda: next(clock))
     log = Console(file=io.StringIO())
     with watched(tmp_path, log) as watcher:
         for step in (1, 2, 3, 4):
