@@ -132,8 +132,9 @@ class Agent:
         self._has_news = False
 
     def next_call(self) -> tuple[str, tuple[Any, ...]]:
-        """Waits for the owner, hears the workers meanwhile, and ends them with their lease. EOFError: no owner any more.
+        """Waits for the owner, hears the workers meanwhile, and ends them with their lease.
 
+        Raises EOFError or OSError once the owner is gone.
         No worker ever waits for its driver: a pipe that nobody reads is soon full, and then a heartbeat blocks.
         """
         while self._living() and not self._owner.poll():
@@ -152,7 +153,8 @@ class Agent:
         """Waits until a worker, or one of the other pipes, has something to say; takes in what the workers say."""
         # The end of a worker is not heard where a helper of its own keeps its pipe open: hence no longer than that.
         wait([*others, *(worker.pipe for worker in self._living())], min(at_most_s, EXIT_CHECK_S))
-        self._has_news |= any([worker.look() for worker in self._workers])
+        news = [worker.look() for worker in self._workers]
+        self._has_news |= any(news)
 
     def _end_lease(self, silent_s: float) -> None:
         unfinished = [worker for worker in self._living() if worker.exit_code is None]

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 TICK_S = 0.5
 SETTLE_S = 0.1
+CALL_S = 30.0
 KILL_S = 10.0
 SUSPENDED_S = 5.0
 

@@ -139,7 +139,7 @@ def test_steps_are_measured_once_one_has_been_seen_whole(tmp_path: Path) -> None
     with agent_for(count, Plan(str(tmp_path), 4, 0.5)) as agent:
         agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S))
         longest: dict[int | None, float | None] = {}
-        while not (state := agent.call("poll")[0]).exit_code == 0:
+        while (state := agent.call("poll")[0]).exit_code is None:
             longest[state.step] = state.longest_silence_s
         assert longest[1] is None
         assert longest[2] is not None

@@ -138,7 +138,7 @@ def test_a_suspended_agent_is_a_lost_node(ray_cluster: str, tmp_path: Path) -> N
     observer = Observer(suspend_agent)
     plan = Plan(str(tmp_path), 300, pause_s=0.02)
     code = supervise(
-        count, plan, workers=2, lease_timeout_s=2.0, on_event=observer.on_event, on_status=observer.on_status
+        count, plan, workers=4, lease_timeout_s=2.0, on_event=observer.on_event, on_status=observer.on_status
     )
     assert code == 0
     assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
