@@ -24,9 +24,17 @@ class StopRequest:
         self._requested = True
 
 
+def hold_sigterm() -> None:
+    """Lets SIGTERM wait for stop_on_signals: during imports it is a stop like any other, not a death.
+
+    It waits in the kernel, and so does one that comes after the block: a run that has ended ends with its own code.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
 @contextmanager
 def stop_on_signals(impatient: bool) -> Iterator[StopRequest]:
-    """Turns SIGTERM and SIGINT into a StopRequest until the block ends.
+    """Turns SIGTERM, one that was held included, and SIGINT into a StopRequest until the block ends.
 
     Outside the main thread Python allows no handlers: the request then never comes.
     """
@@ -36,8 +44,10 @@ def stop_on_signals(impatient: bool) -> Iterator[StopRequest]:
         return
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, request.handle) for number in numbers}
+    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         yield request
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number, handler in before.items():
             signal.signal(number, handler)

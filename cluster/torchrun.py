@@ -8,6 +8,8 @@ from moray import UserError
 from moray.cluster.devices import check_health, pick_device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.local import run_here
+from moray.cluster.network import is_loopback, own_address_towards, use_interface_of
+from moray.cluster.parent import die_with_parent
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import WorkerContext, WorkerFunction
 
@@ -24,11 +26,13 @@ def run_torchrun(
             "cluster.launcher=torchrun needs processes that torchrun started: "
             "torchrun --nproc-per-node N -m moray …; or choose ray or local"
         )
+    die_with_parent()
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     n_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     device = pick_device(local_rank)
     check_health(device)
     store, _, _ = next(dist.rendezvous("env://"))
+    _choose_network(store)
     # A terminal's Ctrl-C reaches every process of torchrun, which then repeats it: it must not cut a commit off.
     # torchrun itself kills what outlives its patience.
     with stop_on_signals(impatient=False) as should_stop:
@@ -45,6 +49,21 @@ def run_torchrun(
         )
         ready_kind: Literal["ready", "recovered"] = "recovered" if n_restarts else "ready"
         return run_here(function, argument, context, ready_kind, on_event if rank == 0 else lambda kind, fields: None)
+
+
+def _choose_network(store: dist.Store) -> None:
+    """Has gloo use the network on which nodes meet, where there are several.
+
+    To the node that MASTER_ADDR names, that name may well mean loopback: it learns from another one where to look.
+    """
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        return
+    address, key = own_address_towards(os.environ["MASTER_ADDR"]), "moray/address_of_another_node"
+    if is_loopback(address):
+        address = own_address_towards(store.get(key).decode())
+    else:
+        store.set(key, address)
+    use_interface_of(address)
 
 
 def _agree_on_first(store: dist.Store, rank: int, first_generation: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 from moray import UserError
+from moray.cluster.signals import hold_sigterm
 from moray.jobs.config.nearest import nearest
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
@@ -88,6 +89,8 @@ def _condense(box: str) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["pretrain"]:
+        hold_sigterm()
     try:
         code = dispatch(sys.argv[1:])
     except UserError as error:

@@ -2,9 +2,12 @@
 
 A worker thus starts in milliseconds, as a process without a past: a restart keeps nothing that the failure may have
 damaged, and imports nothing again. The agent's owner talks to it through one pipe; when the owner goes, the agent and
-its workers go too. Knows nothing of Ray.
+its workers go too, and when the owner is silent, the workers: a driver that the network has cut off may have been
+replaced. Knows nothing of Ray.
 """
 
+import gc
+import math
 import os
 import pickle
 import signal
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.cluster.ray.messages import Assignment, Failure, WorkerState
+from moray.cluster.signals import hold_sigterm
 
 POLL_S = 0.2
 EXIT_CHECK_S = 0.05
@@ -62,6 +66,7 @@ class _Worker:
     pid: int
     pipe: Connection
     heard: float = field(default_factory=time.monotonic)
+    longest_silence_s: float | None = None
     step: int | None = None
     status: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
@@ -73,31 +78,33 @@ class _Worker:
         if self.is_gone:
             return False
         pid, wait_status = os.waitpid(self.pid, os.WNOHANG)
-        is_news = self._read()
-        if not pid:
-            return is_news
-        self.is_gone = True
-        self.pipe.close()
-        with suppress(ProcessLookupError):  # helpers that the worker left behind
-            os.killpg(self.pid, signal.SIGKILL)
-        if self.exit_code is None and self.failure is None:
-            self.failure = Failure(_cause_of_death(wait_status), time.time())
-        return True
-
-    def _read(self) -> bool:
-        is_news = False
+        is_news = bool(pid)
         with suppress(EOFError, OSError):
             while self.pipe.poll():
-                message = self.pipe.recv()
-                self.heard = time.monotonic()
-                if isinstance(message, Failure):
-                    self.failure, is_news = message, True
-                elif isinstance(message, int):
-                    self.exit_code = message
-                else:
-                    is_news |= self.step is None
-                    self.step, self.status = message
+                is_news |= self._take(self.pipe.recv())
+                if not pid:
+                    break  # one that never pauses must not keep its agent from the others
+        if pid:
+            self.is_gone = True
+            self.pipe.close()
+            with suppress(ProcessLookupError):  # helpers that the worker left behind
+                os.killpg(self.pid, signal.SIGKILL)
+            if self.exit_code is None and self.failure is None:
+                self.failure = Failure(_cause_of_death(wait_status), time.time())
         return is_news
+
+    def _take(self, message: Failure | int | tuple[int, dict[str, Any]]) -> bool:
+        silence_s, self.heard = time.monotonic() - self.heard, time.monotonic()
+        if isinstance(message, Failure):
+            self.failure = message
+            return True
+        if isinstance(message, int):
+            self.exit_code = message
+            return False
+        before, (self.step, self.status) = self.step, message
+        if self.longest_silence_s is not None or before not in (None, self.step):
+            self.longest_silence_s = max(silence_s, self.longest_silence_s or 0.0)
+        return before is None
 
     def state(self) -> WorkerState:
         return WorkerState(
@@ -106,6 +113,7 @@ class _Worker:
             step=self.step,
             status=self.status,
             silent_s=time.monotonic() - self.heard,
+            longest_silence_s=self.longest_silence_s,
             is_suspended=not self.is_gone and _is_suspended(self.pid),
             exit_code=self.exit_code if self.is_gone else None,
             failure=self.failure,
@@ -119,6 +127,42 @@ class Agent:
         self._owner = owner
         self._workers: list[_Worker] = []
         self._listener: socket.socket | None = None
+        self._called = time.monotonic()
+        self._lease_s = math.inf
+        self._has_news = False
+
+    def next_call(self) -> tuple[str, tuple[Any, ...]]:
+        """Waits for the owner, hears the workers meanwhile, and ends them with their lease.
+
+        Raises EOFError or OSError once the owner is gone.
+        No worker ever waits for its driver: a pipe that nobody reads is soon full, and then a heartbeat blocks.
+        """
+        while self._living() and not self._owner.poll():
+            self._hear(self._owner)
+            silent_s = time.monotonic() - self._called
+            if silent_s > self._lease_s and not self._owner.poll():
+                self._end_lease(silent_s)
+        call = self._owner.recv()
+        self._called = time.monotonic()
+        return call
+
+    def _living(self) -> list[_Worker]:
+        return [worker for worker in self._workers if not worker.is_gone]
+
+    def _hear(self, *others: Connection, at_most_s: float = EXIT_CHECK_S) -> None:
+        """Waits until a worker, or one of the other pipes, has something to say; takes in what the workers say."""
+        # The end of a worker is not heard where a helper of its own keeps its pipe open: hence no longer than that.
+        wait([*others, *(worker.pipe for worker in self._living())], min(at_most_s, EXIT_CHECK_S))
+        news = [worker.look() for worker in self._workers]
+        self._has_news |= any(news)
+
+    def _end_lease(self, silent_s: float) -> None:
+        unfinished = [worker for worker in self._living() if worker.exit_code is None]
+        self.kill()
+        lease = f"its lease of cluster.lease_timeout_s={self._lease_s:g} ended"
+        for worker in unfinished:
+            worker.failure = Failure(f"the driver was silent for {silent_s:.0f} s: {lease}", time.time())
+            self._has_news = True
 
     def load(self, task: bytes, host: str) -> None:
         """Imports all that a worker needs, once."""
@@ -126,6 +170,9 @@ class Agent:
 
         self._function, self._argument = pickle.loads(task)
         self._host = host
+        # A worker's garbage collector would write to, and thereby copy, every page that it shares with the agent.
+        gc.collect()
+        gc.freeze()
 
     def output(self) -> str:
         """The file that holds what this node's workers write to standard error."""
@@ -139,7 +186,7 @@ class Agent:
 
     def start(self, assignment: Assignment) -> list[int]:
         """Forks this node's workers; returns their pids."""
-        self._workers = []
+        self._workers, self._lease_s = [], assignment.lease_s
         for local_rank in range(assignment.n_workers):
             self._workers.append(self._fork(assignment, local_rank))
         if self._listener:
@@ -173,29 +220,25 @@ class Agent:
     def poll(self) -> list[WorkerState]:
         """What became of the workers: at once where one began, failed or ended, else after a while."""
         deadline = time.monotonic() + POLL_S
-        while True:
-            news = [worker.look() for worker in self._workers]
-            left = deadline - time.monotonic()
-            if any(news) or left <= 0:
-                return [worker.state() for worker in self._workers]
-            wait([worker.pipe for worker in self._workers if not worker.is_gone], min(left, EXIT_CHECK_S))
+        while not self._has_news and (left_s := deadline - time.monotonic()) > 0:
+            self._hear(at_most_s=left_s)
+        self._has_news = False
+        return [worker.state() for worker in self._workers]
 
     def stop(self) -> None:
         """Asks the workers to stop when they can."""
-        for worker in self._workers:
-            if not worker.is_gone:
-                os.kill(worker.pid, signal.SIGTERM)
+        for worker in self._living():
+            os.kill(worker.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """Ends every worker now, suspended ones included, and waits until they are gone."""
-        for worker in self._workers:
-            if not worker.is_gone:
-                os.killpg(worker.pid, signal.SIGKILL)
-        for worker in self._workers:
-            if not worker.is_gone:
-                os.waitpid(worker.pid, 0)
-                worker.is_gone = True
-                worker.pipe.close()
+        living = self._living()
+        for worker in living:
+            os.killpg(worker.pid, signal.SIGKILL)
+        for worker in living:
+            os.waitpid(worker.pid, 0)
+            worker.is_gone = True
+            worker.pipe.close()
 
 
 def _cause_of_death(wait_status: int) -> str:
@@ -216,12 +259,12 @@ def _is_suspended(pid: int) -> bool:
 def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     agent = Agent(pipe)
-    # A scheduler may send SIGTERM to every process of a node: it is for the workers, which unblock it when they can
-    # act on it. The agent ends with its owner.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # A scheduler may send SIGTERM to every process of a node: it is for the workers, which take it when they can act
+    # on it. The agent ends with its owner.
+    hold_sigterm()
     while True:
         try:
-            method, arguments = pipe.recv()
+            method, arguments = agent.next_call()
         except (EOFError, OSError):
             agent.kill()
             return

@@ -1,11 +1,8 @@
 """What a worker process does from its fork to its end."""
 
-import ctypes
 import os
 import signal
 import socket
-import struct
-import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -15,12 +12,11 @@ import torch
 import torch.distributed as dist
 from moray import UserError
 from moray.cluster.devices import check_health, pick_device
+from moray.cluster.network import use_interface_of
+from moray.cluster.parent import die_with_parent
 from moray.cluster.ray.messages import Assignment, Failure
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def work(
@@ -37,10 +33,9 @@ def work(
     `listener` is rank 0's bound and listening socket. Returns only after success: a worker that failed keeps its
     connections open until its agent kills it, so that no peer fails of a closed one before the reason is known.
     """
-    _die_with_parent()
-    _choose_interface(own_host)
+    die_with_parent()
+    use_interface_of(own_host)
     with stop_on_signals(impatient=False) as should_stop:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         try:
             device = pick_device(local_rank)
             check_health(device)
@@ -79,28 +74,3 @@ def _describe(error: BaseException) -> Failure:
     is_users_mistake = isinstance(error, UserError)
     reason = str(error) if is_users_mistake else f"{type(error).__name__}: {error}"
     return Failure(reason, time.time(), "".join(traceback.format_exception(error)), is_users_mistake)
-
-
-def _die_with_parent() -> None:
-    """Has the kernel kill this process when its agent ends, whatever this process is stuck in."""
-    if sys.platform == "linux":
-        agent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != agent:
-            os._exit(1)
-
-
-def _choose_interface(own_host: str) -> None:
-    """Has gloo use the interface of this node's address; the one it takes from the host's name is often loopback."""
-    if sys.platform != "linux":
-        return
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                reply = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:
-                continue  # an interface without an address
-            if socket.inet_ntoa(reply[20:24]) == own_host:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -9,20 +9,21 @@ import ray
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import Node
+from moray.cluster.ray.patience import Patience
 from ray.exceptions import RayError
 
 TICK_S = 0.5
 SETTLE_S = 0.1
 CALL_S = 30.0
 KILL_S = 10.0
+SUSPENDED_S = 5.0
 
 
 @dataclass(frozen=True)
 class Watch:
-    """How long a worker may be silent before its first heartbeat and between two, and who hears of the group."""
+    """How long workers and nodes may be silent, and who hears of the group."""
 
-    startup_s: float
-    heartbeat_s: float
+    patience: Patience
     on_event: OnEvent
     on_status: OnStatus
     should_stop: Callable[[], bool]
@@ -74,7 +75,8 @@ class Generation:
         self._node_of = [node for node in nodes for _ in range(node.slots)]
         self._states: dict[int, WorkerState] = {}
         self._polls: dict[ray.ObjectRef, Node] = {}
-        self._replied: dict[Node, float] = {}
+        self._asked: dict[Node, float] = {}
+        self._looked = time.monotonic()
 
     def run(self, since: float) -> int | Fault:
         """The exit code of the group, or why it failed; then all workers are gone, and `lost` names dead nodes.
@@ -97,8 +99,9 @@ class Generation:
         try:
             port = ray.get(self._nodes[0].call("bind"), timeout=CALL_S)
             firsts = [self._node_of.index(node) for node in self._nodes]
+            host, lease_s = self._nodes[0].host, self._watch.patience.lease_s
             replies = [
-                node.call("start", Assignment(self._number, n_workers, first, node.slots, self._nodes[0].host, port))
+                node.call("start", Assignment(self._number, n_workers, first, node.slots, host, port, lease_s))
                 for node, first in zip(self._nodes, firsts, strict=True)
             ]
             pids = [pid for reply in ray.get(replies, timeout=CALL_S) for pid in reply]
@@ -136,11 +139,15 @@ class Generation:
 
     def _poll(self, node: Node) -> None:
         self._polls[node.call("poll")] = node
-        self._replied[node] = time.monotonic()
+        self._asked[node] = time.monotonic()
 
     def _receive(self, timeout_s: float) -> None:
         """Takes in the agents' answers: waits for one, then takes all that are there."""
         ray.wait(list(self._polls), timeout=timeout_s)
+        looked, self._looked = self._looked, time.monotonic()
+        if self._looked - looked > SUSPENDED_S:
+            # It was this process that was away: what the nodes have answered meanwhile is still to be read.
+            self._asked = dict.fromkeys(self._asked, self._looked)
         ready, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
         for poll in ready:
             node = self._polls.pop(poll)
@@ -162,7 +169,7 @@ class Generation:
             # What these ranks raised may be the echo of a death that another agent is about to report.
             time.sleep(SETTLE_S)
             self._receive(0)
-        self.lost += [node for node, at in self._replied.items() if self._is_overdue(node, at)]
+        self.lost += [node for node, at in self._asked.items() if self._is_overdue(node, at)]
         if self.lost:
             return self._loss()
         failed = [state for state in self._states.values() if state.failure]
@@ -176,12 +183,11 @@ class Generation:
     def _loss(self) -> Fault:
         return Fault("the node or its agent was lost", node=", ".join(node.host for node in self.lost))
 
-    def _is_overdue(self, node: Node, replied: float) -> bool:
-        return node not in self.lost and time.monotonic() - replied > max(self._watch.heartbeat_s, KILL_S)
+    def _is_overdue(self, node: Node, asked: float) -> bool:
+        return node not in self.lost and time.monotonic() - asked > self._watch.patience.with_node
 
     def _is_silent(self, state: WorkerState) -> bool:
-        limit_s = self._watch.startup_s if state.step is None else self._watch.heartbeat_s
-        return state.exit_code is None and state.silent_s > limit_s
+        return state.exit_code is None and state.silent_s > self._watch.patience.with_worker(state.longest_silence_s)
 
     def _describe(self, state: WorkerState) -> Fault:
         node = self._node_of[state.rank].host
@@ -189,8 +195,8 @@ class Generation:
             is_mistake = failure.is_users_mistake
             return Fault(failure.reason, state.rank, state.pid, node, failure.traceback, is_mistake, state.step)
         last = "before its first step" if state.step is None else f"after step {state.step}"
-        why = ", its process is suspended" if state.is_suspended else ""
-        return Fault(f"silent for {state.silent_s:.1f} s {last}{why}", state.rank, state.pid, node, step=state.step)
+        why = "its process is suspended" if state.is_suspended else self._watch.patience.why(state.longest_silence_s)
+        return Fault(f"silent for {state.silent_s:.1f} s {last}, {why}", state.rank, state.pid, node, step=state.step)
 
     def _kill(self) -> None:
         """Ends all workers; a node that does not confirm it is lost."""

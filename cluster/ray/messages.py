@@ -6,7 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Assignment:
-    """One node's part in one generation: `n_workers` ranks from `first_rank` on; rank 0's store is at host:port."""
+    """One node's part in one generation: `n_workers` ranks from `first_rank` on; rank 0's store is at host:port.
+
+    The workers live for `lease_s` seconds after the last call that came from the driver.
+    """
 
     generation: int
     world_size: int
@@ -14,6 +17,7 @@ class Assignment:
     n_workers: int
     host: str
     port: int
+    lease_s: float
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,18 @@ class Failure:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What its agent knows of a worker: the last heartbeat (step None before the first), and how it ended, if so."""
+    """What its agent knows of a worker: the last heartbeat (step None before the first), and how it ended, if so.
+
+    `longest_silence_s` is the longest that lay between two heartbeats; None until a step has been seen from its
+    beginning to its end, for what comes before says nothing about steps.
+    """
 
     rank: int
     pid: int
     step: int | None
     status: dict[str, Any]
     silent_s: float
+    longest_silence_s: float | None
     is_suspended: bool
     exit_code: int | None
     failure: Failure | None

@@ -9,6 +9,7 @@ from moray import UserError
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.ray.generation import Fault, Generation, Watch
 from moray.cluster.ray.nodes import Gang, connected
+from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError, WorkerFunction
 from ray.exceptions import RayError
@@ -21,17 +22,18 @@ def supervise(
     workers: int,
     first_generation: int = 1,
     max_restarts: int = 3,
-    heartbeat_timeout_s: float = 300.0,
+    heartbeat_timeout_s: float = 60.0,
     startup_timeout_s: float = 600.0,
+    lease_timeout_s: float = 20.0,
     placement_timeout_s: float = 60.0,
     on_event: OnEvent = lambda kind, fields: None,
     on_status: OnStatus = lambda rank, step, status: None,
 ) -> int:
     """Runs `function(context, argument)` in `workers` processes on Ray; returns the group's exit code.
 
-    A worker that dies, raises, or gives no heartbeat for `heartbeat_timeout_s` (`startup_timeout_s` before the first
-    one) ends its generation: all workers are killed and started again, at most `max_restarts` times. SIGTERM and
-    Ctrl-C make `should_stop()` true on all workers; a second Ctrl-C kills them.
+    A worker that dies, raises, or is silent for too long (see Patience) ends its generation: all workers are killed and
+    started again, at most `max_restarts` times. SIGTERM and Ctrl-C make `should_stop()` true on all workers; a second
+    Ctrl-C kills them. Workers end by themselves where this process says nothing for `lease_timeout_s`.
     Raises UserError for what the function itself raises as one (no retry would help), and where the cluster has not
     had enough slots for `placement_timeout_s` at the start; WorkerError where it has not had them after a fault, once
     the restarts are spent, and where two generations in a row failed alike.
@@ -42,7 +44,8 @@ def supervise(
         raise UserError(f"cluster.workers={workers} must be at least 1")
     # Connecting to Ray replaces the handler of SIGTERM: ours comes after it.
     with connected(workers) as is_local, stop_on_signals(impatient=True) as should_stop:
-        watch = Watch(startup_timeout_s, heartbeat_timeout_s, on_event, on_status, should_stop)
+        patience = Patience(startup_timeout_s, heartbeat_timeout_s, lease_timeout_s)
+        watch = Watch(patience, on_event, on_status, should_stop)
         gang = Gang(task, workers, is_local, placement_timeout_s, on_event)
         try:
             code = _run(gang, watch, range(first_generation, first_generation + max_restarts + 1))

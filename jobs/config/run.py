@@ -100,10 +100,12 @@ class ClusterSection(Section):
     """Worker processes under ray: one for each GPU or CPU slot."""
     max_restarts: int = Field(3, ge=0)
     """How often the group may start again after a fault."""
-    heartbeat_timeout_s: float = Field(300.0, gt=0)
-    """Seconds without a finished step after which a worker counts as lost."""
+    heartbeat_timeout_s: float = Field(60.0, gt=0)
+    """Seconds of a worker's silence after which it counts as lost; never less than ten times its slowest step."""
     startup_timeout_s: float = Field(600.0, gt=0)
-    """The same before a worker's first sign of life: loading a commit and the first step may take longer."""
+    """The same before its first steps, whose pace nobody knows yet: loading a commit and the first step may be long."""
+    lease_timeout_s: float = Field(20.0, gt=0)
+    """Seconds of the driver's silence after which workers end; a node silent for half as long again counts as lost."""
     placement_timeout_s: float = Field(60.0, ge=0)
     """Seconds to wait under ray for enough free slots: at the start, and when a lost node must be replaced."""
 

@@ -32,7 +32,7 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     with claimed(config, dataset) if is_first else nullcontext():
         code = _launch(config, console, listener or Listener())
     if code == EXIT_INTERRUPTED:
-        console.print("stopped on request, committed; the same command resumes")
+        console.print("stopped on request; what was done is committed, and the same command resumes")
     return code
 
 
@@ -68,6 +68,7 @@ def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
                 max_restarts=cluster.max_restarts,
                 heartbeat_timeout_s=cluster.heartbeat_timeout_s,
                 startup_timeout_s=cluster.startup_timeout_s,
+                lease_timeout_s=cluster.lease_timeout_s,
                 placement_timeout_s=cluster.placement_timeout_s,
                 on_event=watcher.on_event,
                 on_status=watcher.on_status,

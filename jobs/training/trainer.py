@@ -81,7 +81,10 @@ class Training:
 def train(context: WorkerContext, config: RunConfig) -> int:
     """Trains from the newest commit (or the start) to the last step, or until asked to stop. Every rank runs it."""
     with context.process_group():
+        if agree_to_stop(context):
+            return EXIT_INTERRUPTED
         training = set_up(context, config)
+        stopping = agree_to_stop(context)
         stream = Stream(
             training.dataset,
             "train",
@@ -91,22 +94,20 @@ def train(context: WorkerContext, config: RunConfig) -> int:
             lanes=training.lanes,
         )
         with metrics_log(training) as log, closing(stream.batches(training.step)) as batches:
-            while training.step < config.train.steps:
+            while training.step < config.train.steps and not stopping:
                 began = time.perf_counter()
                 row = take_step(training, next(batches))
                 row |= speed(training, row["tokens"], time.perf_counter() - began)
                 last = training.step == config.train.steps
-                stopping = agree_to_stop(training)
+                stopping = agree_to_stop(context)
                 if not stopping and (last or is_due(training.step, config.train.eval_every)):
                     row |= validate(training)
-                    stopping = agree_to_stop(training)
+                    stopping = agree_to_stop(context)
                 if log:
                     log.write(row)
                 if last or stopping or is_due(training.step, config.checkpoint.every):
                     commit(training, row, log)
                 training.pulse.beat(row if training.is_first_rank else {"step": training.step})
-                if stopping:
-                    break
         finish_commits(training)
     return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
 
@@ -251,7 +252,7 @@ def validate(training: Training) -> dict[str, float]:
         for batch in batches:
             yield from micro_batches(training, batch)
             training.pulse.again()
-            if was_stopped := agree_to_stop(training):
+            if was_stopped := agree_to_stop(training.context):
                 return
 
     loss = evaluate(training.decoder, pieces())
@@ -286,9 +287,9 @@ def speed(training: Training, tokens: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def agree_to_stop(training: Training) -> bool:
+def agree_to_stop(context: WorkerContext) -> bool:
     """Whether any rank was asked to stop: all leave after the same step."""
-    return world_sum(torch.tensor(float(training.context.should_stop()))).item() > 0
+    return world_sum(torch.tensor(float(context.should_stop()))).item() > 0
 
 
 def is_due(step: int, every: int) -> bool:

@@ -70,6 +70,12 @@ def never_begin(context: WorkerContext, plan: Plan) -> int:
     return count(context, plan)
 
 
+def beat(context: WorkerContext, n_beats: int) -> int:
+    for step in range(n_beats):
+        context.heartbeat(step, words="x" * 100)
+    return 0
+
+
 def end_silently(context: WorkerContext, argument: None) -> int:
     os._exit(3)
 

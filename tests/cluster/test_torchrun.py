@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +13,21 @@ import pytest
 from counting import Plan, count, history
 from moray.cluster.events import read_events
 from moray.cluster.launch import launch
+from nodes_of_one import two_nodes
 
 SCRIPT = Path(__file__).parent / "counting.py"
 
 
+def command(*options: str, folder: Path, steps: int, pause_s: float) -> list[str]:
+    script = [str(SCRIPT), "torchrun", "2", str(folder), str(steps), str(pause_s)]
+    return [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.1", *options, *script]
+
+
 @contextmanager
 def torchrun(folder: Path, steps: int, pause_s: float, max_restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(max_restarts), "--monitor-interval", "0.1"]
-    command += [str(SCRIPT), "torchrun", "2", str(folder), str(steps), str(pause_s)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(max_restarts)]
+    words = command(*options, folder=folder, steps=steps, pause_s=pause_s)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         yield process
     finally:
@@ -71,6 +77,39 @@ def test_torchrun_passes_sigterm_on(tmp_path: Path) -> None:
         process.communicate(timeout=50)
     assert (tmp_path / "stopped-0").exists()
     assert (tmp_path / "stopped-1").exists()
+
+
+def test_a_killed_torchrun_takes_its_workers_along(tmp_path: Path) -> None:
+    with torchrun(tmp_path, 100, 0.1) as process:
+        assert process.stdout
+        line = next(line for line in process.stdout if "step 3 " in line)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 5
+        while (is_alive := Path(f"/proc/{line.split()[0]}").exists()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_alive
+    done = len(history(tmp_path))
+    assert done < 100
+    with torchrun(tmp_path, done + 5, 0.0) as process:
+        process.communicate(timeout=50)
+        assert process.returncode == 0
+    assert [step for step, _ in history(tmp_path)] == list(range(1, done + 6))
+
+
+def test_two_nodes_whose_own_names_mean_loopback(tmp_path: Path) -> None:
+    """Left to itself, gloo listens where a host's own name points to, and its peers on the other node find nobody."""
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:29555"]
+    words = command(*options, folder=tmp_path, steps=5, pause_s=0.0)
+    with two_nodes(tmp_path) as nodes:
+        processes = [subprocess.Popen(node.command(*words), start_new_session=True) for node in nodes]
+        try:
+            assert [process.wait(50) for process in processes] == [0, 0]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    assert [step for step, _ in history(tmp_path)] == list(range(1, 6))
 
 
 def test_without_torchrun() -> None:

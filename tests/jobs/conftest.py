@@ -1,6 +1,7 @@
 """A small dataset, and the command line in this process; makes tiny.py importable."""
 
 import io
+import signal
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -32,8 +33,12 @@ def moray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["moray", *map(str, arguments)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        finally:  # this process outlives the command, and its other children inherit its mask
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         written = capfd.readouterr()
         assert isinstance(end.value.code, int)
         return Outcome(end.value.code, written.out, written.err)

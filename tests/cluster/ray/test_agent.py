@@ -1,5 +1,6 @@
 """An agent and its workers without Ray: how they begin, and how they end."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counting import Plan, count, end_silently, leave_a_helper
+from counting import Plan, beat, count, end_silently, history, leave_a_helper
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.messages import Assignment, WorkerState
 
-HOST = "127.0.0.1"
+HOST, LEASE_S = "127.0.0.1", 60.0
 
 
 @contextmanager
@@ -42,11 +43,18 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def is_gone_soon(pid: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_alive(pid)
+
+
 def test_workers_of_one_agent_count_twice(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 3)) as agent:
         for generation in (1, 2):
             port = agent.call("bind")
-            pids = agent.call("start", Assignment(generation, 3, 0, 3, HOST, port))
+            pids = agent.call("start", Assignment(generation, 3, 0, 3, HOST, port, LEASE_S))
             states = poll_until_ended(agent)
             assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
             assert [state.pid for state in states] == pids
@@ -58,8 +66,8 @@ def test_two_agents_make_one_group(tmp_path: Path) -> None:
     with agent_for(count, plan) as first, agent_for(count, plan) as second:
         port = first.call("bind")
         # The second node is faster: its ranks wait at the port that is already bound.
-        second.call("start", Assignment(1, 3, 2, 1, HOST, port))
-        first.call("start", Assignment(1, 3, 0, 2, HOST, port))
+        second.call("start", Assignment(1, 3, 2, 1, HOST, port, LEASE_S))
+        first.call("start", Assignment(1, 3, 0, 2, HOST, port, LEASE_S))
         states = poll_until_ended(first) + poll_until_ended(second)
     assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
     assert sorted(path.name for path in tmp_path.glob("rank-*")) == [f"rank-{rank}-of-3" for rank in range(3)]
@@ -68,14 +76,14 @@ def test_two_agents_make_one_group(tmp_path: Path) -> None:
 def test_a_stop_reaches_workers_that_were_forked_just_now(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 100000)) as agent:
         for generation in (1, 2, 3):
-            agent.call("start", Assignment(generation, 2, 0, 2, HOST, agent.call("bind")))
+            agent.call("start", Assignment(generation, 2, 0, 2, HOST, agent.call("bind"), LEASE_S))
             agent.call("stop")
             assert [state.exit_code for state in poll_until_ended(agent)] == [75, 75]
 
 
 def test_a_death_without_a_word_is_a_failure() -> None:
     with agent_for(end_silently, None) as agent:
-        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind")))
+        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S))
         (state,) = poll_until_ended(agent)
         assert state.failure
         assert state.failure.reason == "exited with code 3 without a word"
@@ -85,13 +93,57 @@ def test_a_death_without_a_word_is_a_failure() -> None:
 def test_a_workers_helpers_end_with_it(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with agent_for(leave_a_helper, str(path)) as agent:
-        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind")))
+        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S))
         (state,) = poll_until_ended(agent)
         assert state.exit_code == 0
-        deadline = time.monotonic() + 10
-        while is_alive(int(path.read_text())) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not is_alive(int(path.read_text()))
+        assert is_gone_soon(int(path.read_text()), within_s=10)
+
+
+def test_a_worker_does_not_wait_for_a_driver_that_does_not_ask() -> None:
+    """20,000 heartbeats are more than any pipe holds."""
+    with agent_for(beat, 20_000) as agent:
+        (pid,) = agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S))
+        assert is_gone_soon(pid, within_s=30)
+        (state,) = poll_until_ended(agent)
+        assert (state.step, state.exit_code) == (19_999, 0)
+
+
+def test_workers_end_with_their_lease_and_say_why(tmp_path: Path) -> None:
+    with agent_for(count, Plan(str(tmp_path), 100000, 0.01)) as agent:
+        pids = agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"), 2.0))
+        until = time.monotonic() + 4
+        while time.monotonic() < until:  # as long as it is asked, the lease goes on
+            assert not any(state.failure for state in agent.call("poll"))
+        assert all(is_gone_soon(pid, within_s=4) for pid in pids)
+        states = agent.call("poll")
+        words = "the driver was silent for 2 s: its lease of cluster.lease_timeout_s=2 ended"
+        assert [state.failure and state.failure.reason for state in states] == [words] * 2
+        steps = len(history(tmp_path))
+        agent.call("start", Assignment(2, 2, 0, 2, HOST, agent.call("bind"), 2.0))
+        while len(history(tmp_path)) < steps + 5:
+            assert not any(state.failure for state in agent.call("poll"))
+
+
+def test_an_agent_without_workers_has_nothing_to_end(tmp_path: Path) -> None:
+    with agent_for(count, Plan(str(tmp_path), 3)) as agent:
+        for generation in (1, 2):
+            agent.call("start", Assignment(generation, 1, 0, 1, HOST, agent.call("bind"), 1.0))
+            (state,) = poll_until_ended(agent)
+            assert state.exit_code == 0
+            time.sleep(1.5)
+            (state,) = agent.call("poll")
+            assert (state.exit_code, state.failure) == (0, None)
+
+
+def test_steps_are_measured_once_one_has_been_seen_whole(tmp_path: Path) -> None:
+    with agent_for(count, Plan(str(tmp_path), 4, 0.5)) as agent:
+        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S))
+        longest: dict[int | None, float | None] = {}
+        while (state := agent.call("poll")[0]).exit_code is None:
+            longest[state.step] = state.longest_silence_s
+        assert longest[1] is None
+        assert longest[2] is not None
+        assert 0.5 <= longest[2] < 5
 
 
 def test_a_function_the_agent_cannot_import_is_named() -> None:
@@ -101,7 +153,9 @@ def test_a_function_the_agent_cannot_import_is_named() -> None:
 
 
 def test_workers_do_not_outlive_the_agents_owner(tmp_path: Path) -> None:
-    owner = subprocess.Popen([sys.executable, __file__, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(tmp_path)]
+    owner = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert owner.stdout
         pids = [int(pid) for pid in owner.stdout.readline().split()]
@@ -110,13 +164,10 @@ def test_workers_do_not_outlive_the_agents_owner(tmp_path: Path) -> None:
     finally:
         owner.kill()
         owner.wait()
-    deadline = time.monotonic() + 10
-    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(is_alive(pid) for pid in pids)
+    assert all(is_gone_soon(pid, within_s=10) for pid in pids)
 
 
 if __name__ == "__main__":
     with agent_for(count, Plan(sys.argv[1], 100000, 0.01)) as agent:
-        print(*agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"))), flush=True)
+        print(*agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"), LEASE_S)), flush=True)
         time.sleep(1000)

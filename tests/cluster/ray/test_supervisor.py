@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,10 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_every_rank_runs_and_nothing_stays_behind(connection: None, tmp_path: Path) -> None:
     for n_run in range(1, 4):
         observer = Observer()
@@ -112,7 +117,7 @@ def test_a_lost_worker_costs_one_generation(ray_cluster: str, tmp_path: Path, nu
 def test_a_lost_node_is_replaced(ray_cluster: str, tmp_path: Path, ancestor: int) -> None:
     def kill_ancestor(pid: int) -> None:
         for _ in range(ancestor):
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            pid = parent_of(pid)
         os.kill(pid, signal.SIGKILL)
 
     observer = Observer(kill_ancestor)
@@ -124,11 +129,49 @@ def test_a_lost_node_is_replaced(ray_cluster: str, tmp_path: Path, ancestor: int
     assert all(is_gone(pid) for pid in observer.pids(1))
 
 
+def test_a_suspended_agent_is_a_lost_node(ray_cluster: str, tmp_path: Path) -> None:
+    """Its workers count on, unwatched: they end with it before others start."""
+
+    def suspend_agent(pid: int) -> None:
+        os.kill(parent_of(pid), signal.SIGSTOP)
+
+    observer = Observer(suspend_agent)
+    plan = Plan(str(tmp_path), 300, pause_s=0.02)
+    code = supervise(
+        count, plan, workers=4, lease_timeout_s=2.0, on_event=observer.on_event, on_status=observer.on_status
+    )
+    assert code == 0
+    assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
+    assert "was lost" in observer.fields("fault")["reason"]
+    assert counted_once(tmp_path, 300)
+    assert all(is_gone(pid) for pid in observer.pids(1))
+
+
+def test_a_driver_that_was_suspended_goes_on_with_a_new_generation(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer(lambda pid: time.sleep(7))  # this process is the driver: all it does stands still
+    plan = Plan(str(tmp_path), 200, pause_s=0.02)
+    code = supervise(
+        count, plan, workers=4, lease_timeout_s=2.0, on_event=observer.on_event, on_status=observer.on_status
+    )
+    assert code == 0
+    assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
+    reason = observer.fields("fault")["reason"]
+    assert re.fullmatch(r"the driver was silent for [23] s: its lease of cluster.lease_timeout_s=2 ended", reason)
+    assert counted_once(tmp_path, 200)
+
+
+def test_steps_longer_than_the_limit_are_no_hangs(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 4, pause_s=1.5)
+    assert supervise(count, plan, workers=2, heartbeat_timeout_s=0.5, on_event=observer.on_event) == 0
+    assert observer.kinds() == ["start", "ready", "end"]
+
+
 def test_a_worker_that_never_begins_is_restarted(ray_cluster: str, tmp_path: Path) -> None:
     observer = Observer()
     plan = Plan(str(tmp_path), 3)
     assert supervise(never_begin, plan, workers=2, startup_timeout_s=1.0, on_event=observer.on_event) == 0
-    assert "before its first step" in observer.fields("fault")["reason"]
+    assert "before its first step, longer than cluster.startup_timeout_s=1" in observer.fields("fault")["reason"]
 
 
 def test_a_spent_budget_shows_the_first_failure(ray_cluster: str, tmp_path: Path) -> None:

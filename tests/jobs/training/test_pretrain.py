@@ -175,7 +175,7 @@ def test_sigterm_finishes_the_step_commits_and_says_that_it_can_go_on(
     words = arguments(dataset, tmp_path)
     stopped = run_signalled(signal.SIGTERM, 3, words)
     assert stopped.returncode == 75, stopped.stderr
-    assert "stopped on request, committed; the same command resumes" in stopped.stderr
+    assert "stopped on request; what was done is committed, and the same command resumes" in stopped.stderr
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert [commit.step for commit in list_commits(tmp_path / "checkpoints")] == [2, 3]
     assert dispatch(words) == 0

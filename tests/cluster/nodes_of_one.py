@@ -1,0 +1,64 @@
+"""Two nodes on one machine: each with a network, a host name, a hosts file and process ids of its own (Linux, root)."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+INSIDE = 'hostname "$0"; mount --bind "$1" /etc/hosts; ip link set lo up; shift; exec "$@"'
+
+
+@dataclass(frozen=True)
+class SmallNode:
+    """`command(...)` runs a program on it; when that process is killed, all that runs there is."""
+
+    name: str
+    address: str
+    namespace: str
+    hosts: Path
+
+    def command(self, *words: str) -> list[str]:
+        enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--uts", "--mount", "--pid", "--fork"]
+        return [*enter, "--kill-child", "--mount-proc", "bash", "-c", INSIDE, self.name, str(self.hosts), *words]
+
+    def unplug(self) -> None:
+        _ip("-n", self.namespace, "link", "set", "eth0", "down")
+
+
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[tuple[SmallNode, SmallNode]]:
+    """n1 and n2, joined by a cable; each finds its own name at 127.0.1.1, as Debian's installer writes it."""
+    nodes = []
+    for name, other in (("n1", "n2"), ("n2", "n1")):
+        hosts = folder / f"hosts-{name}"
+        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{_address(other)} {other}\n")
+        nodes.append(SmallNode(name, _address(name), f"moray-{os.getpid()}-{name}", hosts))
+    first, second = nodes
+    try:
+        try:
+            for node in nodes:
+                _ip("netns", "add", node.namespace)
+            cable = ["type", "veth", "peer", "name", "eth0", "netns", second.namespace]
+            _ip("link", "add", "eth0", "netns", first.namespace, *cable)
+            for node in nodes:
+                _ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", "eth0")
+                _ip("-n", node.namespace, "link", "set", "eth0", "up")
+            subprocess.run(first.command("true"), check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no namespaces can be made here: {error}")
+        yield first, second
+    finally:
+        for node in nodes:
+            subprocess.run(["ip", "netns", "delete", node.namespace], capture_output=True)
+
+
+def _address(name: str) -> str:
+    return f"10.78.0.{name[1:]}"
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
