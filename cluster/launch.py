@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from moray import UserError
 from moray.cluster.events import OnEvent, OnStatus
-from moray.cluster.worker import WorkerFunction
+from moray.cluster.worker import TakeGeneration, WorkerFunction, count_up
 
 Launcher = Literal["ray", "torchrun", "local"]
 
@@ -15,7 +15,7 @@ def launch(
     *,
     launcher: Launcher,
     workers: int,
-    first_generation: int = 1,
+    take_generation: TakeGeneration = count_up,
     max_restarts: int = 3,
     heartbeat_timeout_s: float = 60.0,
     startup_timeout_s: float = 600.0,
@@ -29,8 +29,8 @@ def launch(
     ray: starts `workers` processes, watches them, and restarts the group up to `max_restarts` times.
     torchrun: this process is one of those torchrun started, which also decides on workers and restarts.
     local: this process is the only worker.
-    Generations count from `first_generation`, under torchrun from what rank 0 of its first try says. Only ray's
-    workers are watched, and only there do the timeouts and `max_restarts` mean anything: see supervise().
+    Each generation takes its number as it begins, under torchrun on rank 0. Only ray's workers are watched, and only
+    there do the timeouts and `max_restarts` mean anything: see supervise().
     Raises UserError for a user's mistake, the function's own included; under ray WorkerError where no restart is left.
     """
     if launcher == "local":
@@ -38,11 +38,11 @@ def launch(
 
         if workers != 1:
             raise UserError(f"cluster.workers={workers} must be 1 with cluster.launcher=local; or choose ray")
-        return run_local(function, argument, first_generation, on_event, on_status)
+        return run_local(function, argument, take_generation, on_event, on_status)
     if launcher == "torchrun":
         from moray.cluster.torchrun import run_torchrun
 
-        return run_torchrun(function, argument, first_generation, on_event, on_status)
+        return run_torchrun(function, argument, take_generation, on_event, on_status)
     if launcher != "ray":
         raise UserError(f"cluster.launcher={launcher!r} is unknown; choose ray, torchrun or local")
     # Ray is imported only where it is the launcher.
@@ -52,7 +52,7 @@ def launch(
         function,
         argument,
         workers=workers,
-        first_generation=first_generation,
+        take_generation=take_generation,
         max_restarts=max_restarts,
         heartbeat_timeout_s=heartbeat_timeout_s,
         startup_timeout_s=startup_timeout_s,

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from moray.cluster.devices import check_health, pick_device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
+from moray.cluster.worker import EXIT_DONE, TakeGeneration, WorkerContext, WorkerFunction
 
 
 def run_local(
-    function: WorkerFunction, argument: Any, first_generation: int, on_event: OnEvent, on_status: OnStatus
+    function: WorkerFunction, argument: Any, take_generation: TakeGeneration, on_event: OnEvent, on_status: OnStatus
 ) -> int:
     """Runs the function as the only rank of its group; returns its exit code. Its exceptions pass through."""
     device = pick_device(0)
@@ -25,7 +25,7 @@ def run_local(
             world_size=1,
             local_rank=0,
             local_world_size=1,
-            generation=first_generation,
+            generation=take_generation(None),
             device=device,
             open_store=dist.HashStore,
             report=lambda step, status: on_status(0, step, status),

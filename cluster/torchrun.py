@@ -11,11 +11,11 @@ from moray.cluster.local import run_here
 from moray.cluster.network import is_loopback, own_address_towards, use_interface_of
 from moray.cluster.parent import die_with_parent
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import WorkerContext, WorkerFunction
+from moray.cluster.worker import TakeGeneration, WorkerContext, WorkerFunction
 
 
 def run_torchrun(
-    function: WorkerFunction, argument: Any, first_generation: int, on_event: OnEvent, on_status: OnStatus
+    function: WorkerFunction, argument: Any, take_generation: TakeGeneration, on_event: OnEvent, on_status: OnStatus
 ) -> int:
     """Runs the function as the rank that torchrun's environment names; only rank 0 tells of events and progress.
 
@@ -41,7 +41,7 @@ def run_torchrun(
             world_size=int(os.environ["WORLD_SIZE"]),
             local_rank=local_rank,
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-            generation=_agree_on_first(store, rank, first_generation) + n_restarts,
+            generation=_agree_on_generation(store, rank, take_generation),
             device=device,
             open_store=lambda: store,
             report=lambda step, status: on_status(rank, step, status) if rank == 0 else None,
@@ -66,9 +66,13 @@ def _choose_network(store: dist.Store) -> None:
     use_interface_of(address)
 
 
-def _agree_on_first(store: dist.Store, rank: int, first_generation: int) -> int:
-    """What rank 0 said in torchrun's first try: what a rank finds in a log later may already count that try itself."""
-    # torchrun's store outlives its restarts; PyTorch hands it out under a prefix for each of them.
-    lasting = store.underlying_store if isinstance(store, dist.PrefixStore) else store
-    key = "moray/first_generation"
-    return int(lasting.compare_set(key, "", str(first_generation)) if rank == 0 else lasting.get(key))
+def _agree_on_generation(store: dist.Store, rank: int, take_generation: TakeGeneration) -> int:
+    """The one that rank 0 takes, as the successor of the one that it took in torchrun's try before."""
+    key = "moray/generation"
+    if rank == 0:
+        # torchrun's store outlives its restarts; PyTorch hands it out under a prefix for each of them.
+        lasting = store.underlying_store if isinstance(store, dist.PrefixStore) else store
+        generation = take_generation(int(lasting.get(key)) if lasting.check([key]) else None)
+        lasting.set(key, str(generation))
+        store.set(f"{key}/now", str(generation))
+    return int(store.get(f"{key}/now"))

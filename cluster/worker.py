@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 EXIT_DONE = 0
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, the same command resumes
+EXIT_SUPERSEDED = 76  # another attempt took over, and this one has written nothing since
 
 
 class WorkerError(RuntimeError):
@@ -72,5 +73,17 @@ class WorkerContext:
         dist.destroy_process_group()
 
 
+TakeGeneration = Callable[[int | None], int]
+"""take_generation(previous): the number of a generation that begins now, and that nobody else has.
+
+`previous` is the last one of the same attempt, None at its beginning. What it raises ends the attempt.
+"""
+
+
+def count_up(previous: int | None) -> int:
+    """Generations of a group that nobody else could start, too."""
+    return (previous or 0) + 1
+
+
 WorkerFunction = Callable[[WorkerContext, Any], int | None]
-"""Runs on every rank with the same argument; returns EXIT_DONE (or None) or EXIT_INTERRUPTED."""
+"""Runs on every rank with the same argument; returns EXIT_DONE (or None), EXIT_INTERRUPTED or EXIT_SUPERSEDED."""

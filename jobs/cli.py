@@ -1,6 +1,7 @@
 """The command `moray VERB …`. What goes wrong is one line on standard error and an exit code, never a traceback.
 
-1: the workers failed for good; 2: a user's mistake; 75: stopped on request, resumable; 130: cut off by Ctrl-C.
+1: the workers failed for good; 2: a user's mistake; 75: stopped on request, resumable; 76: another attempt
+took the run over; 130: cut off by Ctrl-C.
 """
 
 import errno
@@ -29,7 +30,7 @@ from moray.jobs.verbs.pretrain import pretrain
 from moray.jobs.verbs.say import complain
 from moray.jobs.verbs.upcycle import upcycle
 
-EXIT_FAILED, EXIT_MISTAKE, EXIT_KILLED_BY_KEYBOARD = 1, 2, 130  # and 75: cluster.worker.EXIT_INTERRUPTED
+EXIT_FAILED, EXIT_MISTAKE, EXIT_KILLED_BY_KEYBOARD = 1, 2, 130  # and 75, 76: moray.cluster.worker
 RANK_0_TELLS_S = 5.0
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 """What a system answers for a path that this user cannot read or write."""

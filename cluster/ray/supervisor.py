@@ -11,7 +11,7 @@ from moray.cluster.ray.generation import Fault, Generation, Watch
 from moray.cluster.ray.nodes import Gang, connected
 from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError, WorkerFunction
+from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerError, WorkerFunction, count_up
 from ray.exceptions import RayError
 
 
@@ -20,7 +20,7 @@ def supervise(
     argument: Any,
     *,
     workers: int,
-    first_generation: int = 1,
+    take_generation: TakeGeneration = count_up,
     max_restarts: int = 3,
     heartbeat_timeout_s: float = 60.0,
     startup_timeout_s: float = 600.0,
@@ -48,18 +48,25 @@ def supervise(
         watch = Watch(patience, on_event, on_status, should_stop)
         gang = Gang(task, workers, is_local, placement_timeout_s, on_event)
         try:
-            code = _run(gang, watch, range(first_generation, first_generation + max_restarts + 1))
+            code = _run(gang, watch, take_generation, max_restarts)
         finally:
             gang.close()
     on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
 
 
-def _run(gang: Gang, watch: Watch, numbers: range) -> int:
-    """Runs the generations of these numbers, as many as it takes; returns the exit code of the last one."""
-    since, before = time.monotonic(), None
-    for number in numbers:
-        outcome = _run_generation(number, gang, watch, since, before)
+def _run(gang: Gang, watch: Watch, take_generation: TakeGeneration, max_restarts: int) -> int:
+    """Runs generations, as many as it takes; returns the exit code of the last one."""
+    since, before, number = time.monotonic(), None, None
+    for _ in range(max_restarts + 1):
+        if fault := _fill(gang, watch, before):
+            outcome: int | Fault = fault
+        elif watch.should_stop():
+            return EXIT_INTERRUPTED
+        else:
+            # As late as can be: whoever takes one puts an end to all others.
+            number = take_generation(number)
+            outcome = _run_generation(number, gang, watch, since, before)
         if isinstance(outcome, int):
             return outcome
         since = time.monotonic()
@@ -72,7 +79,7 @@ def _run(gang: Gang, watch: Watch, numbers: range) -> int:
             raise _worker_error(outcome, "the generation before failed alike, and so would the next")
         before = outcome
     assert before
-    raise _worker_error(before, f"cluster.max_restarts={len(numbers) - 1} is spent")
+    raise _worker_error(before, f"cluster.max_restarts={max_restarts} is spent")
 
 
 def _worker_error(fault: Fault, why_no_more: str) -> WorkerError:
@@ -80,7 +87,8 @@ def _worker_error(fault: Fault, why_no_more: str) -> WorkerError:
     return WorkerError(f"{summary}\n{fault.traceback or ''}".rstrip())
 
 
-def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before: Fault | None) -> int | Fault:
+def _fill(gang: Gang, watch: Watch, before: Fault | None) -> Fault | None:
+    """Has the gang fill its slots; returns why an agent did not start."""
     try:
         gang.fill(watch.should_stop)
     except RayError as error:
@@ -90,8 +98,10 @@ def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before:
             raise
         room = f"the cluster had no room for all workers again within cluster.placement_timeout_s={gang.patience_s:g}"
         raise _worker_error(before, f"{room}; the same command resumes once it has") from None
-    if watch.should_stop():
-        return EXIT_INTERRUPTED
+    return None
+
+
+def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before: Fault | None) -> int | Fault:
     generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
     try:
         return generation.run(since)

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def claimed(config: RunConfig, dataset: Dataset) -> Iterator[None]:
+def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) -> Iterator[None]:
     """Makes the run's folder, or checks that it may go on; no other driver can claim it until the block ends.
 
     Writes config.toml and tokenizer/. Until something is committed, the folder is bound to nothing.
-    The lock is flock's: some network file systems keep it to one host, or have none.
+    The lock is flock's, a courtesy: some network file systems keep it to one host, or have none, of which this tells.
+    What holds everywhere are the generations of `moray.parallel.checkpoint.generations`.
     Raises UserError naming the holder of a folder in use, what differs in one that holds another run, and the room
     that a commit needs where the disk has none.
     """
@@ -37,7 +38,7 @@ def claimed(config: RunConfig, dataset: Dataset) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _locked(folder, tell):
         commits = list_commits(folder / "checkpoints")
         if commits:
             check_same_run(commits[-1], config, dataset)
@@ -83,7 +84,7 @@ def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> d
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
     """Holds RUN/.lock, of which the kernel lets go however this process ends."""
     with open(folder / ".lock", "a+") as file:
         try:
@@ -97,6 +98,10 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
+            tell(
+                f"run.dir={folder} lies where files cannot be locked ({error.strerror}): another driver that starts "
+                "on it is not refused, but takes the run over, and this one ends"
+            )
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()

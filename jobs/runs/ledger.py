@@ -1,33 +1,53 @@
 """The ledger of a run: whether its committed history trained on every position of the stream once, in order.
 
-events.jsonl says where each attempt began and what it committed; metrics.jsonl what each step trained on. The two are
-written apart and must agree.
+events.jsonl says where each attempt began and what it committed; metrics.jsonl what each step trained on; a commit's
+manifest which commit it goes on from. They are written apart and must agree.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 from moray.cluster.events import read_events
 from moray.jobs.training.metrics import read_metrics
+from moray.parallel.checkpoint.commits import list_commits
 
 
 def ledger_problems(run: Path) -> list[str]:
     """What is wrong with the committed history, a line each; an empty list: no gap and no repeat."""
     positions = {row["step"]: tuple(row["positions"]) for row in read_metrics(run)}
-    committed = [0]
+    committed: list[tuple[int, str | None]] = [(0, None)]  # a step, and the digest of its commit
     problems = []
     for event in read_events(run / "events.jsonl"):
-        step = event.get("step", 0)
+        step, digest = event.get("step", 0), event.get("digest")
         if event["kind"] == "commit":
-            if step <= committed[-1]:
-                problems.append(f"step {step} was committed after step {committed[-1]}")
-            committed.append(step)
+            last, head = committed[-1]
+            if step <= last:
+                problems.append(f"step {step} was committed after step {last}")
+            if event.get("parent") != head:
+                problems.append(f"step {step} was committed as a child of another commit than that of step {last}")
+            committed.append((step, digest))
         elif event["kind"] in ("begin", "resume"):
             # An attempt may fall back behind a damaged commit; a kill may come between a commit and its event.
-            committed = [earlier for earlier in committed if earlier < step] + [step]
+            committed = [earlier for earlier in committed if earlier[0] < step] + [(step, digest)]
             _, end = positions.get(step, (0, 0))
             if event["position"] != end:
                 problems.append(f"resumed from step {step} at position {event['position']}, but it ended at {end}")
-    return problems + _step_problems(positions, committed[-1])
+    return problems + _step_problems(positions, committed[-1][0]) + _chain_problems(run, dict(committed))
+
+
+def _chain_problems(run: Path, committed: dict[int, str | None]) -> list[str]:
+    """Where the commits that are there are not those of the log, or not a chain."""
+    manifests = [commit.manifest for commit in list_commits(run / "checkpoints")]
+    problems = [
+        f"the commit of step {manifest.step} is not the one that events.jsonl speaks of"
+        for manifest in manifests
+        if (known := committed.get(manifest.step)) and known != manifest.digest
+    ]
+    for before, after in pairwise(manifests):
+        between = [digest for step, digest in committed.items() if before.step < step < after.step]
+        if after.parent != (between[-1] if between else before.digest):
+            problems.append(f"the commit of step {after.step} does not go on from the one before it")
+    return problems
 
 
 def _step_problems(positions: dict[int, tuple[int, int]], last: int) -> list[str]:

@@ -7,14 +7,15 @@ from pathlib import Path
 from moray import UserError
 from moray.cluster.events import read_events
 from moray.cluster.launch import launch
-from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError
+from moray.cluster.worker import EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerError
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import same_vocabulary
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import tokenizer_of
 from moray.jobs.runs.folder import claimed
 from moray.jobs.runs.watcher import Listener, Watcher
-from moray.jobs.training.trainer import train
+from moray.jobs.training.trainer import checkpoints_of, train
+from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
 from rich.console import Console
 
 
@@ -29,8 +30,12 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     if config.weights_from:
         check_tokenizer(Path(config.weights_from), Path(config.data.path), console)
     dataset.check_vocabulary(config.model.vocab_size)
-    with claimed(config, dataset) if is_first else nullcontext():
-        code = _launch(config, console, listener or Listener())
+    with claimed(config, dataset, console.print) if is_first else nullcontext():
+        try:
+            code = _launch(config, console, listener or Listener())
+        except SupersededError as error:
+            console.print(f"{error}; this one has written nothing since, and ends")
+            return EXIT_SUPERSEDED
     if code == EXIT_INTERRUPTED:
         console.print("stopped on request; what was done is committed, and the same command resumes")
     return code
@@ -56,15 +61,21 @@ def check_tokenizer(source: Path, data: Path, console: Console) -> None:
 
 
 def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
-    events, cluster = Path(config.run.dir) / "events.jsonl", config.cluster
+    events, cluster, generation = Path(config.run.dir) / "events.jsonl", config.cluster, None
+
+    def take(previous: int | None) -> int:
+        nonlocal generation
+        generation = take_generation(checkpoints_of(config), previous, at_least=next_generation(events))
+        return generation
+
     with Watcher(config, console, listener) as watcher:
         try:
-            return launch(
+            code = launch(
                 train,
                 config,
                 launcher=cluster.launcher,
                 workers=cluster.workers,
-                first_generation=next_generation(events),
+                take_generation=take,
                 max_restarts=cluster.max_restarts,
                 heartbeat_timeout_s=cluster.heartbeat_timeout_s,
                 startup_timeout_s=cluster.startup_timeout_s,
@@ -76,10 +87,14 @@ def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
         except WorkerError as error:
             summary, _, trace = str(error).partition("\n")
             raise WorkerError(f"{summary}; the traceback is in {events}" if trace else summary) from error
+    if code == EXIT_SUPERSEDED and generation is not None:
+        check_newest(checkpoints_of(config), generation)  # says in words what rank 0 saw
+    return code
 
 
 def next_generation(events: Path) -> int:
     """One more than the highest in the log: a number names one attempt in the whole history of a run."""
     if not events.exists():
         return 1
-    return 1 + max((event.get("generation", 0) for event in read_events(events)), default=0)
+    numbers = (event.get("generation") for event in read_events(events))
+    return 1 + max((number for number in numbers if isinstance(number, int)), default=0)

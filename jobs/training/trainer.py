@@ -15,7 +15,7 @@ import torch
 from moray import UserError
 from moray.cluster.devices import peak_memory_bytes
 from moray.cluster.events import EventLog
-from moray.cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, WorkerContext
+from moray.cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerContext
 from moray.data.dataset import Dataset
 from moray.data.stream import Batch, Stream, evaluation_batches
 from moray.jobs.config.run import RunConfig
@@ -27,6 +27,7 @@ from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder, Randomness
 from moray.model.accounting.cost import train_flops_per_token
 from moray.parallel.checkpoint.checkpointer import Checkpointer, DiskFullError
+from moray.parallel.checkpoint.generations import SupersededError, newest_generation
 from moray.parallel.gradients import (
     GlobalLosses,
     MicroBatch,
@@ -79,36 +80,46 @@ class Training:
 
 
 def train(context: WorkerContext, config: RunConfig) -> int:
-    """Trains from the newest commit (or the start) to the last step, or until asked to stop. Every rank runs it."""
+    """Trains from the newest commit (or the start) to the last step, or until it must leave. Every rank runs it."""
     with context.process_group():
-        if agree_to_stop(context):
-            return EXIT_INTERRUPTED
-        training = set_up(context, config)
-        stopping = agree_to_stop(context)
-        stream = Stream(
-            training.dataset,
-            "train",
-            seq_len=config.train.seq_len,
-            global_batch=config.train.global_batch,
-            seed=config.train.seed,
-            lanes=training.lanes,
-        )
-        with metrics_log(training) as log, closing(stream.batches(training.step)) as batches:
-            while training.step < config.train.steps and not stopping:
-                began = time.perf_counter()
-                row = take_step(training, next(batches))
-                row |= speed(training, row["tokens"], time.perf_counter() - began)
-                last = training.step == config.train.steps
-                stopping = agree_to_stop(context)
-                if not stopping and (last or is_due(training.step, config.train.eval_every)):
-                    row |= validate(training)
-                    stopping = agree_to_stop(context)
-                if log:
-                    log.write(row)
-                if last or stopping or is_due(training.step, config.checkpoint.every):
-                    commit(training, row, log)
-                training.pulse.beat(row if training.is_first_rank else {"step": training.step})
-        finish_commits(training)
+        try:
+            return agree_to_leave(context, config) or run_steps(set_up(context, config))
+        except SupersededError:  # all ranks raise it: its commit was refused
+            return EXIT_SUPERSEDED
+
+
+def run_steps(training: Training) -> int:
+    """The steps that are left, with all that comes between them; returns the exit code."""
+    context, config = training.context, training.config
+    stream = Stream(
+        training.dataset,
+        "train",
+        seq_len=config.train.seq_len,
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+        lanes=training.lanes,
+    )
+    leaving = agree_to_leave(context, config)
+    with metrics_log(training) as log, closing(stream.batches(training.step)) as batches:
+        while training.step < config.train.steps and leaving is None:
+            began = time.perf_counter()
+            row = take_step(training, next(batches))
+            row |= speed(training, row["tokens"], time.perf_counter() - began)
+            last = training.step == config.train.steps
+            leaving = agree_to_leave(context, config)
+            if leaving is None and (last or is_due(training.step, config.train.eval_every)):
+                row |= validate(training)
+                leaving = agree_to_leave(context, config)
+            if leaving == EXIT_SUPERSEDED:
+                break
+            if log:
+                log.write(row)
+            if last or leaving or is_due(training.step, config.checkpoint.every):
+                commit(training, row, log)
+            training.pulse.beat(row if training.is_first_rank else {"step": training.step})
+    finish_commits(training)
+    if leaving == EXIT_SUPERSEDED:
+        return EXIT_SUPERSEDED
     return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
 
 
@@ -164,7 +175,8 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         decoder=decoder,
         optimizer=build_optimizer(decoder, config.optimizer),
         checkpointer=Checkpointer(
-            Path(config.run.dir) / "checkpoints",
+            checkpoints_of(config),
+            generation=context.generation,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             on_event=lambda kind, fields: events.write(kind, generation=context.generation, **fields),
@@ -193,7 +205,8 @@ def resume(training: Training, events: EventLog) -> None:
         check_same_run(commit, training.config, training.dataset)
         training.step, position = commit.step, commit.manifest.metadata["data"]["position"]
     if training.is_first_rank:
-        found = {"step": training.step, "position": position, "layout": str(training.layout)}
+        digest = commit.manifest.digest if commit else None
+        found = {"step": training.step, "position": position, "layout": str(training.layout), "digest": digest}
         events.write("resume" if commit else "begin", generation=training.context.generation, **found)
 
 
@@ -252,7 +265,7 @@ def validate(training: Training) -> dict[str, float]:
         for batch in batches:
             yield from micro_batches(training, batch)
             training.pulse.again()
-            if was_stopped := agree_to_stop(training.context):
+            if was_stopped := agree_to_leave(training.context, config) is not None:
                 return
 
     loss = evaluate(training.decoder, pieces())
@@ -287,9 +300,18 @@ def speed(training: Training, tokens: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def agree_to_stop(context: WorkerContext) -> bool:
-    """Whether any rank was asked to stop: all leave after the same step."""
-    return world_sum(torch.tensor(float(context.should_stop()))).item() > 0
+def agree_to_leave(context: WorkerContext, config: RunConfig) -> int | None:
+    """The exit code with which all ranks leave after the same step; None: they go on.
+
+    They leave when any of them was asked to stop, and when another attempt has taken the run over.
+    """
+    is_superseded = context.rank == 0 and newest_generation(checkpoints_of(config)) > context.generation
+    stops, superseded = world_sum(torch.tensor([float(context.should_stop()), float(is_superseded)])).tolist()
+    return EXIT_SUPERSEDED if superseded else EXIT_INTERRUPTED if stops else None
+
+
+def checkpoints_of(config: RunConfig) -> Path:
+    return Path(config.run.dir) / "checkpoints"
 
 
 def is_due(step: int, every: int) -> bool:

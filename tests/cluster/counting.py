@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moray import UserError
 from moray.cluster.events import EventLog, read_events
 from moray.cluster.launch import launch
-from moray.cluster.worker import EXIT_INTERRUPTED, WorkerContext
+from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerContext
 
 TROUBLES = {kind.__name__: kind for kind in (RuntimeError, ValueError, UserError)}
 
@@ -92,6 +92,10 @@ def next_generation(events: Path) -> int:
     return 1 + max((event.get("generation", 0) for event in read_events(events)), default=0) if events.exists() else 1
 
 
+def counting_from(first: int) -> TakeGeneration:
+    return lambda previous: first if previous is None else previous + 1
+
+
 def marked_processes(mark: str) -> list[int]:
     """The living processes that were started with MARK=mark in their environment."""
     found = []
@@ -110,14 +114,12 @@ if __name__ == "__main__":
 
     launcher, workers, folder, steps, pause_s = sys.argv[1:]
     events = Path(folder, "events.jsonl")
-    # Only rank 0's word counts: what another one finds in the log may count the generation that is just beginning.
-    first_generation = 1000 if os.environ.get("RANK", "0") != "0" else next_generation(events)
     code = launch(
         count,
         Plan(folder, int(steps), float(pause_s)),
         launcher=launcher,
         workers=int(workers),
-        first_generation=first_generation,
+        take_generation=counting_from(next_generation(events)),
         on_event=lambda kind, fields: EventLog(events).write(kind, **fields),
         on_status=lambda rank, step, status: print(f"{os.getpid()} rank {rank} step {step} {status}", flush=True),
     )

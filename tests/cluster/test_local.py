@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from counting import Plan, count, history
+from counting import Plan, count, counting_from, history
 from moray.cluster.events import read_events
 from moray.cluster.launch import launch
 
@@ -41,7 +41,7 @@ def test_generations_count_from_the_first(tmp_path: Path) -> None:
         Plan(str(tmp_path), 2),
         launcher="local",
         workers=1,
-        first_generation=5,
+        take_generation=counting_from(5),
         on_event=lambda kind, fields: kinds.append((kind, fields.get("generation"))),
     )
     assert history(tmp_path) == [(1, 5), (2, 5)]

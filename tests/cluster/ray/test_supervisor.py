@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ray
-from counting import Plan, count, history, never_begin
+from counting import Plan, count, counting_from, history, never_begin
 from moray import UserError
 from moray.cluster.ray.generation import Fault
 from moray.cluster.ray.supervisor import supervise
@@ -178,7 +178,7 @@ def test_a_spent_budget_shows_the_first_failure(ray_cluster: str, tmp_path: Path
     observer = Observer()
     plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
     with pytest.raises(WorkerError) as raised:
-        supervise(count, plan, workers=4, max_restarts=0, first_generation=3, on_event=observer.on_event)
+        supervise(count, plan, workers=4, max_restarts=0, take_generation=counting_from(3), on_event=observer.on_event)
     summary, *details = str(raised.value).splitlines()
     assert re.fullmatch(
         r"rank 1 \(pid \d+ on .*\): RuntimeError: one too many apples; cluster.max_restarts=0 is spent", summary
@@ -193,7 +193,7 @@ def test_what_failed_twice_alike_is_not_tried_a_third_time(ray_cluster: str, tmp
     observer = Observer()
     plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
     with pytest.raises(WorkerError, match="one too many apples; the generation before failed alike, and so would"):
-        supervise(count, plan, workers=4, max_restarts=9, first_generation=7, on_event=observer.on_event)
+        supervise(count, plan, workers=4, max_restarts=9, take_generation=counting_from(7), on_event=observer.on_event)
     assert observer.kinds(but="ready") == ["start", "fault", "start", "fault"]  # step 4 was committed: 5 is the next
     assert [fields["generation"] for kind, fields in observer.events if kind != "ready"] == [7, 7, 8, 8]
     assert observer.fields("fault")["step"] == 4

@@ -26,7 +26,7 @@ def config_of(dataset: Path, run: Path, **changes: str) -> RunConfig:
 
 
 def claim(config: RunConfig) -> None:
-    with claimed(config, Dataset.open(config.data.path)):
+    with claimed(config, Dataset.open(config.data.path), print):
         pass
 
 
@@ -125,7 +125,7 @@ def test_config_toml_is_replaced_whole_or_not_at_all(dataset: Path, tmp_path: Pa
 
 def test_a_folder_in_use_is_refused_and_its_holder_named(dataset: Path, tmp_path: Path) -> None:
     config = config_of(dataset, tmp_path)
-    with claimed(config, Dataset.open(dataset)):
+    with claimed(config, Dataset.open(dataset), print):
         before = (tmp_path / "config.toml").read_bytes()
         with pytest.raises(ValueError, match=r"^run\.dir=.* is in use by") as error:
             claim(config_of(dataset, tmp_path, train__steps="2000"))
@@ -142,7 +142,7 @@ from moray.jobs.config.run import load_config
 from moray.jobs.runs.folder import claimed
 
 config = load_config(sys.argv[1], {})
-with claimed(config, Dataset.open(config.data.path)):
+with claimed(config, Dataset.open(config.data.path), print):
     print("holding", flush=True)
     time.sleep(60)
 """

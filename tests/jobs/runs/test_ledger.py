@@ -1,11 +1,16 @@
 """Histories written by hand: whole ones, and one for each way in which a ledger can be broken."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from moray.jobs.runs.ledger import ledger_problems
+from moray.parallel.checkpoint.checkpointer import Checkpointer
+from moray.parallel.checkpoint.manifest import Manifest
 
 
 def event(kind: str, step: int, **fields: Any) -> dict[str, Any]:
@@ -77,6 +82,17 @@ def test_a_run_without_a_commit_has_nothing_to_answer_for(tmp_path: Path) -> Non
             "step 2 was committed after step 2",
         ),
         (
+            [
+                BEGIN,
+                event("commit", 1, digest="a1"),
+                event("resume", 1, position=4, digest="a1"),
+                event("commit", 2, digest="b2", parent="a1"),
+                event("commit", 3, digest="a3", parent="a2"),
+            ],
+            trained(1, 2, 3),
+            "step 3 was committed as a child of another commit than that of step 2",
+        ),
+        (
             [BEGIN, event("commit", 4), event("resume", 2, position=8)],
             [{"resumed_from": 0, "generation": 2}, *trained(1)],
             "resumed from step 2 at position 8, but it ended at 0",
@@ -87,3 +103,37 @@ def test_what_is_broken_is_named(
     tmp_path: Path, events: list[dict[str, Any]], rows: list[dict[str, Any]], problem: str
 ) -> None:
     assert "; ".join(problems(tmp_path, events, rows)).startswith(problem)
+
+
+def commit(run: Path, events: list[dict[str, Any]], *steps: int) -> None:
+    """Commits of one more generation, noted in `events` as a run does."""
+    checkpointer = Checkpointer(
+        run / "checkpoints", keep=9, keep_every=None, on_event=lambda kind, fields: events.append(event(kind, **fields))
+    )
+    loaded = checkpointer.load({"w": torch.zeros(1)})
+    at, digest = (loaded.step, loaded.manifest.digest) if loaded else (0, None)
+    events.append(event("resume" if loaded else "begin", at, position=at * 4, digest=digest))
+    for step in steps:
+        checkpointer.save(step, {"w": torch.zeros(1)}, {})
+    checkpointer.finish()
+
+
+def test_the_commits_themselves_are_the_chain_that_the_log_tells_of(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    commit(tmp_path, events, 1, 2)
+    commit(tmp_path, events, 3, 4)
+    assert problems(tmp_path, events, trained(1, 2, 3, 4)) == []
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000000003")  # as pruning does
+    assert problems(tmp_path, events, trained(1, 2, 3, 4)) == []
+    manifest = tmp_path / "checkpoints" / "step-000000002" / "manifest.json"
+    written = Manifest.from_json(manifest.read_text())
+    manifest.write_text(replace(written, created="later").to_json())
+    assert problems(tmp_path, events, trained(1, 2, 3, 4)) == [
+        "the commit of step 2 is not the one that events.jsonl speaks of"
+    ]
+    manifest.write_text(written.to_json())
+    manifest = tmp_path / "checkpoints" / "step-000000004" / "manifest.json"
+    manifest.write_text(replace(Manifest.from_json(manifest.read_text()), parent="another").to_json())
+    assert "the commit of step 4 does not go on from the one before it" in problems(
+        tmp_path, events, trained(1, 2, 3, 4)
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from moray.cluster.local import run_local
+from moray.cluster.worker import count_up
 from moray.data.dataset import Dataset
 from moray.data.stream import evaluation_batches
 from moray.jobs.config.arguments import parse_settings
@@ -64,7 +65,7 @@ def test_an_evaluation_beats_at_every_batch(dataset: Path, tmp_path: Path) -> No
     run_local(
         train,
         config_of(dataset, tmp_path, checkpoint__every=100),
-        1,
+        count_up,
         on_event=lambda kind, fields: None,
         on_status=lambda rank, step, status: told.append((step, status)),
     )
@@ -92,7 +93,7 @@ def test_waiting_for_a_slow_disk_beats_too(dataset: Path, tmp_path: Path, monkey
     run_local(
         train,
         config_of(dataset, tmp_path, train__steps=2, train__eval_every=0),
-        1,
+        count_up,
         on_event=lambda kind, fields: None,
         on_status=lambda rank, step, status: told.append(step),
     )
