@@ -41,7 +41,7 @@ def run_torchrun(
             world_size=int(os.environ["WORLD_SIZE"]),
             local_rank=local_rank,
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-            generation=_agree_on_generation(store, rank, take_generation),
+            generation=_agree_on_generation(store, rank, n_restarts, take_generation),
             device=device,
             open_store=lambda: store,
             report=lambda step, status: on_status(rank, step, status) if rank == 0 else None,
@@ -66,13 +66,13 @@ def _choose_network(store: dist.Store) -> None:
     use_interface_of(address)
 
 
-def _agree_on_generation(store: dist.Store, rank: int, take_generation: TakeGeneration) -> int:
-    """The one that rank 0 takes, as the successor of the one that it took in torchrun's try before."""
-    key = "moray/generation"
+def _agree_on_generation(store: dist.Store, rank: int, n_restarts: int, take_generation: TakeGeneration) -> int:
+    """The one that rank 0 takes, as the successor of the last one that it took in torchrun's tries before.
+
+    torchrun's store outlives its restarts: each try has a key of its own.
+    """
+    keys = [f"moray/generation/{number}" for number in range(n_restarts + 1)]
     if rank == 0:
-        # torchrun's store outlives its restarts; PyTorch hands it out under a prefix for each of them.
-        lasting = store.underlying_store if isinstance(store, dist.PrefixStore) else store
-        generation = take_generation(int(lasting.get(key)) if lasting.check([key]) else None)
-        lasting.set(key, str(generation))
-        store.set(f"{key}/now", str(generation))
-    return int(store.get(f"{key}/now"))
+        taken = [int(store.get(key)) for key in keys[:-1] if store.check([key])]
+        store.set(keys[-1], str(take_generation(taken[-1] if taken else None)))
+    return int(store.get(keys[-1]))
