@@ -54,16 +54,23 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """One row a step, in order, without those that a resume from an earlier step undid. Half a line is passed over."""
+    """One row a step, in order, without those that a resume from an earlier step undid. Half a line is passed over.
+
+    So is what a generation still wrote while a newer one was beginning.
+    """
     rows: dict[int, dict[str, Any]] = {}
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
-    for line in path.read_text().splitlines():
+    newest = 0
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(row, dict) or row.get("generation", newest) < newest:
+            continue
+        newest = row.get("generation", newest)
         if "resumed_from" in row:
             rows = {step: kept for step, kept in rows.items() if step <= row["resumed_from"]}
         else:

@@ -1,7 +1,9 @@
 """`moray pretrain`: checks everything that can be wrong, then launches the workers and shows how they get on."""
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from moray import UserError
@@ -27,21 +29,22 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     dataset = Dataset.open(config.data.path)
     is_first = os.environ.get("RANK", "0") == "0" or config.cluster.launcher != "torchrun"
     console = console or Console(stderr=True, quiet=not is_first)
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if config.weights_from:
-        check_tokenizer(Path(config.weights_from), Path(config.data.path), console)
+        check_tokenizer(Path(config.weights_from), Path(config.data.path), tell)
     dataset.check_vocabulary(config.model.vocab_size)
-    with claimed(config, dataset, console.print) if is_first else nullcontext():
+    with claimed(config, dataset, tell) if is_first else nullcontext():
         try:
             code = _launch(config, console, listener or Listener())
         except SupersededError as error:
-            console.print(f"{error}; this one has written nothing since, and ends")
+            tell(f"{error}; this one has written nothing since, and ends")
             return EXIT_SUPERSEDED
     if code == EXIT_INTERRUPTED:
-        console.print("stopped on request; what was done is committed, and the same command resumes")
+        tell("stopped on request; what was done is committed, and the same command resumes")
     return code
 
 
-def check_tokenizer(source: Path, data: Path, console: Console) -> None:
+def check_tokenizer(source: Path, data: Path, tell: Callable[[str], None]) -> None:
     """Raises UserError if the data's tokens mean others than those that the weights were trained on.
 
     Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits.
@@ -50,9 +53,7 @@ def check_tokenizer(source: Path, data: Path, console: Console) -> None:
     if not source.exists():
         return
     if not (tokenizer / "tokenizer.json").is_file():
-        console.print(
-            f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on"
-        )
+        tell(f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on")
     elif not same_vocabulary(tokenizer, data):
         raise UserError(
             f"data.path={data} has other tokens than model.from={source} was trained on; "

@@ -104,3 +104,16 @@ def test_a_step_tells_the_share_of_choices_that_found_their_expert_full() -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_is_a_machines(dtype: torch.dtype) -> None:
     assert 1e9 < matmul_peak(torch.device("cpu"), dtype, seconds=0.01) < 1e15
+
+
+def test_what_an_older_generation_still_writes_does_not_count(tmp_path: Path) -> None:
+    """It looked, was still the newest, and wrote its row while the newer one was resuming from step 2."""
+    rows = [{"step": step, "generation": 1} for step in (1, 2, 3)]
+    rows += [{"resumed_from": 2, "generation": 2}, {"step": 4, "generation": 1}, {"step": 3, "generation": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(row["step"], row["generation"]) for row in read_metrics(tmp_path)] == [(1, 1), (2, 1), (3, 2)]
+
+
+def test_a_line_that_is_no_row_costs_only_itself(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": \xff}\n[1]\n{"step": 2}\n')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
