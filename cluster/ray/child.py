@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch._dynamo  # FSDP asks for it: a second or more of every worker's start, were it not imported before the fork
 import torch.distributed as dist
 from moray import UserError
 from moray.cluster.devices import check_health, pick_device
