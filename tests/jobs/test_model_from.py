@@ -121,13 +121,18 @@ def start(source: Path, layout: Layout) -> tuple[dict[str, Tensor], int, int]:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(dp_shard=1), Layout(dp_shard=4), Layout(dp_shard=2, tp=2, ep=4), Layout(dp_replicate=2, dp_shard=2, ep=2)],
+    ("kind", "layout"),
+    [
+        ("hf", Layout(dp_shard=1)),
+        ("hf", Layout(dp_shard=2, tp=2, ep=4)),
+        ("run", Layout(dp_shard=4)),
+        ("run", Layout(dp_replicate=2, dp_shard=2, ep=2)),
+        ("run", Layout(dp_shard=1, tp=2, ep=2)),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["hf", "run"])
 def test_every_layout_starts_with_the_same_weights_and_reads_its_part_alone(
-    pool: Pool, hf: Path, run: Path, layout: Layout, kind: str
+    pool: Pool, hf: Path, run: Path, kind: str, layout: Layout
 ) -> None:
     source = hf if kind == "hf" else locate(run)
     results = pool.run(start, layout.world_size, source, layout)
