@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from moray import UserError
 from moray.data.dataset import Dataset, Extent, Sample, Shard
 
 CACHE_BYTES = 256 << 20
+RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,20 @@ class BlockReader:
     def _block(self, shard: int, number: int) -> Block:
         with self._lock:
             if (block := self._cache.get((shard, number))) is None:
-                block = self._load(self._shards[shard], self._shards[shard].samples[number])
+                block = self._load_patiently(self._shards[shard], self._shards[shard].samples[number])
                 self._cache[shard, number] = block
                 self._cached_bytes += block.nbytes
                 while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
                     self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
             self._cache.move_to_end((shard, number))
             return block
+
+    def _load_patiently(self, shard: Shard, sample: Sample) -> Block:
+        try:
+            return self._load(shard, sample)
+        except UserError:  # shared storage may show a file late, or half of it: damage is what is there twice
+            time.sleep(RETRY_S)
+            return self._load(shard, sample)
 
     def _load(self, shard: Shard, sample: Sample) -> Block:
         tokens_npy, ends_npy = (self._member(shard, sample, extent) for extent in (sample.tokens, sample.ends))

@@ -34,6 +34,8 @@ EXIT_FAILED, EXIT_MISTAKE, EXIT_KILLED_BY_KEYBOARD = 1, 2, 130  # and 75, 76: mo
 RANK_0_TELLS_S = 5.0
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 """What a system answers for a path that this user cannot read or write."""
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EAGAIN)
+"""What a network file system answers while its server is away, or of what was replaced."""
 
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb for verb in (prepare, pretrain, generate, checkpoints, inspect, export, upcycle, demo)
@@ -108,6 +110,9 @@ def main() -> None:
             complain(f"the disk is full: {error}; free space and give the same command again")
         elif error.errno in NOT_OURS:
             complain(f"{error.filename}: {error.strerror}; choose another path, or change who may use it")
+        elif error.errno in MAY_PASS:
+            complain(f"{error}; the storage may answer again: give the same command once more")
+            sys.exit(EXIT_FAILED)
         else:
             raise
         code = EXIT_MISTAKE

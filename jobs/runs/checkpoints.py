@@ -4,7 +4,7 @@ from datetime import datetime
 from pathlib import Path
 
 from moray import UserError
-from moray.parallel.checkpoint.commits import commit_paths, list_commits, verify
+from moray.parallel.checkpoint.commits import commit_paths, list_commits, sound_commit, verify
 from rich.console import Console
 from rich.table import Table
 
@@ -15,10 +15,10 @@ def show_checkpoints(run: Path, check: bool, console: Console) -> int:
     if not folder.is_dir():
         raise UserError(f"{run} holds no checkpoints; `moray pretrain --run.dir {run} …` makes them")
     table = Table("step", "written", "size", "loss", "layout", "state")
-    whole = {commit.path: commit for commit in list_commits(folder)}
+    current = {commit.path for commit in list_commits(folder)}
     wrong = False
     for path in commit_paths(folder):
-        commit = whole.get(path)
+        commit = sound_commit(path)
         if commit is None:
             table.add_row(path.name, "", "", "", "", "damaged: refused on resume")
             wrong = True
@@ -33,7 +33,13 @@ def show_checkpoints(run: Path, check: bool, console: Console) -> int:
             f"{sum(file.size for file in manifest.files.values()) / 2**20:,.1f} MiB",
             f"{manifest.metadata['loss']:.3f}" if "loss" in manifest.metadata else "",
             " ".join(f"{name}={degree}" for name, degree in layout.items()),
-            "; ".join(problems) or ("verified" if check else "whole by its manifest"),
+            "; ".join(problems) or _state(path in current, check),
         )
     console.print(table)
     return int(wrong)
+
+
+def _state(is_current: bool, is_verified: bool) -> str:
+    if not is_current:
+        return "given up: a newer generation went on from an earlier step"
+    return "verified" if is_verified else "whole by its manifest"

@@ -55,7 +55,7 @@ def list_commits(folder: Path) -> list[Commit]:
 
     Those of a line that was given up are left out. Raises OSError for what cannot be read.
     """
-    return without_given_up([commit for path in commit_paths(folder) if (commit := _sound(path))])
+    return without_given_up([commit for path in commit_paths(folder) if (commit := sound_commit(path))])
 
 
 def without_given_up(commits: Sequence[Commit]) -> list[Commit]:
@@ -67,7 +67,8 @@ def without_given_up(commits: Sequence[Commit]) -> list[Commit]:
     return kept
 
 
-def _sound(path: Path) -> Commit | None:
+def sound_commit(path: Path) -> Commit | None:
+    """The commit in `path` if its manifest is sound and every file has its size."""
     try:
         commit = read_commit(path)
     except DamagedError:
@@ -144,7 +145,7 @@ def prune(folder: Path, step: int, keep: int, keep_every: int | None) -> list[in
     Nothing is removed unless the commit of `step`, just made, can be read back: its manifest, and its files' sizes.
     Commits after `step` are neither counted nor removed: a run that fell back to an older commit has refused them.
     """
-    sound = [commit for path in commit_paths(folder) if (commit := _sound(path))]
+    sound = [commit for path in commit_paths(folder) if (commit := sound_commit(path))]
     commits = [commit for commit in sound if commit.step <= step]
     if not commits or commits[-1].step != step:
         return []

@@ -158,6 +158,18 @@ def test_a_shard_cut_short_while_training_is_named(make_dataset: MakeDataset) ->
         [Stream(dataset, "train", seq_len=3, global_batch=9, seed=1, lanes=range(9)).batch(0)]
 
 
+def test_a_shard_that_is_there_a_moment_later_is_no_damage(make_dataset: MakeDataset) -> None:
+    """As on storage that many nodes share, where one of them may see a file late."""
+    dataset = make_dataset(DOCUMENTS)
+    path = Path(dataset.folder, dataset.splits["train"].shards[0].name)
+    reader = BlockReader(dataset, "train")
+    expected = BlockReader(dataset, "train").read(0, 0, 3)
+    path.rename(path.with_suffix(".late"))
+    threading.Timer(0.1, path.with_suffix(".late").rename, [path]).start()
+    tokens, first = reader.read(0, 0, 3)
+    assert (tokens.tolist(), first.tolist()) == (expected[0].tolist(), expected[1].tolist())
+
+
 def test_the_cache_stays_within_its_bound_and_changes_nothing(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(DOCUMENTS)
     small, large = BlockReader(dataset, "train", cache_bytes=50), BlockReader(dataset, "train")

@@ -70,3 +70,17 @@ def test_what_is_missing_or_cut_off_needs_no_reading(run: Path, check: bool) -> 
 def test_a_run_without_checkpoints_is_told_how_to_get_some(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no checkpoints; `moray pretrain --run\.dir .*` makes them"):
         show(tmp_path, check=False)
+
+
+def test_a_commit_of_a_line_that_was_given_up_is_told_as_one(run: Path) -> None:
+    """Step 4 was out of reach when another attempt resumed, from 2, and committed 3."""
+    manifest = run / "checkpoints" / "step-000000004" / "manifest.json"
+    manifest.rename(run / "aside")
+    checkpointer = Checkpointer(run / "checkpoints", keep=9, keep_every=None, on_event=lambda kind, fields: None)
+    assert checkpointer.load({"w": torch.zeros(1 << 20)})
+    checkpointer.save(3, {"w": torch.zeros(1 << 20)}, {})
+    checkpointer.finish()
+    (run / "aside").rename(manifest)
+    code, rows = show(run, check=False)
+    assert code == 0
+    assert ["given up" in row for row in rows] == [False, False, True]
