@@ -1,5 +1,6 @@
 """Bad input gets exit code 2 and one line that names the setting, its value and what would be right. Real commands."""
 
+import errno
 import json
 import os
 import shutil
@@ -348,3 +349,17 @@ def test_a_path_that_cannot_be_written_is_named(moray: Moray, dataset: Path, fin
     assert f"{below}.moray-unfinished: Not a directory; " in line_of(moray("export", finished, "--out", below))
     assert str(below) in line_of(moray("prepare", "stdlib", "--out", below))
     assert str(below) in line_of(moray("pretrain", *tiny(dataset, below)))
+
+
+def test_storage_that_does_not_answer_is_neither_damage_nor_a_traceback(
+    moray: Moray, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    outcome = moray("checkpoints", finished)
+    assert (outcome.code, outcome.out) == (1, "")
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("moray: [Errno 116] Stale file handle: ")
+    assert line.endswith("the storage may answer again: give the same command once more")
