@@ -1,6 +1,6 @@
 """A worker function that counts, and the marks by which a test finds its processes.
 
-Run as a script it is a driver: python counting.py LAUNCHER WORKERS FOLDER STEPS PAUSE_S.
+Run as a script it is a driver: python counting.py LAUNCHER WORKERS FOLDER STEPS PAUSE_S [LEASE_TIMEOUT_S].
 """
 
 import os
@@ -108,7 +108,7 @@ def marked_processes(mark: str) -> list[int]:
 if __name__ == "__main__":
     from counting import Plan, count  # the workers import it under this name
 
-    launcher, workers, folder, steps, pause_s = sys.argv[1:]
+    launcher, workers, folder, steps, pause_s, *lease_s = sys.argv[1:]
     events = Path(folder, "events.jsonl")
     # Only rank 0's word counts: what another one finds in the log may count the generation that is just beginning.
     first_generation = 1000 if os.environ.get("RANK", "0") != "0" else next_generation(events)
@@ -118,6 +118,7 @@ if __name__ == "__main__":
         launcher=launcher,
         workers=int(workers),
         first_generation=first_generation,
+        lease_timeout_s=float(*lease_s) if lease_s else 20.0,
         on_event=lambda kind, fields: EventLog(events).write(kind, **fields),
         on_status=lambda rank, step, status: print(f"{os.getpid()} rank {rank} step {step} {status}", flush=True),
     )

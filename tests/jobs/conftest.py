@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import moray.jobs.cli
 import pytest
+from moray.jobs import cli
 from moray.jobs.datasets.prepare import prepare
 from rich.console import Console
 
@@ -36,7 +36,7 @@ def moray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             with pytest.raises(SystemExit) as end:
-                moray.jobs.cli.main()
+                cli.main()
         finally:  # this process outlives the command, and its other children inherit its mask
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         written = capfd.readouterr()
