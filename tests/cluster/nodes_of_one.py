@@ -33,6 +33,9 @@ class SmallNode:
     def unplug(self) -> None:
         _ip("-n", self.namespace, "link", "set", "eth0", "down")
 
+    def plug_in(self) -> None:
+        _ip("-n", self.namespace, "link", "set", "eth0", "up")
+
 
 @contextmanager
 def two_nodes(folder: Path) -> Iterator[tuple[SmallNode, SmallNode]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from counting import history, marked_processes
+from moray.cluster.events import read_events
 from nodes_of_one import two_nodes
 
 LEASE_S = 4.0
@@ -25,7 +26,7 @@ def workers(mark: str) -> list[int]:
 
 
 @pytest.mark.timeout(110)
-def test_workers_that_are_cut_off_end_with_their_lease(tmp_path: Path) -> None:
+def test_workers_that_are_cut_off_end_with_their_lease_before_others_start(tmp_path: Path) -> None:
     """Ray itself gives them a minute, in which they would train and commit beside their successors."""
     mark = uuid.uuid4().hex
     environment = {**os.environ, "MARK": mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -49,8 +50,18 @@ def test_workers_that_are_cut_off_end_with_their_lease(tmp_path: Path) -> None:
             time.sleep(LEASE_S + 2)
             assert len(workers(mark)) == 1, "the agent alone"
             done = len(history(tmp_path))
-            time.sleep(1)
+            time.sleep(LEASE_S)
             assert len(history(tmp_path)) == done
+            kinds = [event["kind"] for event in read_events(tmp_path / "events.jsonl")]
+            assert kinds == ["start", "ready", "fault", "wait"], (
+                "the driver has given the node up, and waits for another"
+            )
+            near.plug_in()
+            while len(history(tmp_path)) < done + 10:
+                assert all(process.poll() is None for process in processes), (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            steps = [step for step, _ in history(tmp_path)]
+            assert steps == list(range(1, len(steps) + 1))
         finally:
             for process in processes:
                 process.kill()
