@@ -53,9 +53,7 @@ def test_workers_that_are_cut_off_end_with_their_lease_before_others_start(tmp_p
             time.sleep(LEASE_S)
             assert len(history(tmp_path)) == done
             kinds = [event["kind"] for event in read_events(tmp_path / "events.jsonl")]
-            assert kinds == ["start", "ready", "fault", "wait"], (
-                "the driver has given the node up, and waits for another"
-            )
+            assert kinds[-2:] == ["fault", "wait"], "the driver has given the node up, and waits for another"
             near.plug_in()
             while len(history(tmp_path)) < done + 10:
                 assert all(process.poll() is None for process in processes), (tmp_path / "log").read_text()
