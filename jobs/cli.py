@@ -6,8 +6,8 @@ took the run over; 130: cut off by Ctrl-C.
 
 import errno
 import os
+import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial, wraps
@@ -97,9 +97,9 @@ def main() -> None:
     try:
         code = dispatch(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # Under torchrun every rank finds most mistakes: rank 0 tells, and torchrun then ends the others.
-            time.sleep(RANK_0_TELLS_S)
+        # Under torchrun every rank finds most mistakes: rank 0 tells, and torchrun then ends the others.
+        if os.environ.get("RANK", "0") != "0" and signal.sigtimedwait({signal.SIGTERM}, RANK_0_TELLS_S):
+            sys.exit(EXIT_MISTAKE)
         complain(str(error))
         code = EXIT_MISTAKE
     except KeyboardInterrupt:

@@ -140,6 +140,7 @@ class Agent:
         while self._living() and not self._owner.poll():
             self._hear(self._owner)
             silent_s = time.monotonic() - self._called
+            # Where it was this process that was suspended, a call waits to be read.
             if silent_s > self._lease_s and not self._owner.poll():
                 self._end_lease(silent_s)
         call = self._owner.recv()

@@ -1,6 +1,6 @@
 """A worker function that counts, and the marks by which a test finds its processes.
 
-Run as a script it is a driver: python counting.py LAUNCHER WORKERS FOLDER STEPS PAUSE_S.
+Run as a script it is a driver: python counting.py LAUNCHER WORKERS FOLDER STEPS PAUSE_S [LEASE_TIMEOUT_S].
 """
 
 import os
@@ -112,7 +112,7 @@ def marked_processes(mark: str) -> list[int]:
 if __name__ == "__main__":
     from counting import Plan, count  # the workers import it under this name
 
-    launcher, workers, folder, steps, pause_s = sys.argv[1:]
+    launcher, workers, folder, steps, pause_s, *lease_s = sys.argv[1:]
     events = Path(folder, "events.jsonl")
     code = launch(
         count,
@@ -120,6 +120,7 @@ if __name__ == "__main__":
         launcher=launcher,
         workers=int(workers),
         take_generation=counting_from(next_generation(events)),
+        lease_timeout_s=float(*lease_s) if lease_s else 20.0,
         on_event=lambda kind, fields: EventLog(events).write(kind, **fields),
         on_status=lambda rank, step, status: print(f"{os.getpid()} rank {rank} step {step} {status}", flush=True),
     )

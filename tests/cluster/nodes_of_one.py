@@ -1,4 +1,4 @@
-"""Two nodes on one machine: each with a network, a host name, a hosts file and process ids of its own (Linux, root)."""
+"""Two nodes on one machine: each has a network, a name, a hosts file and process ids of its own (Linux, root)."""
 
 import os
 import subprocess
@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-INSIDE = 'hostname "$0"; mount --bind "$1" /etc/hosts; ip link set lo up; shift; exec "$@"'
+INSIDE = """
+hostname "$0" && mount --bind "$1" /etc/hosts && ip link set lo up && mkdir -p /tmp/ray || exit
+mount -t tmpfs tmpfs /tmp/ray && mount -t tmpfs tmpfs /dev/shm || exit
+shift
+exec "$@"
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class SmallNode:
 
     def unplug(self) -> None:
         _ip("-n", self.namespace, "link", "set", "eth0", "down")
+
+    def plug_in(self) -> None:
+        _ip("-n", self.namespace, "link", "set", "eth0", "up")
 
 
 @contextmanager
