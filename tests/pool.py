@@ -69,6 +69,8 @@ def _work(
         reply = (False, traceback.format_exc())
     # Bytes: multiprocessing would share tensors through memory of this process, which is about to end.
     pipe.send_bytes(pickle.dumps(reply))
+    # A peer may still be in the last collective, and must not see a closed connection: the pool ends all together.
+    time.sleep(CALL_S)
 
 
 class Pool:
