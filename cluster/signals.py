@@ -27,9 +27,15 @@ class StopRequest:
 def hold_sigterm() -> None:
     """Lets SIGTERM wait for stop_on_signals: during imports it is a stop like any other, not a death.
 
-    It waits in the kernel, and so does one that comes after the block: a run that has ended ends with its own code.
+    One that comes after that is ignored: a run that has ended ends with its own code.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def release_sigterm() -> None:
+    """Has SIGTERM end this process, as it does any other."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 @contextmanager
@@ -50,4 +56,5 @@ def stop_on_signals(impatient: bool) -> Iterator[StopRequest]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # The threads that began in the block hold nothing back, and Python's own handlers end before they do.
+            signal.signal(number, signal.SIG_IGN if number in held else handler)

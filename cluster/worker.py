@@ -45,7 +45,7 @@ class WorkerContext:
 
     @contextmanager
     def process_group(self, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-        """The default process group over all workers: gloo on CPU, gloo and NCCL on CUDA. All leave it together.
+        """The default process group over all workers: gloo on CPU, gloo and NCCL on CUDA.
 
         Collectives may wait `timeout`; a peer that dies or hangs is noticed by the supervisor long before.
         """
@@ -68,8 +68,6 @@ class WorkerContext:
             if self.world_size == 1:
                 dist.destroy_process_group()
             raise
-        # Schedulers end a whole group with its first process that ends: none does before all have done their work.
-        dist.all_reduce(torch.zeros(()))
         dist.destroy_process_group()
 
 

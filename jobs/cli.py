@@ -6,8 +6,8 @@ took the run over; 130: cut off by Ctrl-C.
 
 import errno
 import os
-import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial, wraps
@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 from moray import UserError
-from moray.cluster.signals import hold_sigterm
+from moray.cluster.signals import hold_sigterm, release_sigterm
 from moray.jobs.config.nearest import nearest
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
@@ -97,9 +97,10 @@ def main() -> None:
     try:
         code = dispatch(sys.argv[1:])
     except UserError as error:
-        # Under torchrun every rank finds most mistakes: rank 0 tells, and torchrun then ends the others.
-        if os.environ.get("RANK", "0") != "0" and signal.sigtimedwait({signal.SIGTERM}, RANK_0_TELLS_S):
-            sys.exit(EXIT_MISTAKE)
+        if os.environ.get("RANK", "0") != "0":
+            # Under torchrun every rank finds most mistakes: rank 0 tells, and torchrun then ends the others.
+            release_sigterm()
+            time.sleep(RANK_0_TELLS_S)
         complain(str(error))
         code = EXIT_MISTAKE
     except KeyboardInterrupt:

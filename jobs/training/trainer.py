@@ -2,6 +2,7 @@
 
 import math
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from moray import UserError
 from moray.cluster.devices import peak_memory_bytes
 from moray.cluster.events import EventLog
@@ -39,6 +41,8 @@ from moray.parallel.gradients import (
 )
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
+
+BEAT_S = 1.0
 
 
 class Pulse:
@@ -118,6 +122,7 @@ def run_steps(training: Training) -> int:
                 commit(training, row, log)
             training.pulse.beat(row if training.is_first_rank else {"step": training.step})
     finish_commits(training)
+    wait_for_all(training)
     if leaving == EXIT_SUPERSEDED:
         return EXIT_SUPERSEDED
     return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
@@ -237,6 +242,18 @@ def finish_commits(training: Training) -> None:
         raise UserError(
             f"run.dir={run}: the disk is full: {error}; free space and give the same command again"
         ) from None
+
+
+def wait_for_all(training: Training) -> None:
+    """Returns on all ranks together: schedulers take the first process that ends for the end of its group.
+
+    Rank 0 may still have old commits to remove, so the others show meanwhile that they live.
+    """
+    meeting, are_here = dist.barrier(async_op=True), threading.Event()
+    meeting.get_future().add_done_callback(lambda _: are_here.set())
+    while not are_here.wait(BEAT_S):
+        training.pulse.again()
+    meeting.wait()
 
 
 def check_finite(step: int, losses: GlobalLosses, norm: float) -> None:

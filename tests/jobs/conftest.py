@@ -1,7 +1,6 @@
 """A small dataset, and the command line in this process; makes tiny.py importable."""
 
 import io
-import signal
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from moray.cluster.signals import release_sigterm
 from moray.jobs import cli
 from moray.jobs.datasets.prepare import prepare
 from rich.console import Console
@@ -33,12 +33,11 @@ def moray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["moray", *map(str, arguments)])
         capfd.readouterr()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             with pytest.raises(SystemExit) as end:
                 cli.main()
-        finally:  # this process outlives the command, and its other children inherit its mask
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        finally:
+            release_sigterm()  # this process outlives the command, and its children inherit what it ignores
         written = capfd.readouterr()
         assert isinstance(end.value.code, int)
         return Outcome(end.value.code, written.out, written.err)

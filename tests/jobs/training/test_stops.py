@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 from moray.cluster.events import read_events
+from moray.cluster.ray.supervisor import supervise
+from moray.jobs.config.arguments import parse_settings
+from moray.jobs.config.run import load_config
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
+from slow_pruning import train_and_prune_slowly
 from tiny import tiny
 
 # A driver or rank that gets a real SIGTERM at a known moment: when it begins to import torch, or has loaded a commit.
@@ -95,6 +99,20 @@ def test_a_driver_of_ray(ray_cluster: str, dataset: Path, tmp_path: Path) -> Non
     code, said = run(sys.executable, script(DURING_IMPORTS, tmp_path), "pretrain", *words)
     assert code == 75, said
     assert [event["kind"] for event in read_events(tmp_path / "run" / "events.jsonl")] == ["end"]
+
+
+def test_ranks_that_wait_for_the_last_one_are_no_hangs(ray_cluster: str, dataset: Path, tmp_path: Path) -> None:
+    words = tiny(dataset, tmp_path, cluster__launcher="ray", cluster__workers=2, train__steps=3)
+    kinds: list[str] = []
+    code = supervise(
+        train_and_prune_slowly,
+        load_config(*parse_settings(words)),
+        workers=2,
+        heartbeat_timeout_s=3.0,
+        on_event=lambda kind, fields: kinds.append(kind),
+    )
+    assert code == 0
+    assert kinds == ["start", "ready", "end"]
 
 
 def free_port() -> int:
