@@ -27,7 +27,7 @@ fcntl.flock = flock
 from moray.jobs.cli import main
 main()
 """
-ENDLESS = {"train__steps": 100_000, "train__eval_every": 0, "checkpoint__every": 3, "checkpoint__keep": 1000}
+ENDLESS = {"train__steps": 100_000, "train__eval_every": 0, "checkpoint__every": 5, "checkpoint__keep": 60}
 
 
 class Attempts:
@@ -64,6 +64,7 @@ def wait_until(run: Path, rows: int, *processes: subprocess.Popen[str]) -> None:
         assert time.monotonic() < until
         assert all(process.poll() is None for process in processes)
         assert_one_chain(run)
+        time.sleep(0.1)
 
 
 def test_the_newer_attempt_goes_on_and_the_older_one_says_so(attempts: Attempts, dataset: Path, tmp_path: Path) -> None:
@@ -98,6 +99,7 @@ def test_three_that_start_at_once_are_one_history(attempts: Attempts, dataset: P
     while sum(process.poll() is None for process in attempts.started) > 1:
         assert time.monotonic() < until
         assert_one_chain(run)
+        time.sleep(0.1)
     (survivor,) = (process for process in attempts.started if process.returncode is None)
     wait_until(run, len(read_metrics(run)) + 10, survivor)
     survivor.send_signal(signal.SIGTERM)
