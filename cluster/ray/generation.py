@@ -19,13 +19,17 @@ KILL_S = 10.0
 
 @dataclass(frozen=True)
 class Watch:
-    """How long a worker may be silent before its first heartbeat and between two, and who hears of the group."""
+    """How long a worker may be silent before its first heartbeat and between two, and who hears of the group.
+
+    `check_ray` raises where the Ray that the workers run on is lost.
+    """
 
     startup_s: float
     heartbeat_s: float
     on_event: OnEvent
     on_status: OnStatus
     should_stop: Callable[[], bool]
+    check_ray: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Generation:
         is_ready = is_stopping = False
         while True:
             self._receive(TICK_S)
+            self._watch.check_ray()
             if fault := self._find_fault():
                 return fault
             states = self._states.values()

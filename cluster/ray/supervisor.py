@@ -7,11 +7,14 @@ from typing import Any
 
 from moray import UserError
 from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.generation import Fault, Generation, Watch
-from moray.cluster.ray.nodes import Gang, connected
+from moray.cluster.ray.nodes import Gang
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError, WorkerFunction
 from ray.exceptions import RayError
+
+SETTLE_S = 0.5
 
 
 def supervise(
@@ -34,29 +37,38 @@ def supervise(
     Ctrl-C make `should_stop()` true on all workers; a second Ctrl-C kills them.
     Raises UserError for what the function itself raises as one (no retry would help), and where the cluster has not
     had enough slots for `placement_timeout_s` at the start; WorkerError where it has not had them after a fault, once
-    the restarts are spent, and where two generations in a row failed alike.
+    the restarts are spent, where two generations in a row failed alike, and where the cluster itself is lost.
     """
     began = time.monotonic()
     task = _pickle(function, argument)
     if workers < 1:
         raise UserError(f"cluster.workers={workers} must be at least 1")
-    # Connecting to Ray replaces the handler of SIGTERM: ours comes after it.
-    with connected(workers) as is_local, stop_on_signals(impatient=True) as should_stop:
-        watch = Watch(startup_timeout_s, heartbeat_timeout_s, on_event, on_status, should_stop)
-        gang = Gang(task, workers, is_local, placement_timeout_s, on_event)
+    with stop_on_signals(impatient=True) as should_stop, connected(workers) as connection:
+        watch = Watch(startup_timeout_s, heartbeat_timeout_s, on_event, on_status, should_stop, connection.check)
+        gang = Gang(task, workers, connection, placement_timeout_s, on_event)
         try:
-            code = _run(gang, watch, range(first_generation, first_generation + max_restarts + 1))
+            code = _run(connection, gang, watch, range(first_generation, first_generation + max_restarts + 1))
         finally:
             gang.close()
     on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
 
 
-def _run(gang: Gang, watch: Watch, numbers: range) -> int:
+def _run(connection: Connection, gang: Gang, watch: Watch, numbers: range) -> int:
     """Runs the generations of these numbers, as many as it takes; returns the exit code of the last one."""
     since, before = time.monotonic(), None
+    is_lost = False
     for number in numbers:
-        outcome = _run_generation(number, gang, watch, since, before)
+        try:
+            if is_lost:
+                connection.renew()
+            outcome = _run_generation(number, gang, watch, since, before)
+            is_lost = False
+        except RayLostError as error:
+            # Nothing can be asked of a lost Ray, not even to free what it held.
+            gang.forget()
+            connection.close()
+            outcome, is_lost = Fault(str(error)), True
         if isinstance(outcome, int):
             return outcome
         since = time.monotonic()
@@ -90,11 +102,14 @@ def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before:
     if watch.should_stop():
         return EXIT_INTERRUPTED
     generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
-    try:
-        return generation.run(since)
-    finally:
-        for node in generation.lost:
-            gang.drop(node)
+    outcome = generation.run(since)
+    if generation.lost:
+        # What took a node away may have been the end of Ray itself, which takes a moment to show.
+        time.sleep(SETTLE_S)
+        watch.check_ray()
+    for node in generation.lost:
+        gang.drop(node)
+    return outcome
 
 
 def _pickle(function: WorkerFunction, argument: Any) -> bytes:
