@@ -8,7 +8,7 @@ from moray import UserError
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
-from ray._private.services import find_gcs_addresses
+from ray._private.services import _find_address_from_flag
 from ray._private.utils import read_ray_address
 from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
@@ -47,7 +47,7 @@ def running_cluster() -> str | None:
 
     The file that names it may outlive its cluster. Local Rays of other drivers have no such file.
     """
-    living = find_gcs_addresses()
+    living = _find_address_from_flag("--gcs-address")
     named = [read_ray_address(folder) for folder in (get_default_ray_temp_dir(), "/tmp/ray")]
     return next((address for address in named if address in living), None)
 

@@ -94,6 +94,7 @@ class _Cluster:
             except (RuntimeError, OSError, ValueError) as error:
                 raise UserError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}") from error
         self._address, self._is_ours = address, is_ours
+        self._loss = f"the head of the Ray cluster at {address} does not answer any more"
         self._missed = 0
         self._is_closed = threading.Event()
         threading.Thread(target=self._feel_pulse, daemon=True).start()
@@ -105,10 +106,10 @@ class _Cluster:
 
     def check(self) -> None:
         if self._missed >= MISSED_PULSES:
-            raise RayLostError(f"the head of the Ray cluster at {self._address} does not answer any more")
+            raise RayLostError(self._loss)
 
     def renew(self) -> None:
-        raise WorkerError(f"the Ray cluster at {self._address} is lost; the same command resumes once there is one")
+        raise WorkerError(f"{self._loss}; the same command resumes once there is a cluster")
 
     def close(self) -> None:
         self._is_closed.set()

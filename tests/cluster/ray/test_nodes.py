@@ -55,6 +55,28 @@ def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nod
     assert summary.endswith("the same command resumes once it has")
 
 
+def test_a_cluster_that_loses_its_head_is_named_before_ray_ends_the_driver(two_nodes: Cluster, tmp_path: Path) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    has_acted = False
+
+    def kill_head(rank: int, step: int, status: dict[str, Any]) -> None:
+        nonlocal has_acted
+        if step >= 10 and not has_acted:
+            has_acted = True
+            two_nodes.head_node.kill_gcs_server()
+
+    address, plan = two_nodes.address, Plan(str(tmp_path), 100000, pause_s=0.02)
+    with pytest.raises(WorkerError) as raised:
+        supervise(count, plan, workers=4, on_event=lambda *event: events.append(event), on_status=kill_head)
+    assert str(raised.value) == (
+        f"the head of the Ray cluster at {address} does not answer any more; "
+        "the same command resumes once there is a cluster"
+    )
+    assert [kind for kind, _ in events] == ["start", "ready", "fault"]
+    pids = [rank["pid"] for rank in events[0][1]["ranks"]]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: Path) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
     has_acted = False
