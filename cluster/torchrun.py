@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from moray import UserError
-from moray.cluster.devices import check_health, pick_device
+from moray.cluster.devices import Device, check_health, pick_device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.local import run_here
 from moray.cluster.signals import stop_on_signals
@@ -13,7 +13,12 @@ from moray.cluster.worker import WorkerContext, WorkerFunction
 
 
 def run_torchrun(
-    function: WorkerFunction, argument: Any, first_generation: int, on_event: OnEvent, on_status: OnStatus
+    function: WorkerFunction,
+    argument: Any,
+    device: Device,
+    first_generation: int,
+    on_event: OnEvent,
+    on_status: OnStatus,
 ) -> int:
     """Runs the function as the rank that torchrun's environment names; only rank 0 tells of events and progress.
 
@@ -26,8 +31,8 @@ def run_torchrun(
         )
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     n_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    device = pick_device(local_rank)
-    check_health(device)
+    own_device = pick_device(local_rank, device)
+    check_health(own_device)
     store, _, _ = next(dist.rendezvous("env://"))
     # A terminal's Ctrl-C reaches every process of torchrun, which then repeats it: it must not cut a commit off.
     # torchrun itself kills what outlives its patience.
@@ -38,7 +43,7 @@ def run_torchrun(
             local_rank=local_rank,
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
             generation=_agree_on_first(store, rank, first_generation) + n_restarts,
-            device=device,
+            device=own_device,
             open_store=lambda: store,
             report=lambda step, status: on_status(rank, step, status) if rank == 0 else None,
             should_stop=should_stop,

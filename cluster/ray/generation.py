@@ -102,7 +102,10 @@ class Generation:
             port = ray.get(self._nodes[0].call("bind"), timeout=CALL_S)
             firsts = [self._node_of.index(node) for node in self._nodes]
             replies = [
-                node.call("start", Assignment(self._number, n_workers, first, node.slots, self._nodes[0].host, port))
+                node.call(
+                    "start",
+                    Assignment(self._number, n_workers, first, node.slots, self._nodes[0].host, port, node.device),
+                )
                 for node, first in zip(self._nodes, firsts, strict=True)
             ]
             pids = [pid for reply in ray.get(replies, timeout=CALL_S) for pid in reply]

@@ -1,12 +1,15 @@
 """What driver, agents and workers tell each other. Imports neither torch nor Ray, so that all of them can."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One node's part in one generation: `n_workers` ranks from `first_rank` on; rank 0's store is at host:port."""
+    """One node's part in one generation: `n_workers` ranks from `first_rank` on; rank 0's store is at host:port.
+
+    `device` is the kind of slots that the ranks hold.
+    """
 
     generation: int
     world_size: int
@@ -14,6 +17,7 @@ class Assignment:
     n_workers: int
     host: str
     port: int
+    device: Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from moray import UserError
+from moray.cluster.devices import Device
 from moray.cluster.events import OnEvent
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.connection import Connection
@@ -19,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 AGENT_START_S = 120.0
 RETRY_S = 0.2
+RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 class AgentActor:
@@ -38,6 +40,7 @@ class Node:
 
     host: str
     slots: int
+    device: Literal["cpu", "cuda"]
     group: PlacementGroup
     actor: Any
 
@@ -66,14 +69,20 @@ def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
 class Gang:
     """The nodes that hold the workers' slots. Survivors of a failure stay; `fill` replaces what was lost."""
 
-    def __init__(self, task: bytes, workers: int, connection: Connection, patience_s: float, on_event: OnEvent) -> None:
+    def __init__(
+        self, task: bytes, workers: int, device: Device, connection: Connection, patience_s: float, on_event: OnEvent
+    ) -> None:
+        """`device` auto: what this Ray has now, and the same for all generations, whatever nodes join later."""
         self.nodes: list[Node] = []
         self._task = task
         self._workers = workers
         self._connection = connection
         self.patience_s = patience_s
         self._on_event = on_event
-        self._resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
+        self._device: Literal["cpu", "cuda"] = _device_of_ray() if device == "auto" else device
+        self._resource = RESOURCES[self._device]
+        if device == "auto" and not connection.is_local:
+            on_event("device", {"device": self._device})
 
     def fill(self, should_stop: Callable[[], bool]) -> None:
         """Reserves the missing slots and starts their agents; waits for them at most `patience_s`.
@@ -126,7 +135,9 @@ class Gang:
     def _too_few(self, total: int, free: int, patience_s: float) -> str:
         asked = f"cluster.workers={self._workers}, but"
         if total < self._workers and self._connection.is_local:  # only GPUs can be too few: CPU slots were made to fit
-            return f"{asked} this machine has {total} GPUs; choose at most {total}, or CUDA_VISIBLE_DEVICES= for CPUs"
+            return f"{asked} this machine has {total} GPUs; choose at most {total}, or cluster.device=cpu"
+        if total == 0 and self._device == "cuda":
+            return f"cluster.device=cuda, but after {patience_s:g} s the cluster has no GPU; add nodes that have some"
         slots = f"{total} {self._resource} slots"
         if total < self._workers:
             return f"{asked} after {patience_s:g} s the cluster has {slots}; choose at most {total}, or add nodes"
@@ -170,4 +181,8 @@ class Gang:
             )
             .remote(self._task, host, sys.path)
         )
-        return Node(host, slots, group, actor)
+        return Node(host, slots, self._device, group, actor)
+
+
+def _device_of_ray() -> Literal["cpu", "cuda"]:
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moray import UserError
+from moray.cluster.devices import Device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.generation import Fault, Generation, Watch
@@ -22,6 +23,7 @@ def supervise(
     argument: Any,
     *,
     workers: int,
+    device: Device = "auto",
     first_generation: int = 1,
     max_restarts: int = 3,
     heartbeat_timeout_s: float = 300.0,
@@ -31,6 +33,8 @@ def supervise(
     on_status: OnStatus = lambda rank, step, status: None,
 ) -> int:
     """Runs `function(context, argument)` in `workers` processes on Ray; returns the group's exit code.
+
+    With `device` cuda each takes a GPU, and waits for one; cpu, a CPU slot; auto, GPUs if this Ray has any now.
 
     A worker that dies, raises, or gives no heartbeat for `heartbeat_timeout_s` (`startup_timeout_s` before the first
     one) ends its generation: all workers are killed and started again, at most `max_restarts` times. SIGTERM and
@@ -45,7 +49,7 @@ def supervise(
         raise UserError(f"cluster.workers={workers} must be at least 1")
     with stop_on_signals(impatient=True) as should_stop, connected(workers) as connection:
         watch = Watch(startup_timeout_s, heartbeat_timeout_s, on_event, on_status, should_stop, connection.check)
-        gang = Gang(task, workers, connection, placement_timeout_s, on_event)
+        gang = Gang(task, workers, device, connection, placement_timeout_s, on_event)
         try:
             code = _run(connection, gang, watch, range(first_generation, first_generation + max_restarts + 1))
         finally:

@@ -152,6 +152,8 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         return f"{fields.get('error')}; the next commit tries again"
     if kind == "wait":
         return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
+    if kind == "device" and fields.get("device") == "cpu":
+        return "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
     if kind == "stop":
         return "stopping: the workers finish their step and commit"
     return None

@@ -64,6 +64,7 @@ def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
                 config,
                 launcher=cluster.launcher,
                 workers=cluster.workers,
+                device=cluster.device,
                 first_generation=next_generation(events),
                 max_restarts=cluster.max_restarts,
                 heartbeat_timeout_s=cluster.heartbeat_timeout_s,

@@ -46,7 +46,7 @@ def test_workers_of_one_agent_count_twice(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 3)) as agent:
         for generation in (1, 2):
             port = agent.call("bind")
-            pids = agent.call("start", Assignment(generation, 3, 0, 3, HOST, port))
+            pids = agent.call("start", Assignment(generation, 3, 0, 3, HOST, port, "cpu"))
             states = poll_until_ended(agent)
             assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
             assert [state.pid for state in states] == pids
@@ -58,8 +58,8 @@ def test_two_agents_make_one_group(tmp_path: Path) -> None:
     with agent_for(count, plan) as first, agent_for(count, plan) as second:
         port = first.call("bind")
         # The second node is faster: its ranks wait at the port that is already bound.
-        second.call("start", Assignment(1, 3, 2, 1, HOST, port))
-        first.call("start", Assignment(1, 3, 0, 2, HOST, port))
+        second.call("start", Assignment(1, 3, 2, 1, HOST, port, "cpu"))
+        first.call("start", Assignment(1, 3, 0, 2, HOST, port, "cpu"))
         states = poll_until_ended(first) + poll_until_ended(second)
     assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
     assert sorted(path.name for path in tmp_path.glob("rank-*")) == [f"rank-{rank}-of-3" for rank in range(3)]
@@ -68,14 +68,14 @@ def test_two_agents_make_one_group(tmp_path: Path) -> None:
 def test_a_stop_reaches_workers_that_were_forked_just_now(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 100000)) as agent:
         for generation in (1, 2, 3):
-            agent.call("start", Assignment(generation, 2, 0, 2, HOST, agent.call("bind")))
+            agent.call("start", Assignment(generation, 2, 0, 2, HOST, agent.call("bind"), "cpu"))
             agent.call("stop")
             assert [state.exit_code for state in poll_until_ended(agent)] == [75, 75]
 
 
 def test_a_death_without_a_word_is_a_failure() -> None:
     with agent_for(end_silently, None) as agent:
-        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind")))
+        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), "cpu"))
         (state,) = poll_until_ended(agent)
         assert state.failure
         assert state.failure.reason == "exited with code 3 without a word"
@@ -85,7 +85,7 @@ def test_a_death_without_a_word_is_a_failure() -> None:
 def test_a_workers_helpers_end_with_it(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with agent_for(leave_a_helper, str(path)) as agent:
-        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind")))
+        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), "cpu"))
         (state,) = poll_until_ended(agent)
         assert state.exit_code == 0
         deadline = time.monotonic() + 10
@@ -118,5 +118,5 @@ def test_workers_do_not_outlive_the_agents_owner(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     with agent_for(count, Plan(sys.argv[1], 100000, 0.01)) as agent:
-        print(*agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"))), flush=True)
+        print(*agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"), "cpu")), flush=True)
         time.sleep(1000)
