@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 from moray import UserError
@@ -186,7 +187,7 @@ def main() -> None:
 
 def _keep() -> str | None:
     """Waits for the driver's end, or for that of a process without which Ray is none: that it tells."""
-    node = ray._private.worker._global_node
+    node: Any = ray._private.worker._global_node
     while not select.select([sys.stdin], [], [], LOOK_EVERY_S)[0]:
         for name, process in node.dead_processes():
             if name in ("raylet", "gcs_server"):

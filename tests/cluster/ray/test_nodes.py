@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from counting import Plan, count, history
 from moray import UserError
 from moray.cluster.ray.nodes import split
@@ -103,7 +104,10 @@ def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: 
     assert len({output for kind, fields in events if kind == "start" for output in fields["output"]}) == 3
 
 
-def test_workers_that_need_gpus_wait_for_their_nodes_and_take_no_cpus(two_nodes: Cluster, tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_workers_that_need_gpus_wait_for_their_nodes_and_take_no_cpus(
+    two_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The GPU of this test is one that a node only claims to have: the worker that gets it says so."""
     plan = Plan(str(tmp_path), 1)
     with pytest.raises(UserError, match=r"^cluster.device=cuda, but after 0\.5 s the cluster has no GPU; add nodes"):
@@ -114,6 +118,7 @@ def test_workers_that_need_gpus_wait_for_their_nodes_and_take_no_cpus(two_nodes:
     def add_node(kind: str, fields: dict[str, Any]) -> None:
         events.append((kind, fields))
         if kind == "wait":
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
             two_nodes.add_node(num_cpus=1, num_gpus=1)
 
     with pytest.raises(UserError, match=r"^cluster.device=cuda, but this machine shows no GPU"):

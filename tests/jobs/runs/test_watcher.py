@@ -115,3 +115,8 @@ def test_a_fault_of_a_node_has_no_rank() -> None:
         "fault", {"rank": None, "pid": None, "node": "10.0.0.2", "reason": "the node or its agent was lost"}
     )
     assert found == "fault: node 10.0.0.2: the node or its agent was lost"
+
+
+def test_a_fault_of_ray_is_nobodys() -> None:
+    reason = "the local Ray was lost: its raylet was killed by SIGKILL"
+    assert describe("fault", {"rank": None, "pid": None, "node": None, "reason": reason}) == f"fault: {reason}"
