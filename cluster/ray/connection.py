@@ -32,7 +32,10 @@ class Connection(Protocol):
     """Whether this Ray is the driver's own, on this machine alone."""
 
     def check(self) -> None:
-        """Raises RayLostError where this Ray is lost: what one asks it from then on, it may never answer."""
+        """Raises RayLostError where this Ray is lost: what one asks it from then on, it may never answer.
+
+        The workers of a local one are gone then.
+        """
 
     def renew(self) -> None:
         """Connects to another Ray in place of the lost one. Raises WorkerError where there is none."""
@@ -77,6 +80,7 @@ class _Own:
 
     def check(self) -> None:
         if reason := self._ray.loss():
+            self._ray.close()  # while a part of it lives, Ray waits for the others before it lets its driver go
             raise RayLostError(reason)
 
     def close(self) -> None:

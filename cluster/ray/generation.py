@@ -7,6 +7,7 @@ from typing import Literal
 
 import ray
 from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.ray.connection import RayLostError
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import Node
 from ray.exceptions import RayError
@@ -87,6 +88,8 @@ class Generation:
         """
         try:
             outcome = self._start() or self._follow(since)
+        except RayLostError:
+            raise  # through what is lost, no worker can be ended
         except BaseException:
             self._kill()
             raise

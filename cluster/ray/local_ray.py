@@ -102,11 +102,13 @@ class LocalRay:
 
     def close(self) -> None:
         """Ends this Ray, and all workers in it, now."""
+        if self._words.closed:
+            return
         assert self._keeper.stdin
         assert self._keeper.stdout
         self._keeper.stdin.close()
         self._keeper.wait()
-        end_marked(self._mark)  # where the keeper was killed before it could
+        end_all(self._keeper.pid, self._mark)  # where the keeper was killed before it could
         self._keeper.stdout.close()
         self._words.close()
 
@@ -118,27 +120,31 @@ class LocalRay:
         return next((line.strip() for line in reversed(self._words.readlines()) if line.strip()), "without a word")
 
 
-def end_marked(mark: str) -> None:
-    """Kills all processes but this one that were started with MARK=mark in their environment, and waits for their end.
+def end_all(session: int, mark: str) -> None:
+    """Kills all processes but this one that the keeper or any below it started, and waits until they are gone.
 
-    Ray's own stop goes by SIGTERM, which they block.
+    Ray's own are in the keeper's session, and their environment may not be readable: they write their title over it.
+    Agents have sessions of their own, and MARK=mark in their environment, as have their workers. Ray's own stop goes
+    by SIGTERM, which all of them block.
     """
     deadline = time.monotonic() + KILL_S
-    while (found := _marked(mark)) and time.monotonic() < deadline:
+    while (found := _find(session, mark)) and time.monotonic() < deadline:
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(LOOK_EVERY_S)
 
 
-def _marked(mark: str) -> list[int]:
+def _find(session: int, mark: str) -> list[int]:
     entry, found = f"{MARK}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
-        # One that has gone meanwhile, or is another user's, cannot be read; one that has just ended is empty.
-        with suppress(OSError):
-            # Ray's workers write their title over the beginning of it.
-            if entry in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
+        pid = int(folder.name)
+        with suppress(OSError):  # one that has gone meanwhile, or is another user's
+            # One that has ended and waits to be collected has no environment any more.
+            environment = (folder / "environ").read_bytes()
+            is_ours = os.getsid(pid) == session or entry in environment.split(b"\0")
+            if environment and is_ours and pid != os.getpid():
+                found.append(pid)
     return found
 
 
@@ -179,7 +185,7 @@ def main() -> None:
         trouble = " ".join(f"{type(error).__name__}: {error}".split())
     if sys.platform != "linux":
         ray.shutdown()  # it takes its time, but no /proc tells which processes are Ray's
-    end_marked(os.environ[MARK])
+    end_all(os.getpid(), os.environ[MARK])
     if trouble:
         print(trouble, file=sys.stderr, flush=True)
     os._exit(1 if trouble else 0)  # on an ordinary way out, Ray would wait for processes that are gone

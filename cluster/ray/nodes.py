@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 AGENT_START_S = 120.0
 RETRY_S = 0.2
+FAREWELL_S = 5.0
 RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -114,8 +115,11 @@ class Gang:
         self.nodes.remove(node)
         node.release()
 
-    def forget(self) -> None:
-        """Gives up all nodes without a word to a Ray that is lost."""
+    def abandon(self) -> None:
+        """Gives up all nodes of a Ray that is lost. Agents in a cluster may be within reach even so: they are told."""
+        if not self._connection.is_local:
+            kills = [node.call("kill") for node in self.nodes]
+            ray.wait(kills, num_returns=len(kills), timeout=FAREWELL_S)
         self.nodes = []
 
     def close(self) -> None:

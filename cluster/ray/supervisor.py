@@ -69,8 +69,7 @@ def _run(connection: Connection, gang: Gang, watch: Watch, numbers: range) -> in
             outcome = _run_generation(number, gang, watch, since, before)
             is_lost = False
         except RayLostError as error:
-            # Nothing can be asked of a lost Ray, not even to free what it held.
-            gang.forget()
+            gang.abandon()
             connection.close()
             outcome, is_lost = Fault(str(error)), True
         if isinstance(outcome, int):

@@ -107,7 +107,7 @@ def test_a_local_ray_that_breaks_is_replaced(start: Start, mark: str, tmp_path: 
         victim
     ]
     driver = start(tmp_path, 60, 0.02)
-    read_until(driver, "rank 0 step 10 ")
+    read_until(driver, "rank 0 step ")
     (pid,) = [pid for pid, command in commands(mark).items() if words in command]
     os.kill(pid, signal.SIGKILL)
     told, errors = driver.communicate(timeout=80)
