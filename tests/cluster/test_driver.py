@@ -107,7 +107,8 @@ def test_a_local_ray_that_breaks_is_replaced(start: Start, mark: str, tmp_path: 
         victim
     ]
     driver = start(tmp_path, 60, 0.02)
-    read_until(driver, "rank 0 step ")
+    for rank in (0, 1, 0):  # both have begun, and the driver has had the time to say so
+        read_until(driver, f"rank {rank} step ")
     (pid,) = [pid for pid, command in commands(mark).items() if words in command]
     os.kill(pid, signal.SIGKILL)
     told, errors = driver.communicate(timeout=80)
