@@ -2,18 +2,26 @@
 
 import resource
 import sys
+from typing import Literal
 
 import torch
 from moray import UserError
 
+Device = Literal["auto", "cpu", "cuda"]
 
-def pick_device(local_rank: int) -> torch.device:
-    """The CUDA device of this local rank, or the CPU where there is none.
 
-    Raises UserError where this machine has CUDA devices, but fewer than its workers.
+def pick_device(local_rank: int, wanted: Device) -> torch.device:
+    """The CUDA device of this local rank, or the CPU; auto: the CPU where this machine has no CUDA device.
+
+    Raises UserError where it has none though one is wanted, or fewer than its workers.
     """
-    if not torch.cuda.is_available():
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "cluster.device=cuda, but this machine shows no GPU that torch can use; set cluster.device=cpu, "
+            "or look at its driver and CUDA_VISIBLE_DEVICES"
+        )
     n_devices = torch.cuda.device_count()
     if local_rank >= n_devices:
         raise UserError(

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from moray import UserError
+from moray.cluster.devices import Device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.worker import TakeGeneration, WorkerFunction, count_up
 
@@ -15,6 +16,7 @@ def launch(
     *,
     launcher: Launcher,
     workers: int,
+    device: Device = "auto",
     take_generation: TakeGeneration = count_up,
     max_restarts: int = 3,
     heartbeat_timeout_s: float = 60.0,
@@ -29,6 +31,7 @@ def launch(
     ray: starts `workers` processes, watches them, and restarts the group up to `max_restarts` times.
     torchrun: this process is one of those torchrun started, which also decides on workers and restarts.
     local: this process is the only worker.
+    Each worker has a GPU with device=cuda, none with cpu; auto: what there is when the run begins.
     Each generation takes its number as it begins, under torchrun on rank 0. Only ray's workers are watched, and only
     there do the timeouts and `max_restarts` mean anything: see supervise().
     Raises UserError for a user's mistake, the function's own included; under ray WorkerError where no restart is left.
@@ -38,11 +41,11 @@ def launch(
 
         if workers != 1:
             raise UserError(f"cluster.workers={workers} must be 1 with cluster.launcher=local; or choose ray")
-        return run_local(function, argument, take_generation, on_event, on_status)
+        return run_local(function, argument, device, take_generation, on_event, on_status)
     if launcher == "torchrun":
         from moray.cluster.torchrun import run_torchrun
 
-        return run_torchrun(function, argument, take_generation, on_event, on_status)
+        return run_torchrun(function, argument, device, take_generation, on_event, on_status)
     if launcher != "ray":
         raise UserError(f"cluster.launcher={launcher!r} is unknown; choose ray, torchrun or local")
     # Ray is imported only where it is the launcher.
@@ -52,6 +55,7 @@ def launch(
         function,
         argument,
         workers=workers,
+        device=device,
         take_generation=take_generation,
         max_restarts=max_restarts,
         heartbeat_timeout_s=heartbeat_timeout_s,

@@ -7,18 +7,23 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch.distributed as dist
-from moray.cluster.devices import check_health, pick_device
+from moray.cluster.devices import Device, check_health, pick_device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import EXIT_DONE, TakeGeneration, WorkerContext, WorkerFunction
 
 
 def run_local(
-    function: WorkerFunction, argument: Any, take_generation: TakeGeneration, on_event: OnEvent, on_status: OnStatus
+    function: WorkerFunction,
+    argument: Any,
+    device: Device,
+    take_generation: TakeGeneration,
+    on_event: OnEvent,
+    on_status: OnStatus,
 ) -> int:
     """Runs the function as the only rank of its group; returns its exit code. Its exceptions pass through."""
-    device = pick_device(0)
-    check_health(device)
+    own_device = pick_device(0, device)
+    check_health(own_device)
     with stop_on_signals(impatient=True) as should_stop:
         context = WorkerContext(
             rank=0,
@@ -26,7 +31,7 @@ def run_local(
             local_rank=0,
             local_world_size=1,
             generation=take_generation(None),
-            device=device,
+            device=own_device,
             open_store=dist.HashStore,
             report=lambda step, status: on_status(0, step, status),
             should_stop=should_stop,

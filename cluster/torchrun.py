@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from moray import UserError
-from moray.cluster.devices import check_health, pick_device
+from moray.cluster.devices import Device, check_health, pick_device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.local import run_here
 from moray.cluster.network import is_loopback, own_address_towards, use_interface_of
@@ -15,7 +15,12 @@ from moray.cluster.worker import TakeGeneration, WorkerContext, WorkerFunction
 
 
 def run_torchrun(
-    function: WorkerFunction, argument: Any, take_generation: TakeGeneration, on_event: OnEvent, on_status: OnStatus
+    function: WorkerFunction,
+    argument: Any,
+    device: Device,
+    take_generation: TakeGeneration,
+    on_event: OnEvent,
+    on_status: OnStatus,
 ) -> int:
     """Runs the function as the rank that torchrun's environment names; only rank 0 tells of events and progress.
 
@@ -29,8 +34,8 @@ def run_torchrun(
     die_with_parent()
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     n_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    device = pick_device(local_rank)
-    check_health(device)
+    own_device = pick_device(local_rank, device)
+    check_health(own_device)
     store, _, _ = next(dist.rendezvous("env://"))
     _choose_network(store)
     # A terminal's Ctrl-C reaches every process of torchrun, which then repeats it: it must not cut a commit off.
@@ -42,7 +47,7 @@ def run_torchrun(
             local_rank=local_rank,
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
             generation=_agree_on_generation(store, rank, n_restarts, take_generation),
-            device=device,
+            device=own_device,
             open_store=lambda: store,
             report=lambda step, status: on_status(rank, step, status) if rank == 0 else None,
             should_stop=should_stop,

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,10 +22,10 @@ def pool() -> Pool:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A real Ray with eight CPU slots; this process and its subprocesses find it through RAY_ADDRESS."""
-    from moray.cluster.ray.local_ray import local_ray  # importing Ray takes long, and few tests need it
+    from moray.cluster.ray.local_ray import LocalRay  # importing Ray takes long, and few tests need it
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")  # with a GPU in it, Ray would count GPUs for slots
-        with local_ray(8) as address:
-            environment.setenv("RAY_ADDRESS", address)
-            yield address
+        with closing(LocalRay(8)) as local_ray:
+            environment.setenv("RAY_ADDRESS", local_ray.address)
+            yield local_ray.address

@@ -38,7 +38,7 @@ def work(
     use_interface_of(own_host)
     with stop_on_signals(impatient=False) as should_stop:
         try:
-            device = pick_device(local_rank)
+            device = pick_device(local_rank, assignment.device)
             check_health(device)
             # The agent imported torch for one thread, so as to fork; the cores of this node are its workers' to share.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // assignment.n_workers))

@@ -7,6 +7,7 @@ from typing import Literal
 
 import ray
 from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.ray.connection import RayLostError
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import Node
 from moray.cluster.ray.patience import Patience
@@ -21,12 +22,16 @@ SUSPENDED_S = 5.0
 
 @dataclass(frozen=True)
 class Watch:
-    """How long workers and nodes may be silent, and who hears of the group."""
+    """How long workers and nodes may be silent, and who hears of the group.
+
+    `check_ray` raises where the Ray that the workers run on is lost.
+    """
 
     patience: Patience
     on_event: OnEvent
     on_status: OnStatus
     should_stop: Callable[[], bool]
+    check_ray: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class Generation:
         """
         try:
             outcome = self._start() or self._follow(since)
+        except RayLostError:
+            raise  # through what is lost, no worker can be ended
         except BaseException:
             self._kill()
             raise
@@ -101,7 +108,10 @@ class Generation:
             firsts = [self._node_of.index(node) for node in self._nodes]
             host, lease_s = self._nodes[0].host, self._watch.patience.lease_s
             replies = [
-                node.call("start", Assignment(self._number, n_workers, first, node.slots, host, port, lease_s))
+                node.call(
+                    "start",
+                    Assignment(self._number, n_workers, first, node.slots, host, port, lease_s, node.device),
+                )
                 for node, first in zip(self._nodes, firsts, strict=True)
             ]
             pids = [pid for reply in ray.get(replies, timeout=CALL_S) for pid in reply]
@@ -122,6 +132,7 @@ class Generation:
         is_ready = is_stopping = False
         while True:
             self._receive(TICK_S)
+            self._watch.check_ray()
             if fault := self._find_fault():
                 return fault
             states = self._states.values()

@@ -1,7 +1,7 @@
 """What driver, agents and workers tell each other. Imports neither torch nor Ray, so that all of them can."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -9,6 +9,7 @@ class Assignment:
     """One node's part in one generation: `n_workers` ranks from `first_rank` on; rank 0's store is at host:port.
 
     The workers live for `lease_s` seconds after the last call that came from the driver.
+    `device` is the kind of slots that the ranks hold.
     """
 
     generation: int
@@ -18,6 +19,7 @@ class Assignment:
     host: str
     port: int
     lease_s: float
+    device: Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,18 @@
 """Where workers may run: the nodes of a Ray cluster, a placement group on each, and an agent in it."""
 
-import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from moray import UserError
+from moray.cluster.devices import Device
 from moray.cluster.events import OnEvent
 from moray.cluster.ray.agent import AgentProcess
-from moray.cluster.ray.local_ray import local_ray, slots_for
+from moray.cluster.ray.connection import Connection
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -21,6 +20,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 AGENT_START_S = 120.0
 RETRY_S = 0.2
+FAREWELL_S = 5.0
+RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 class AgentActor:
@@ -40,6 +41,7 @@ class Node:
 
     host: str
     slots: int
+    device: Literal["cpu", "cuda"]
     group: PlacementGroup
     actor: Any
 
@@ -51,21 +53,6 @@ class Node:
         with suppress(RayError):
             ray.kill(self.actor)
             remove_placement_group(self.group)
-
-
-@contextmanager
-def connected(workers: int) -> Iterator[bool]:
-    """Connects to the cluster of RAY_ADDRESS, or to a local Ray of its own; yields whether it is such a local one."""
-    if ray.is_initialized():
-        yield False
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    with nullcontext(address) if address else local_ray(slots_for(workers)) as where:
-        ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
-        try:
-            yield not address
-        finally:
-            ray.shutdown()
 
 
 def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
@@ -83,23 +70,31 @@ def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
 class Gang:
     """The nodes that hold the workers' slots. Survivors of a failure stay; `fill` replaces what was lost."""
 
-    def __init__(self, task: bytes, workers: int, is_local: bool, patience_s: float, on_event: OnEvent) -> None:
+    def __init__(
+        self, task: bytes, workers: int, device: Device, connection: Connection, patience_s: float, on_event: OnEvent
+    ) -> None:
+        """`device` auto: what this Ray has now, and the same for all generations, whatever nodes join later."""
         self.nodes: list[Node] = []
         self._task = task
         self._workers = workers
-        self._is_local = is_local
+        self._connection = connection
         self.patience_s = patience_s
         self._on_event = on_event
-        self._resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
+        self._device: Literal["cpu", "cuda"] = _device_of_ray() if device == "auto" else device
+        self._resource = RESOURCES[self._device]
+        if device == "auto" and not connection.is_local:
+            on_event("device", {"device": self._device})
 
     def fill(self, should_stop: Callable[[], bool]) -> None:
         """Reserves the missing slots and starts their agents; waits for them at most `patience_s`.
 
-        Returns without them where asked to stop. Raises UserError where the cluster stays too small or too busy.
+        Returns without them where asked to stop. Raises UserError where the cluster stays too small or too busy,
+        RayLostError where it is gone.
         """
         began = time.monotonic()
         has_told = False
         while missing := self._workers - sum(node.slots for node in self.nodes):
+            self._connection.check()
             if should_stop():
                 return
             total, free = self._slots()
@@ -107,7 +102,7 @@ class Gang:
                 self._place(split(missing, free))
                 continue
             # A cluster may still be growing; a machine is not.
-            patience_s = 0.0 if self._is_local and sum(total.values()) < self._workers else self.patience_s
+            patience_s = 0.0 if self._connection.is_local and sum(total.values()) < self._workers else self.patience_s
             if time.monotonic() - began >= patience_s:
                 raise UserError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
             if not has_told:
@@ -119,6 +114,13 @@ class Gang:
         """Gives up a node that was lost."""
         self.nodes.remove(node)
         node.release()
+
+    def abandon(self) -> None:
+        """Gives up all nodes of a Ray that is lost. Agents in a cluster may be within reach even so: they are told."""
+        if not self._connection.is_local:
+            kills = [node.call("kill") for node in self.nodes]
+            ray.wait(kills, num_returns=len(kills), timeout=FAREWELL_S)
+        self.nodes = []
 
     def close(self) -> None:
         """Ends all workers and gives their slots back."""
@@ -136,8 +138,10 @@ class Gang:
 
     def _too_few(self, total: int, free: int, patience_s: float) -> str:
         asked = f"cluster.workers={self._workers}, but"
-        if total < self._workers and self._is_local:  # only GPUs can be too few here: CPU slots were made to fit
-            return f"{asked} this machine has {total} GPUs; choose at most {total}, or CUDA_VISIBLE_DEVICES= for CPUs"
+        if total < self._workers and self._connection.is_local:  # only GPUs can be too few: CPU slots were made to fit
+            return f"{asked} this machine has {total} GPUs; choose at most {total}, or cluster.device=cpu"
+        if total == 0 and self._device == "cuda":
+            return f"cluster.device=cuda, but after {patience_s:g} s the cluster has no GPU; add nodes that have some"
         slots = f"{total} {self._resource} slots"
         if total < self._workers:
             return f"{asked} after {patience_s:g} s the cluster has {slots}; choose at most {total}, or add nodes"
@@ -154,10 +158,17 @@ class Gang:
         self.nodes += started
         for node in started:
             try:
-                ray.get(node.call("output"), timeout=AGENT_START_S)
+                self._wait_for(node)
             except RayError:
                 self.drop(node)
                 raise
+
+    def _wait_for(self, node: Node) -> None:
+        ready = node.call("output")
+        deadline = time.monotonic() + AGENT_START_S
+        while not ray.wait([ready], timeout=RETRY_S)[0] and time.monotonic() < deadline:
+            self._connection.check()
+        ray.get(ready, timeout=0)
 
     def _reserve(self, node_id: str, host: str, slots: int) -> Node:
         group = placement_group(
@@ -174,4 +185,8 @@ class Gang:
             )
             .remote(self._task, host, sys.path)
         )
-        return Node(host, slots, group, actor)
+        return Node(host, slots, self._device, group, actor)
+
+
+def _device_of_ray() -> Literal["cpu", "cuda"]:
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"

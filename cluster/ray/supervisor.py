@@ -6,13 +6,17 @@ from dataclasses import asdict
 from typing import Any
 
 from moray import UserError
+from moray.cluster.devices import Device
 from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.generation import Fault, Generation, Watch
-from moray.cluster.ray.nodes import Gang, connected
+from moray.cluster.ray.nodes import Gang
 from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerError, WorkerFunction, count_up
 from ray.exceptions import RayError
+
+SETTLE_S = 0.5
 
 
 def supervise(
@@ -20,6 +24,7 @@ def supervise(
     argument: Any,
     *,
     workers: int,
+    device: Device = "auto",
     take_generation: TakeGeneration = count_up,
     max_restarts: int = 3,
     heartbeat_timeout_s: float = 60.0,
@@ -31,42 +36,52 @@ def supervise(
 ) -> int:
     """Runs `function(context, argument)` in `workers` processes on Ray; returns the group's exit code.
 
+    With `device` cuda each takes a GPU, and waits for one; cpu, a CPU slot; auto, GPUs if this Ray has any now.
+
     A worker that dies, raises, or is silent for too long (see Patience) ends its generation: all workers are killed and
     started again, at most `max_restarts` times. SIGTERM and Ctrl-C make `should_stop()` true on all workers; a second
     Ctrl-C kills them. Workers end by themselves where this process says nothing for `lease_timeout_s`.
     Raises UserError for what the function itself raises as one (no retry would help), and where the cluster has not
     had enough slots for `placement_timeout_s` at the start; WorkerError where it has not had them after a fault, once
-    the restarts are spent, and where two generations in a row failed alike.
+    the restarts are spent, where two generations in a row failed alike, and where the cluster itself is lost.
     """
     began = time.monotonic()
     task = _pickle(function, argument)
     if workers < 1:
         raise UserError(f"cluster.workers={workers} must be at least 1")
-    # Connecting to Ray replaces the handler of SIGTERM: ours comes after it.
-    with connected(workers) as is_local, stop_on_signals(impatient=True) as should_stop:
+    with stop_on_signals(impatient=True) as should_stop, connected(workers) as connection:
         patience = Patience(startup_timeout_s, heartbeat_timeout_s, lease_timeout_s)
-        watch = Watch(patience, on_event, on_status, should_stop)
-        gang = Gang(task, workers, is_local, placement_timeout_s, on_event)
+        watch = Watch(patience, on_event, on_status, should_stop, connection.check)
+        gang = Gang(task, workers, device, connection, placement_timeout_s, on_event)
         try:
-            code = _run(gang, watch, take_generation, max_restarts)
+            code = _run(connection, gang, watch, take_generation, max_restarts)
         finally:
             gang.close()
     on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
 
 
-def _run(gang: Gang, watch: Watch, take_generation: TakeGeneration, max_restarts: int) -> int:
+def _run(connection: Connection, gang: Gang, watch: Watch, take_generation: TakeGeneration, max_restarts: int) -> int:
     """Runs generations, as many as it takes; returns the exit code of the last one."""
     since, before, number = time.monotonic(), None, None
+    is_lost = False
+    outcome: int | Fault | None
     for _ in range(max_restarts + 1):
-        if fault := _fill(gang, watch, before):
-            outcome: int | Fault = fault
-        elif watch.should_stop():
-            return EXIT_INTERRUPTED
-        else:
-            # As late as can be: whoever takes one puts an end to all others.
-            number = take_generation(number)
-            outcome = _run_generation(number, gang, watch, since, before)
+        try:
+            if is_lost:
+                connection.renew()
+                is_lost = False
+            outcome = _fill(gang, watch, before)
+            if not outcome and watch.should_stop():
+                return EXIT_INTERRUPTED
+            if not outcome:
+                # As late as can be: whoever takes one puts an end to all others.
+                number = take_generation(number)
+                outcome = _run_generation(number, gang, watch, since, before)
+        except RayLostError as error:
+            gang.abandon()
+            connection.close()
+            outcome, is_lost = Fault(str(error)), True
         if isinstance(outcome, int):
             return outcome
         since = time.monotonic()
@@ -103,11 +118,14 @@ def _fill(gang: Gang, watch: Watch, before: Fault | None) -> Fault | None:
 
 def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before: Fault | None) -> int | Fault:
     generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
-    try:
-        return generation.run(since)
-    finally:
-        for node in generation.lost:
-            gang.drop(node)
+    outcome = generation.run(since)
+    if generation.lost:
+        # What took a node away may have been the end of Ray itself, which takes a moment to show.
+        time.sleep(SETTLE_S)
+        watch.check_ray()
+    for node in generation.lost:
+        gang.drop(node)
+    return outcome
 
 
 def _pickle(function: WorkerFunction, argument: Any) -> bytes:

@@ -98,6 +98,8 @@ class ClusterSection(Section):
     """ray starts and watches the workers; under torchrun this process is one of them; local is this process alone."""
     workers: int = Field(1, ge=1)
     """Worker processes under ray: one for each GPU or CPU slot."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What workers compute on. auto: GPUs, if the cluster has any when the run starts; cuda waits for them."""
     max_restarts: int = Field(3, ge=0)
     """How often the group may start again after a fault."""
     heartbeat_timeout_s: float = Field(60.0, gt=0)

@@ -140,10 +140,11 @@ def numbers(row: dict[str, Any]) -> list[str]:
 def describe(kind: str, fields: dict[str, Any]) -> str | None:
     """A line for an event that a person watching wants to know of."""
     if kind == "fault":
-        where = f"rank {fields['rank']} (pid {fields['pid']})" if fields.get("rank") is not None else "the group"
-        if fields.get("rank") is None and fields.get("node"):
-            where = f"node {fields['node']}"
-        return f"fault: {where}: {fields['reason']}"
+        if fields.get("rank") is not None:
+            return f"fault: rank {fields['rank']} (pid {fields['pid']}): {fields['reason']}"
+        return (
+            f"fault: node {fields['node']}: {fields['reason']}" if fields.get("node") else f"fault: {fields['reason']}"
+        )
     if kind == "recovered":
         return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
     if kind == "commit_refused":
@@ -152,6 +153,8 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         return f"{fields.get('error')}; the next commit tries again"
     if kind == "wait":
         return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
+    if kind == "device" and fields.get("device") == "cpu":
+        return "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
     if kind == "stop":
         return "stopping: the workers finish their step and commit"
     return None

@@ -76,6 +76,7 @@ def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
                 config,
                 launcher=cluster.launcher,
                 workers=cluster.workers,
+                device=cluster.device,
                 take_generation=take,
                 max_restarts=cluster.max_restarts,
                 heartbeat_timeout_s=cluster.heartbeat_timeout_s,

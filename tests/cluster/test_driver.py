@@ -16,7 +16,7 @@ from moray.cluster.events import read_events
 SCRIPT = Path(__file__).parent / "counting.py"
 GONE_WITHIN_S = 15
 
-Start = Callable[[Path, int, float], subprocess.Popen[str]]
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
@@ -29,9 +29,11 @@ def start(mark: str) -> Iterator[Start]:
     """Starts a driver in a process group of its own, as a terminal would; kills all that it left behind."""
     drivers = []
 
-    def start(folder: Path, steps: int, pause_s: float) -> subprocess.Popen[str]:
+    def start(folder: Path, steps: int, pause_s: float, **more: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(SCRIPT), "ray", "2", str(folder), str(steps), str(pause_s)]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"MARK": mark}
+        environment = (
+            {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"MARK": mark} | more
+        )
         driver = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -73,6 +75,51 @@ def test_asked_to_stop_all_workers_commit_and_leave(
     steps = [step for step, _ in history(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert [event["kind"] for event in read_events(tmp_path / "events.jsonl")] == ["start", "ready", "stop", "end"]
+    assert survivors(mark) == []
+
+
+def test_sigterm_to_every_process_of_a_run_means_a_commit(start: Start, mark: str, tmp_path: Path) -> None:
+    """So do a Slurm step, a container and systemd stop. Slurm's TMPDIR may be too long for Ray's sockets, besides."""
+    long = tmp_path / ("job-" + 100 * "1")
+    long.mkdir()
+    driver = start(tmp_path, 100000, 0.02, TMPDIR=str(long), RAY_ADDRESS="local")
+    read_until(driver, "step 5")
+    for pid in marked_processes(mark):
+        os.kill(pid, signal.SIGTERM)
+    _, errors = driver.communicate(timeout=40)
+    assert driver.returncode == 75, errors
+    assert errors == ""
+    assert (tmp_path / "stopped-0").exists()
+    assert (tmp_path / "stopped-1").exists()
+    kinds = [event["kind"] for event in read_events(tmp_path / "events.jsonl")]
+    # The workers may have ended before the driver could tell them to.
+    assert [kind for kind in kinds if kind != "stop"] == ["start", "ready", "end"]
+    assert survivors(mark) == []
+
+
+def commands(mark: str) -> dict[int, str]:
+    return {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in marked_processes(mark)}
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server", "keeper"])
+def test_a_local_ray_that_breaks_is_replaced(start: Start, mark: str, tmp_path: Path, victim: str) -> None:
+    words = {"raylet": "/raylet/raylet\0", "gcs_server": "/gcs_server\0", "keeper": "moray.cluster.ray.local_ray"}[
+        victim
+    ]
+    driver = start(tmp_path, 60, 0.02)
+    for rank in (0, 1, 0):  # both have begun, and the driver has had the time to say so
+        read_until(driver, f"rank {rank} step ")
+    (pid,) = [pid for pid, command in commands(mark).items() if words in command]
+    os.kill(pid, signal.SIGKILL)
+    told, errors = driver.communicate(timeout=80)
+    assert driver.returncode == 0, errors
+    assert errors == ""
+    assert all(f"{driver.pid} rank " in line for line in told.splitlines()), "Ray has no say in a user's terminal"
+    assert [step for step, _ in history(tmp_path)] == list(range(1, 61))
+    assert {generation for _, generation in history(tmp_path)} == {1, 2}
+    events = list(read_events(tmp_path / "events.jsonl"))
+    assert [event["kind"] for event in events] == ["start", "ready", "fault", "start", "recovered", "end"]
+    assert events[2]["reason"] == f"the local Ray was lost: its {victim} was killed by SIGKILL"
     assert survivors(mark) == []
 
 

@@ -3,7 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from counting import Plan, count, history
+from moray import UserError
 from moray.cluster.ray.nodes import split
 from moray.cluster.ray.supervisor import supervise
 from moray.cluster.worker import WorkerError
@@ -55,6 +57,28 @@ def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nod
     assert summary.endswith("the same command resumes once it has")
 
 
+def test_a_cluster_that_loses_its_head_is_named_before_ray_ends_the_driver(two_nodes: Cluster, tmp_path: Path) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    has_acted = False
+
+    def kill_head(rank: int, step: int, status: dict[str, Any]) -> None:
+        nonlocal has_acted
+        if step >= 10 and not has_acted:
+            has_acted = True
+            two_nodes.head_node.kill_gcs_server()
+
+    address, plan = two_nodes.address, Plan(str(tmp_path), 100000, pause_s=0.02)
+    with pytest.raises(WorkerError) as raised:
+        supervise(count, plan, workers=4, on_event=lambda *event: events.append(event), on_status=kill_head)
+    assert str(raised.value) == (
+        f"the head of the Ray cluster at {address} does not answer any more; "
+        "the same command resumes once there is a cluster"
+    )
+    assert [kind for kind, _ in events] == ["device", "start", "ready", "fault"]
+    pids = [rank["pid"] for rank in events[1][1]["ranks"]]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: Path) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
     has_acted = False
@@ -78,3 +102,32 @@ def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: 
     (fault,) = [fields for kind, fields in events if kind == "fault"]
     assert "was lost" in fault["reason"]
     assert len({output for kind, fields in events if kind == "start" for output in fields["output"]}) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_workers_that_need_gpus_wait_for_their_nodes_and_take_no_cpus(
+    two_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU of this test is one that a node only claims to have: the worker that gets it says so."""
+    plan = Plan(str(tmp_path), 1)
+    with pytest.raises(UserError, match=r"^cluster.device=cuda, but after 0\.5 s the cluster has no GPU; add nodes"):
+        supervise(count, plan, workers=1, device="cuda", placement_timeout_s=0.5)
+
+    events: list[tuple[str, dict[str, Any]]] = []
+
+    def add_node(kind: str, fields: dict[str, Any]) -> None:
+        events.append((kind, fields))
+        if kind == "wait":
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+            two_nodes.add_node(num_cpus=1, num_gpus=1)
+
+    with pytest.raises(UserError, match=r"^cluster.device=cuda, but this machine shows no GPU"):
+        supervise(count, plan, workers=1, device="cuda", on_event=add_node)
+    assert [kind for kind, _ in events] == ["wait", "start", "fault"]
+    assert not list(tmp_path.iterdir())
+
+    events.clear()
+    with pytest.raises(UserError, match=r"^cluster.device=cuda, but this machine shows no GPU"):
+        supervise(count, plan, workers=1, device="auto", on_event=add_node)
+    assert events[0] == ("device", {"device": "cuda"})
+    assert supervise(count, plan, workers=1, device="cpu") == 0

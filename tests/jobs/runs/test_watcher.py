@@ -104,8 +104,19 @@ def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
     assert Tail(path).read() == [], "what is old is not told again"
 
 
+def test_cpus_are_told_of_where_gpus_may_be_on_their_way() -> None:
+    assert describe("device", {"device": "cuda"}) is None
+    told = describe("device", {"device": "cpu"})
+    assert told == "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
+
+
 def test_a_fault_of_a_node_has_no_rank() -> None:
     found = describe(
         "fault", {"rank": None, "pid": None, "node": "10.0.0.2", "reason": "the node or its agent was lost"}
     )
     assert found == "fault: node 10.0.0.2: the node or its agent was lost"
+
+
+def test_a_fault_of_ray_is_nobodys() -> None:
+    reason = "the local Ray was lost: its raylet was killed by SIGKILL"
+    assert describe("fault", {"rank": None, "pid": None, "node": None, "reason": reason}) == f"fault: {reason}"
