@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 AGENT_START_S = 120.0
 RETRY_S = 0.2
 FAREWELL_S = 5.0
+SETTLE_S = 0.5
 RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -110,10 +111,15 @@ class Gang:
                 self._on_event("wait", {"workers": missing, "free": sum(free.values()), "patience_s": patience_s})
             time.sleep(RETRY_S)
 
-    def drop(self, node: Node) -> None:
-        """Gives up a node that was lost."""
-        self.nodes.remove(node)
-        node.release()
+    def drop(self, nodes: Sequence[Node]) -> None:
+        """Gives up nodes that were lost. Raises RayLostError where what took them away was the end of Ray itself."""
+        if not nodes:
+            return
+        time.sleep(SETTLE_S)  # that end takes a moment to show, and a lost Ray cannot release anything
+        self._connection.check()
+        for node in nodes:
+            self.nodes.remove(node)
+            node.release()
 
     def abandon(self) -> None:
         """Gives up all nodes of a Ray that is lost. Agents in a cluster may be within reach even so: they are told."""
@@ -160,7 +166,7 @@ class Gang:
             try:
                 self._wait_for(node)
             except RayError:
-                self.drop(node)
+                self.drop([node])
                 raise
 
     def _wait_for(self, node: Node) -> None:

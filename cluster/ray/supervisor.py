@@ -16,8 +16,6 @@ from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerError, WorkerFunction, count_up
 from ray.exceptions import RayError
 
-SETTLE_S = 0.5
-
 
 def supervise(
     function: WorkerFunction,
@@ -119,12 +117,7 @@ def _fill(gang: Gang, watch: Watch, before: Fault | None) -> Fault | None:
 def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before: Fault | None) -> int | Fault:
     generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
     outcome = generation.run(since)
-    if generation.lost:
-        # What took a node away may have been the end of Ray itself, which takes a moment to show.
-        time.sleep(SETTLE_S)
-        watch.check_ray()
-    for node in generation.lost:
-        gang.drop(node)
+    gang.drop(generation.lost)
     return outcome
 
 
