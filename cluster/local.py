@@ -8,19 +8,13 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from moray.cluster.devices import Device, check_health, pick_device
-from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.events import OnEvent
+from moray.cluster.group import Hooks
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import EXIT_DONE, TakeGeneration, WorkerContext, WorkerFunction
+from moray.cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
 
 
-def run_local(
-    function: WorkerFunction,
-    argument: Any,
-    device: Device,
-    take_generation: TakeGeneration,
-    on_event: OnEvent,
-    on_status: OnStatus,
-) -> int:
+def run_local(function: WorkerFunction, argument: Any, device: Device, hooks: Hooks) -> int:
     """Runs the function as the only rank of its group; returns its exit code. Its exceptions pass through."""
     own_device = pick_device(0, device)
     check_health(own_device)
@@ -30,13 +24,13 @@ def run_local(
             world_size=1,
             local_rank=0,
             local_world_size=1,
-            generation=take_generation(None),
+            generation=hooks.take_generation(None),
             device=own_device,
             open_store=dist.HashStore,
-            report=lambda step, status: on_status(0, step, status),
+            report=lambda step, status: hooks.on_status(0, step, status),
             should_stop=should_stop,
         )
-        return run_here(function, argument, context, "ready", on_event)
+        return run_here(function, argument, context, "ready", hooks.on_event)
 
 
 def run_here(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from moray import UserError
 from moray.cluster.devices import Device, check_health, pick_device
-from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.group import SILENT, Hooks
 from moray.cluster.local import run_here
 from moray.cluster.network import is_loopback, own_address_towards, use_interface_of
 from moray.cluster.parent import die_with_parent
@@ -14,14 +14,7 @@ from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import TakeGeneration, WorkerContext, WorkerFunction
 
 
-def run_torchrun(
-    function: WorkerFunction,
-    argument: Any,
-    device: Device,
-    take_generation: TakeGeneration,
-    on_event: OnEvent,
-    on_status: OnStatus,
-) -> int:
+def run_torchrun(function: WorkerFunction, argument: Any, device: Device, hooks: Hooks) -> int:
     """Runs the function as the rank that torchrun's environment names; only rank 0 tells of events and progress.
 
     Raises UserError where this process was not started by torchrun.
@@ -46,14 +39,14 @@ def run_torchrun(
             world_size=int(os.environ["WORLD_SIZE"]),
             local_rank=local_rank,
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-            generation=_agree_on_generation(store, rank, n_restarts, take_generation),
+            generation=_agree_on_generation(store, rank, n_restarts, hooks.take_generation),
             device=own_device,
             open_store=lambda: store,
-            report=lambda step, status: on_status(rank, step, status) if rank == 0 else None,
+            report=lambda step, status: hooks.on_status(rank, step, status) if rank == 0 else None,
             should_stop=should_stop,
         )
         ready_kind: Literal["ready", "recovered"] = "recovered" if n_restarts else "ready"
-        return run_here(function, argument, context, ready_kind, on_event if rank == 0 else lambda kind, fields: None)
+        return run_here(function, argument, context, ready_kind, (hooks if rank == 0 else SILENT).on_event)
 
 
 def _choose_network(store: dist.Store) -> None:

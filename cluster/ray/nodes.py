@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import ray
 from moray import UserError
-from moray.cluster.devices import Device
 from moray.cluster.events import OnEvent
+from moray.cluster.group import Group
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.connection import Connection
 from ray._private.state import available_resources_per_node
@@ -71,19 +71,17 @@ def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
 class Gang:
     """The nodes that hold the workers' slots. Survivors of a failure stay; `fill` replaces what was lost."""
 
-    def __init__(
-        self, task: bytes, workers: int, device: Device, connection: Connection, patience_s: float, on_event: OnEvent
-    ) -> None:
-        """`device` auto: what this Ray has now, and the same for all generations, whatever nodes join later."""
+    def __init__(self, task: bytes, group: Group, connection: Connection, on_event: OnEvent) -> None:
+        """Device auto: what this Ray has now, and the same for all generations, whatever nodes join later."""
         self.nodes: list[Node] = []
         self._task = task
-        self._workers = workers
+        self._workers = group.workers
         self._connection = connection
-        self.patience_s = patience_s
+        self.patience_s = group.placement_timeout_s
         self._on_event = on_event
-        self._device: Literal["cpu", "cuda"] = _device_of_ray() if device == "auto" else device
+        self._device: Literal["cpu", "cuda"] = _device_of_ray() if group.device == "auto" else group.device
         self._resource = RESOURCES[self._device]
-        if device == "auto" and not connection.is_local:
+        if group.device == "auto" and not connection.is_local:
             on_event("device", {"device": self._device})
 
     def fill(self, should_stop: Callable[[], bool]) -> None:

@@ -6,33 +6,18 @@ from dataclasses import asdict
 from typing import Any
 
 from moray import UserError
-from moray.cluster.devices import Device
-from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.group import SILENT, Group, Hooks
 from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.generation import Fault, Generation, Watch
 from moray.cluster.ray.nodes import Gang
 from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerError, WorkerFunction, count_up
+from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerError, WorkerFunction
 from ray.exceptions import RayError
 
 
-def supervise(
-    function: WorkerFunction,
-    argument: Any,
-    *,
-    workers: int,
-    device: Device = "auto",
-    take_generation: TakeGeneration = count_up,
-    max_restarts: int = 3,
-    heartbeat_timeout_s: float = 60.0,
-    startup_timeout_s: float = 600.0,
-    lease_timeout_s: float = 20.0,
-    placement_timeout_s: float = 60.0,
-    on_event: OnEvent = lambda kind, fields: None,
-    on_status: OnStatus = lambda rank, step, status: None,
-) -> int:
-    """Runs `function(context, argument)` in `workers` processes on Ray; returns the group's exit code.
+def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hooks = SILENT) -> int:
+    """Runs `function(context, argument)` in the group's workers on Ray; returns the group's exit code.
 
     With `device` cuda each takes a GPU, and waits for one; cpu, a CPU slot; auto, GPUs if this Ray has any now.
 
@@ -45,17 +30,17 @@ def supervise(
     """
     began = time.monotonic()
     task = _pickle(function, argument)
-    if workers < 1:
-        raise UserError(f"cluster.workers={workers} must be at least 1")
-    with stop_on_signals(impatient=True) as should_stop, connected(workers) as connection:
-        patience = Patience(startup_timeout_s, heartbeat_timeout_s, lease_timeout_s)
-        watch = Watch(patience, on_event, on_status, should_stop, connection.check)
-        gang = Gang(task, workers, device, connection, placement_timeout_s, on_event)
+    if group.workers < 1:
+        raise UserError(f"cluster.workers={group.workers} must be at least 1")
+    with stop_on_signals(impatient=True) as should_stop, connected(group.workers) as connection:
+        patience = Patience(group.startup_timeout_s, group.heartbeat_timeout_s, group.lease_timeout_s)
+        watch = Watch(patience, hooks.on_event, hooks.on_status, should_stop, connection.check)
+        gang = Gang(task, group, connection, hooks.on_event)
         try:
-            code = _run(connection, gang, watch, take_generation, max_restarts)
+            code = _run(connection, gang, watch, hooks.take_generation, group.max_restarts)
         finally:
             gang.close()
-    on_event("end", {"code": code, "seconds": time.monotonic() - began})
+    hooks.on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
 
 

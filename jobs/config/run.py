@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
 from moray import UserError
+from moray.cluster.group import Group
 from moray.jobs.config.nearest import nearest
 from moray.jobs.models.weights import check_changes, config_of, locate
 from moray.model import ModelConfig
@@ -116,6 +117,11 @@ class ClusterSection(Section):
         if self.launcher == "local" and self.workers != 1:
             raise UserError(f"cluster.workers={self.workers} must be 1 with cluster.launcher=local; or choose ray")
         return self
+
+    @property
+    def group(self) -> Group:
+        """What is asked of the launcher."""
+        return Group(**self.model_dump(exclude={"launcher"}))
 
     @property
     def world_size(self) -> int:

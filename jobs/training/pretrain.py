@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moray import UserError
 from moray.cluster.events import read_events
+from moray.cluster.group import Hooks
 from moray.cluster.launch import launch
 from moray.cluster.worker import EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerError
 from moray.data.dataset import Dataset
@@ -62,7 +63,7 @@ def check_tokenizer(source: Path, data: Path, tell: Callable[[str], None]) -> No
 
 
 def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
-    events, cluster, generation = Path(config.run.dir) / "events.jsonl", config.cluster, None
+    events, generation = Path(config.run.dir) / "events.jsonl", None
 
     def take(previous: int | None) -> int:
         nonlocal generation
@@ -71,21 +72,8 @@ def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
 
     with Watcher(config, console, listener) as watcher:
         try:
-            code = launch(
-                train,
-                config,
-                launcher=cluster.launcher,
-                workers=cluster.workers,
-                device=cluster.device,
-                take_generation=take,
-                max_restarts=cluster.max_restarts,
-                heartbeat_timeout_s=cluster.heartbeat_timeout_s,
-                startup_timeout_s=cluster.startup_timeout_s,
-                lease_timeout_s=cluster.lease_timeout_s,
-                placement_timeout_s=cluster.placement_timeout_s,
-                on_event=watcher.on_event,
-                on_status=watcher.on_status,
-            )
+            hooks = Hooks(watcher.on_event, watcher.on_status, take)
+            code = launch(train, config, config.cluster.launcher, config.cluster.group, hooks)
         except WorkerError as error:
             summary, _, trace = str(error).partition("\n")
             raise WorkerError(f"{summary}; the traceback is in {events}" if trace else summary) from error

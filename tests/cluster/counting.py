@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from moray import UserError
 from moray.cluster.events import EventLog, read_events
+from moray.cluster.group import Group, Hooks
 from moray.cluster.launch import launch
 from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerContext
 
@@ -117,11 +118,12 @@ if __name__ == "__main__":
     code = launch(
         count,
         Plan(folder, int(steps), float(pause_s)),
-        launcher=launcher,
-        workers=int(workers),
-        take_generation=counting_from(next_generation(events)),
-        lease_timeout_s=float(*lease_s) if lease_s else 20.0,
-        on_event=lambda kind, fields: EventLog(events).write(kind, **fields),
-        on_status=lambda rank, step, status: print(f"{os.getpid()} rank {rank} step {step} {status}", flush=True),
+        launcher,
+        Group(workers=int(workers), lease_timeout_s=float(*lease_s) if lease_s else 20.0),
+        Hooks(
+            take_generation=counting_from(next_generation(events)),
+            on_event=lambda kind, fields: EventLog(events).write(kind, **fields),
+            on_status=lambda rank, step, status: print(f"{os.getpid()} rank {rank} step {step} {status}", flush=True),
+        ),
     )
     sys.exit(code)

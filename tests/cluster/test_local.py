@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from counting import Plan, count, counting_from, history
 from moray.cluster.events import read_events
+from moray.cluster.group import Group, Hooks
 from moray.cluster.launch import launch
 
 SCRIPT = Path(__file__).parent / "counting.py"
@@ -22,10 +23,12 @@ def test_alone_in_this_process(tmp_path: Path) -> None:
     code = launch(
         count,
         Plan(str(tmp_path), 3),
-        launcher="local",
-        workers=1,
-        on_event=lambda kind, fields: events.append((kind, fields)),
-        on_status=lambda rank, step, status: statuses.append((rank, step, status)),
+        "local",
+        Group(workers=1),
+        Hooks(
+            on_event=lambda kind, fields: events.append((kind, fields)),
+            on_status=lambda rank, step, status: statuses.append((rank, step, status)),
+        ),
     )
     assert code == 0
     assert history(tmp_path) == [(1, 1), (2, 1), (3, 1)]
@@ -39,10 +42,12 @@ def test_generations_count_from_the_first(tmp_path: Path) -> None:
     launch(
         count,
         Plan(str(tmp_path), 2),
-        launcher="local",
-        workers=1,
-        take_generation=counting_from(5),
-        on_event=lambda kind, fields: kinds.append((kind, fields.get("generation"))),
+        "local",
+        Group(workers=1),
+        Hooks(
+            take_generation=counting_from(5),
+            on_event=lambda kind, fields: kinds.append((kind, fields.get("generation"))),
+        ),
     )
     assert history(tmp_path) == [(1, 5), (2, 5)]
     assert kinds == [("start", 5), ("ready", 5), ("end", None)]
@@ -55,18 +60,18 @@ def fail(context: Any, argument: Any) -> int:
 
 def test_an_exception_passes_through_and_leaves_no_process_group() -> None:
     with pytest.raises(KeyError, match="apples"):
-        launch(fail, None, launcher="local", workers=1)
+        launch(fail, None, "local", Group(workers=1))
     assert not dist.is_initialized()
 
 
 def test_alone_means_one() -> None:
     with pytest.raises(ValueError, match=r"cluster.workers=2 must be 1"):
-        launch(count, None, launcher="local", workers=2)
+        launch(count, None, "local", Group(workers=2))
 
 
 def test_an_unknown_launcher() -> None:
     with pytest.raises(ValueError, match=r"cluster.launcher='slurmy' is unknown; choose ray, torchrun or local"):
-        launch(count, None, launcher="slurmy", workers=2)  # type: ignore[arg-type]
+        launch(count, None, "slurmy", Group(workers=2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from counting import Plan, count, history
 from moray.cluster.events import read_events
+from moray.cluster.group import Group
 from moray.cluster.launch import launch
 from nodes_of_one import two_nodes
 
@@ -114,4 +115,4 @@ def test_two_nodes_whose_own_names_mean_loopback(tmp_path: Path) -> None:
 
 def test_without_torchrun() -> None:
     with pytest.raises(ValueError, match=r"cluster.launcher=torchrun needs processes that torchrun started"):
-        launch(count, Plan("", 1), launcher="torchrun", workers=2)
+        launch(count, Plan("", 1), "torchrun", Group(workers=2))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from moray.cluster.events import read_events
+from moray.cluster.group import Group
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.runs.ledger import ledger_problems
@@ -151,7 +152,7 @@ def test_more_workers_than_there_will_ever_be(ray_cluster: str, dataset: Path, t
 
     settings = config(dataset, tmp_path / "run", cluster__workers=16, train__global_batch=16)
     with pytest.raises(ValueError, match=r"cluster\.workers=16"):
-        supervise(train, settings, workers=16, placement_timeout_s=1)
+        supervise(train, settings, Group(workers=16, placement_timeout_s=1))
 
 
 def test_a_loss_that_is_never_finite_ends_in_one_line(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from counting import Plan, count, history
 from moray import UserError
+from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.nodes import split
 from moray.cluster.ray.supervisor import supervise
 from moray.cluster.worker import WorkerError
@@ -50,7 +51,10 @@ def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nod
 
     with pytest.raises(WorkerError) as raised:
         supervise(
-            count, Plan(str(tmp_path), 1000, pause_s=0.02), workers=4, placement_timeout_s=0.5, on_status=remove_node
+            count,
+            Plan(str(tmp_path), 1000, pause_s=0.02),
+            Group(workers=4, placement_timeout_s=0.5),
+            Hooks(on_status=remove_node),
         )
     summary = str(raised.value).splitlines()[0]
     assert "was lost; the cluster had no room for all workers again within cluster.placement_timeout_s=0.5" in summary
@@ -69,7 +73,9 @@ def test_a_cluster_that_loses_its_head_is_named_before_ray_ends_the_driver(two_n
 
     address, plan = two_nodes.address, Plan(str(tmp_path), 100000, pause_s=0.02)
     with pytest.raises(WorkerError) as raised:
-        supervise(count, plan, workers=4, on_event=lambda *event: events.append(event), on_status=kill_head)
+        supervise(
+            count, plan, Group(workers=4), Hooks(on_event=lambda *event: events.append(event), on_status=kill_head)
+        )
     assert str(raised.value) == (
         f"the head of the Ray cluster at {address} does not answer any more; "
         "the same command resumes once there is a cluster"
@@ -93,9 +99,8 @@ def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: 
     code = supervise(
         count,
         Plan(str(tmp_path), 60, pause_s=0.02),
-        workers=4,
-        on_event=lambda kind, fields: events.append((kind, fields)),
-        on_status=replace_node,
+        Group(workers=4),
+        Hooks(on_event=lambda kind, fields: events.append((kind, fields)), on_status=replace_node),
     )
     assert code == 0
     assert [step for step, _ in history(tmp_path)] == list(range(1, 61))
@@ -111,7 +116,7 @@ def test_workers_that_need_gpus_wait_for_their_nodes_and_take_no_cpus(
     """The GPU of this test is one that a node only claims to have: the worker that gets it says so."""
     plan = Plan(str(tmp_path), 1)
     with pytest.raises(UserError, match=r"^cluster.device=cuda, but after 0\.5 s the cluster has no GPU; add nodes"):
-        supervise(count, plan, workers=1, device="cuda", placement_timeout_s=0.5)
+        supervise(count, plan, Group(workers=1, device="cuda", placement_timeout_s=0.5))
 
     events: list[tuple[str, dict[str, Any]]] = []
 
@@ -122,12 +127,12 @@ def test_workers_that_need_gpus_wait_for_their_nodes_and_take_no_cpus(
             two_nodes.add_node(num_cpus=1, num_gpus=1)
 
     with pytest.raises(UserError, match=r"^cluster.device=cuda, but this machine shows no GPU"):
-        supervise(count, plan, workers=1, device="cuda", on_event=add_node)
+        supervise(count, plan, Group(workers=1, device="cuda"), Hooks(on_event=add_node))
     assert [kind for kind, _ in events] == ["wait", "start", "fault"]
     assert not list(tmp_path.iterdir())
 
     events.clear()
     with pytest.raises(UserError, match=r"^cluster.device=cuda, but this machine shows no GPU"):
-        supervise(count, plan, workers=1, device="auto", on_event=add_node)
+        supervise(count, plan, Group(workers=1, device="auto"), Hooks(on_event=add_node))
     assert events[0] == ("device", {"device": "cuda"})
-    assert supervise(count, plan, workers=1, device="cpu") == 0
+    assert supervise(count, plan, Group(workers=1, device="cpu")) == 0

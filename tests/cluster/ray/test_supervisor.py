@@ -13,6 +13,7 @@ import pytest
 import ray
 from counting import Plan, count, counting_from, history, never_begin
 from moray import UserError
+from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.generation import Fault
 from moray.cluster.ray.supervisor import supervise
 from moray.cluster.worker import WorkerError
@@ -26,6 +27,10 @@ class Observer:
         self.statuses: list[tuple[int, int, dict[str, Any]]] = []
         self._act = act
         self._has_acted = False
+
+    @property
+    def hooks(self) -> Hooks:
+        return Hooks(self.on_event, self.on_status)
 
     def on_event(self, kind: str, fields: dict[str, Any]) -> None:
         if kind != "device":  # of which test_nodes.py speaks
@@ -77,7 +82,10 @@ def test_every_rank_runs_and_nothing_stays_behind(connection: None, tmp_path: Pa
         folder = tmp_path / str(n_run)
         folder.mkdir()
         code = supervise(
-            count, Plan(str(folder), 5), workers=4, on_event=observer.on_event, on_status=observer.on_status
+            count,
+            Plan(str(folder), 5),
+            Group(workers=4),
+            observer.hooks,
         )
         assert code == 0
         assert counted_once(folder, 5)
@@ -99,10 +107,8 @@ def test_a_lost_worker_costs_one_generation(ray_cluster: str, tmp_path: Path, nu
     code = supervise(
         count,
         Plan(str(tmp_path), 60, pause_s=0.02),
-        workers=4,
-        heartbeat_timeout_s=5.0,
-        on_event=observer.on_event,
-        on_status=observer.on_status,
+        Group(workers=4, heartbeat_timeout_s=5.0),
+        observer.hooks,
     )
     assert code == 0
     assert counted_once(tmp_path, 60)
@@ -123,7 +129,7 @@ def test_a_lost_node_is_replaced(ray_cluster: str, tmp_path: Path, ancestor: int
 
     observer = Observer(kill_ancestor)
     plan = Plan(str(tmp_path), 60, pause_s=0.02)
-    assert supervise(count, plan, workers=4, on_event=observer.on_event, on_status=observer.on_status) == 0
+    assert supervise(count, plan, Group(workers=4), observer.hooks) == 0
     assert counted_once(tmp_path, 60)
     assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
     assert "was lost" in observer.fields("fault")["reason"]
@@ -139,7 +145,10 @@ def test_a_suspended_agent_is_a_lost_node(ray_cluster: str, tmp_path: Path) -> N
     observer = Observer(suspend_agent)
     plan = Plan(str(tmp_path), 300, pause_s=0.02)
     code = supervise(
-        count, plan, workers=4, lease_timeout_s=2.0, on_event=observer.on_event, on_status=observer.on_status
+        count,
+        plan,
+        Group(workers=4, lease_timeout_s=2.0),
+        observer.hooks,
     )
     assert code == 0
     assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
@@ -152,7 +161,10 @@ def test_a_driver_that_was_suspended_goes_on_with_a_new_generation(ray_cluster: 
     observer = Observer(lambda pid: time.sleep(7))  # this process is the driver: all it does stands still
     plan = Plan(str(tmp_path), 200, pause_s=0.02)
     code = supervise(
-        count, plan, workers=4, lease_timeout_s=2.0, on_event=observer.on_event, on_status=observer.on_status
+        count,
+        plan,
+        Group(workers=4, lease_timeout_s=2.0),
+        observer.hooks,
     )
     assert code == 0
     assert observer.kinds() == ["start", "ready", "fault", "start", "recovered", "end"]
@@ -164,14 +176,14 @@ def test_a_driver_that_was_suspended_goes_on_with_a_new_generation(ray_cluster: 
 def test_steps_longer_than_the_limit_are_no_hangs(ray_cluster: str, tmp_path: Path) -> None:
     observer = Observer()
     plan = Plan(str(tmp_path), 4, pause_s=1.5)
-    assert supervise(count, plan, workers=2, heartbeat_timeout_s=0.5, on_event=observer.on_event) == 0
+    assert supervise(count, plan, Group(workers=2, heartbeat_timeout_s=0.5), Hooks(on_event=observer.on_event)) == 0
     assert observer.kinds() == ["start", "ready", "end"]
 
 
 def test_a_worker_that_never_begins_is_restarted(ray_cluster: str, tmp_path: Path) -> None:
     observer = Observer()
     plan = Plan(str(tmp_path), 3)
-    assert supervise(never_begin, plan, workers=2, startup_timeout_s=1.0, on_event=observer.on_event) == 0
+    assert supervise(never_begin, plan, Group(workers=2, startup_timeout_s=1.0), Hooks(on_event=observer.on_event)) == 0
     assert "before its first step, longer than cluster.startup_timeout_s=1" in observer.fields("fault")["reason"]
 
 
@@ -179,7 +191,12 @@ def test_a_spent_budget_shows_the_first_failure(ray_cluster: str, tmp_path: Path
     observer = Observer()
     plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
     with pytest.raises(WorkerError) as raised:
-        supervise(count, plan, workers=4, max_restarts=0, take_generation=counting_from(3), on_event=observer.on_event)
+        supervise(
+            count,
+            plan,
+            Group(workers=4, max_restarts=0),
+            Hooks(take_generation=counting_from(3), on_event=observer.on_event),
+        )
     summary, *details = str(raised.value).splitlines()
     assert re.fullmatch(
         r"rank 1 \(pid \d+ on .*\): RuntimeError: one too many apples; cluster.max_restarts=0 is spent", summary
@@ -194,7 +211,12 @@ def test_what_failed_twice_alike_is_not_tried_a_third_time(ray_cluster: str, tmp
     observer = Observer()
     plan = Plan(str(tmp_path), 10, trouble="RuntimeError", trouble_at=5)
     with pytest.raises(WorkerError, match="one too many apples; the generation before failed alike, and so would"):
-        supervise(count, plan, workers=4, max_restarts=9, take_generation=counting_from(7), on_event=observer.on_event)
+        supervise(
+            count,
+            plan,
+            Group(workers=4, max_restarts=9),
+            Hooks(take_generation=counting_from(7), on_event=observer.on_event),
+        )
     assert observer.kinds(but="ready") == ["start", "fault", "start", "fault"]  # step 4 was committed: 5 is the next
     assert [fields["generation"] for kind, fields in observer.events if kind != "ready"] == [7, 7, 8, 8]
     assert observer.fields("fault")["step"] == 4
@@ -234,7 +256,7 @@ def test_two_other_deaths_at_other_steps_are_both_survived(ray_cluster: str, tmp
             os.kill(observer.pids(starts)[victims.pop(at)], signal.SIGKILL)
 
     plan = Plan(str(tmp_path), 50, pause_s=0.02)
-    assert supervise(count, plan, workers=4, on_event=observer.on_event, on_status=kill) == 0
+    assert supervise(count, plan, Group(workers=4), Hooks(on_event=observer.on_event, on_status=kill)) == 0
     assert counted_once(tmp_path, 50)
     assert {generation for _, generation in history(tmp_path)} == {1, 2, 3}
 
@@ -243,7 +265,7 @@ def test_a_users_mistake_is_not_retried(ray_cluster: str, tmp_path: Path) -> Non
     observer = Observer()
     plan = Plan(str(tmp_path), 10, trouble="UserError", trouble_at=5)
     with pytest.raises(UserError, match=r"^one too many apples$"):
-        supervise(count, plan, workers=4, on_event=observer.on_event)
+        supervise(count, plan, Group(workers=4), Hooks(on_event=observer.on_event))
     assert observer.kinds(but="ready") == ["start", "fault"]
 
 
@@ -252,7 +274,7 @@ def test_a_librarys_value_error_is_nobodys_mistake(ray_cluster: str, tmp_path: P
     observer = Observer()
     plan = Plan(str(tmp_path), 10, trouble="ValueError", trouble_at=5)
     with pytest.raises(WorkerError, match="ValueError: one too many apples; the generation before failed alike"):
-        supervise(count, plan, workers=4, on_event=observer.on_event)
+        supervise(count, plan, Group(workers=4), Hooks(on_event=observer.on_event))
     assert observer.kinds(but="ready") == ["start", "fault", "start", "fault"]
 
 
@@ -260,7 +282,7 @@ def test_more_workers_than_the_cluster_has(ray_cluster: str, tmp_path: Path) -> 
     observer = Observer()
     plan = Plan(str(tmp_path), 1)
     with pytest.raises(ValueError, match=r"cluster.workers=9.* after 0\.5 s .*8 CPU slots.*at most 8"):
-        supervise(count, plan, workers=9, placement_timeout_s=0.5, on_event=observer.on_event)
+        supervise(count, plan, Group(workers=9, placement_timeout_s=0.5), Hooks(on_event=observer.on_event))
     assert observer.kinds() == ["wait"]
 
 
@@ -269,20 +291,25 @@ def test_more_workers_than_others_leave_free(ray_cluster: str, tmp_path: Path) -
 
     def start_another(pid: int) -> None:
         with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is looked at below
-            supervise(count, Plan(str(tmp_path), 1), workers=6, placement_timeout_s=0.5)
+            supervise(count, Plan(str(tmp_path), 1), Group(workers=6, placement_timeout_s=0.5))
         messages.append(str(raised.value))
 
     observer = Observer(start_another)
-    supervise(count, Plan(str(tmp_path), 12), workers=4, on_event=observer.on_event, on_status=observer.on_status)
+    supervise(
+        count,
+        Plan(str(tmp_path), 12),
+        Group(workers=4),
+        observer.hooks,
+    )
     assert "only 4 of the cluster's 8 CPU slots are free" in messages[0]
 
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_less_than_one_worker(workers: int) -> None:
     with pytest.raises(ValueError, match=f"cluster.workers={workers} must be at least 1"):
-        supervise(count, Plan("", 1), workers=workers)
+        supervise(count, Plan("", 1), Group(workers=workers))
 
 
 def test_a_function_that_no_other_process_can_import() -> None:
     with pytest.raises(ValueError, match="top level of a module"):
-        supervise(lambda context, argument: 0, None, workers=1)
+        supervise(lambda context, argument: 0, None, Group(workers=1))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from moray.cluster.events import read_events
+from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.supervisor import supervise
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import load_config
@@ -107,9 +108,8 @@ def test_ranks_that_wait_for_the_last_one_are_no_hangs(ray_cluster: str, dataset
     code = supervise(
         train_and_prune_slowly,
         load_config(*parse_settings(words)),
-        workers=2,
-        heartbeat_timeout_s=3.0,
-        on_event=lambda kind, fields: kinds.append(kind),
+        Group(workers=2, heartbeat_timeout_s=3.0),
+        Hooks(on_event=lambda kind, fields: kinds.append(kind)),
     )
     assert code == 0
     assert kinds == ["start", "ready", "end"]

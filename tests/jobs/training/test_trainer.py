@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moray.cluster.group import Hooks
 from moray.cluster.local import run_local
-from moray.cluster.worker import count_up
 from moray.data.dataset import Dataset
 from moray.data.stream import evaluation_batches
 from moray.jobs.config.arguments import parse_settings
@@ -65,9 +65,8 @@ def test_an_evaluation_beats_at_every_batch(dataset: Path, tmp_path: Path) -> No
     run_local(
         train,
         config_of(dataset, tmp_path, checkpoint__every=100),
-        count_up,
-        on_event=lambda kind, fields: None,
-        on_status=lambda rank, step, status: told.append((step, status)),
+        "cpu",
+        Hooks(on_status=lambda rank, step, status: told.append((step, status))),
     )
     n_batches = n_evaluation_batches(dataset)
     assert n_batches >= 3, "or this tests nothing"
@@ -93,9 +92,8 @@ def test_waiting_for_a_slow_disk_beats_too(dataset: Path, tmp_path: Path, monkey
     run_local(
         train,
         config_of(dataset, tmp_path, train__steps=2, train__eval_every=0),
-        count_up,
-        on_event=lambda kind, fields: None,
-        on_status=lambda rank, step, status: told.append(step),
+        "cpu",
+        Hooks(on_status=lambda rank, step, status: told.append(step)),
     )
     n_batches = n_evaluation_batches(dataset)
     assert told[: 1 + n_batches + 1] == [1] * (1 + n_batches) + [2]

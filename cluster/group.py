@@ -1,0 +1,35 @@
+"""What is asked of a group of workers, and who hears of it."""
+
+from dataclasses import dataclass
+
+from moray.cluster.devices import Device
+from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.worker import TakeGeneration, count_up
+
+
+@dataclass(frozen=True)
+class Group:
+    """The fields are the settings `cluster.*` of the same names, times in seconds.
+
+    Only Ray's workers are watched, and only there do times and `max_restarts` mean anything.
+    """
+
+    workers: int = 1
+    device: Device = "auto"
+    max_restarts: int = 3
+    heartbeat_timeout_s: float = 60.0
+    startup_timeout_s: float = 600.0
+    lease_timeout_s: float = 20.0
+    placement_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """`take_generation` numbers each generation as it begins; the others hear of events and heartbeats."""
+
+    on_event: OnEvent = lambda kind, fields: None
+    on_status: OnStatus = lambda rank, step, status: None
+    take_generation: TakeGeneration = count_up
+
+
+SILENT = Hooks()
