@@ -18,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
 from moray.cluster.events import read_events
 from moray.jobs.config.run import load_config
 from moray.jobs.runs.ledger import ledger_problems

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import torch
+from parity_table import replaced
+
 from moray.model import Decoder, ModelConfig
 from moray.model.accounting.cost import count_parameters
 from moray.model.presets import PRESETS
-from parity_table import replaced
 
 
 def row(name: str) -> str:

@@ -15,9 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from parity_table import replaced
+
 from moray.jobs.cli import dispatch
 from moray.jobs.training.metrics import read_metrics
-from parity_table import replaced
 
 PLAIN = {
     "n_experts": 16,

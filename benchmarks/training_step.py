@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import transformers
+
 from moray.jobs.config.run import OptimizerSection
 from moray.jobs.training.metrics import matmul_peak
 from moray.jobs.training.optimizer import build_optimizer

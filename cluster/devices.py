@@ -5,6 +5,7 @@ import sys
 from typing import Literal
 
 import torch
+
 from moray import UserError
 
 Device = Literal["auto", "cpu", "cuda"]

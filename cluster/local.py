@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch.distributed as dist
+
 from moray.cluster.devices import Device, check_health, pick_device
 from moray.cluster.events import OnEvent
 from moray.cluster.group import Hooks

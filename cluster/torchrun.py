@@ -4,6 +4,7 @@ import os
 from typing import Any, Literal
 
 import torch.distributed as dist
+
 from moray import UserError
 from moray.cluster.devices import Device, check_health, pick_device
 from moray.cluster.group import SILENT, Hooks

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 from fsspec.core import url_to_fs
+
 from moray import UserError
 from moray.data.dataset import Dataset, Extent, Sample, Shard
 

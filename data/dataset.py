@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
+
 from moray import UserError
 
 INDEX = "index.json"

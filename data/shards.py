@@ -17,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from moray.data.dataset import Extent, Sample, Shard, Split
 from webdataset.writer import TarWriter
+
+from moray.data.dataset import Extent, Sample, Shard, Split
 
 BLOCK_TOKENS = 1 << 16
 SHARD_TOKENS = 16 << 20

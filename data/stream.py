@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from moray import UserError
 from moray.data.blocks import CACHE_BYTES, BlockReader
 from moray.data.dataset import Dataset

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from moray import UserError
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moray import UserError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML

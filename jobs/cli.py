@@ -17,6 +17,7 @@ from itertools import takewhile
 from typing import Any
 
 import tyro
+
 from moray import UserError
 from moray.cluster.signals import hold_sigterm, release_sigterm
 from moray.jobs.config.nearest import nearest

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from moray.cluster.events import read_events
 from moray.data.dataset import Dataset
 from moray.jobs.config.run import RunConfig, load_config
@@ -15,7 +17,6 @@ from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain
-from rich.console import Console
 
 PROMPT = "def read("
 

@@ -2,6 +2,8 @@
 
 # Shapes: B batch, T tokens, D model width.
 
+from torch import Tensor, nn
+
 from moray.model.attention.layer import build_attention
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
@@ -9,7 +11,6 @@ from moray.model.feedforward import FeedForward
 from moray.model.moe.balance import Statistics
 from moray.model.moe.layer import MoE
 from moray.model.norm import build_norm
-from torch import Tensor, nn
 
 
 class Block(nn.Module):

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from torch import Tensor
+
 from moray.model.attention.cache import KVCache
 from moray.model.randomness import Randomness
-from torch import Tensor
 
 
 @dataclass(frozen=True)

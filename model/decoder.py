@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from moray import UserError
 from moray.model.attention.cache import KVCache
 from moray.model.attention.rope import rope_angles
@@ -16,7 +18,6 @@ from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_c
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
 from moray.model.randomness import Randomness
-from torch import Tensor, nn
 
 
 class Losses(NamedTuple):

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from moray.model.config.parts import FeedForwardConfig
 from moray.model.context import Context
 from moray.model.mixffn import CausalConvolution, LowRankAdapter
-from torch import Tensor, nn
 
 
 def _squared_relu(x: Tensor) -> Tensor:

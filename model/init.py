@@ -5,9 +5,10 @@ import math
 import re
 
 import torch
+from torch import Tensor
+
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
-from torch import Tensor
 
 BLOCK_ROWS = 256
 WRITES_TO_STREAM = ("attention.output.weight", "ffn.down.weight", "shared.down.weight", "experts.down_EDF")

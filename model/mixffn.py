@@ -5,9 +5,10 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from moray.model.context import Context
 from moray.model.sharded import local
-from torch import Tensor, nn
 
 
 def causal_convolution(x_BTF: Tensor, weight_Fk: Tensor, bias_F: Tensor | None, padding: int) -> Tensor:

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
-from moray.model.config.parts import NormConfig
 from torch import Tensor, nn
+
+from moray.model.config.parts import NormConfig
 
 
 class _Norm(nn.Module, ABC):

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
-from torch import Tensor
 
 Box = tuple[slice, ...]
 """A part of a tensor: one slice a dimension, of step 1."""

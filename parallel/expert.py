@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
 from moray.model.decoder import Decoder
 from moray.model.moe.dispatch import LocalDispatcher, Permute, Sorted, invert, sort_by_expert, unsort
 from moray.model.moe.layer import MoE
 from moray.parallel.layout import Meshes
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
 class SequenceSlice(LocalDispatcher):

@@ -7,14 +7,15 @@ from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
 from moray.model import Documents, Randomness
 from moray.model.decoder import IGNORED, Decoder
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.layer import MoE
 from moray.model.sharded import local
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)

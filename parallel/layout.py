@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch.distributed as dist
-from moray import UserError
-from moray.model import ModelConfig
 from pydantic import BaseModel, ConfigDict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moray import UserError
+from moray.model import ModelConfig
 
 
 @dataclass(frozen=True)

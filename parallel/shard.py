@@ -1,6 +1,12 @@
 """Builds a decoder over the meshes: tensor parallel, expert parallel, then FSDP2 (HSDP) around each block."""
 
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
 from moray.model import ModelConfig
 from moray.model.decoder import Decoder
 from moray.model.init import initial_tensor
@@ -11,11 +17,6 @@ from moray.model.tensors import Read, tensor_shapes
 from moray.parallel.expert import apply_expert_parallel
 from moray.parallel.layout import Meshes
 from moray.parallel.tensor import apply_tensor_parallel
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def build_decoder(config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, compute_dtype: torch.dtype) -> Decoder:

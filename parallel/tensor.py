@@ -5,14 +5,6 @@ and a slice of the heads or the width (Korthikanti et al., 2022).
 """
 
 import torch.distributed as dist
-from moray.model.attention.layer import Attention
-from moray.model.block import Block
-from moray.model.config.parts import AttentionConfig, LatentConfig
-from moray.model.decoder import Decoder
-from moray.model.feedforward import FeedForward
-from moray.model.loss import WholeVocabulary
-from moray.model.moe.layer import MoE
-from moray.parallel.styles import ChannelSharded, GatheredWidth, Replicated
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -24,6 +16,15 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+
+from moray.model.attention.layer import Attention
+from moray.model.block import Block
+from moray.model.config.parts import AttentionConfig, LatentConfig
+from moray.model.decoder import Decoder
+from moray.model.feedforward import FeedForward
+from moray.model.loss import WholeVocabulary
+from moray.model.moe.layer import MoE
+from moray.parallel.styles import ChannelSharded, GatheredWidth, Replicated
 
 
 class VocabularyShard(WholeVocabulary):

@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
 from moray.model import Decoder, KVCache
 from moray.model.hf import HFWeights, load_pretrained, save_pretrained
-from torch import Tensor
 
 TOLERANCE = 1e-5
 VOCABULARY, BATCH, TOKENS, PROMPT = 96, 3, 24, 14

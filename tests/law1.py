@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
 from moray.jobs.config.run import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import Decoder, Losses, ModelConfig, Randomness, initialise
@@ -19,8 +22,6 @@ from moray.model.moe.layer import MoE
 from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 STEPS, BATCH, TOKENS, SEED = 3, 8, 16, 3
 MAX_NORM = 0.5

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig, load_config
 from moray.model import Decoder, KVCache, ModelConfig, Randomness, initialise
 from moray.model.accounting.cost import cache_bytes, count_parameters
-from torch import Tensor
 
 ROWS, TOKENS, VOCABULARY = 4, 11, 31
 YARN = {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 8}

@@ -4,7 +4,6 @@ import os
 import time
 
 import grpc
-from moray import UserError
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
@@ -13,6 +12,8 @@ from ray._private.utils import read_ray_address
 from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
+
+from moray import UserError
 
 ANSWER_S = 5.0
 RETRY_S = 0.2

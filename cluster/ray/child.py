@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch._dynamo  # FSDP asks for it: a second or more of every worker's start, were it not imported before the fork
 import torch.distributed as dist
+
 from moray import UserError
 from moray.cluster.devices import check_health, pick_device
 from moray.cluster.network import use_interface_of

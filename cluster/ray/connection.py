@@ -11,11 +11,12 @@ from typing import Protocol
 import grpc
 import ray
 import ray._private.worker
+from ray._raylet import Config  # type: ignore[attr-defined]
+
 from moray import UserError
 from moray.cluster.ray.address import ask, find_address
 from moray.cluster.ray.local_ray import LocalRay, slots_for
 from moray.cluster.worker import WorkerError
-from ray._raylet import Config  # type: ignore[attr-defined]
 
 PULSE_S = 1.0
 PULSE_TIMEOUT_S = 2.0

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import ray
+from ray.exceptions import RayError
+
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.ray.connection import RayLostError
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import Node
 from moray.cluster.ray.patience import Patience
-from ray.exceptions import RayError
 
 TICK_S = 0.5
 SETTLE_S = 0.1

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from moray import UserError
-from moray.cluster.worker import WorkerError
 from ray._common.utils import get_default_ray_temp_dir
 from ray._raylet import Config  # type: ignore[attr-defined]
+
+from moray import UserError
+from moray.cluster.worker import WorkerError
 
 MAX_WORKERS_PER_CORE = 8
 OBJECT_STORE_BYTES = 100 * 2**20  # hardly used: workers exchange tensors through torch.distributed

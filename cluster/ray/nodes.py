@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
+from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from moray import UserError
 from moray.cluster.events import OnEvent
 from moray.cluster.group import Group
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.connection import Connection
-from ray._private.state import available_resources_per_node
-from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 AGENT_START_S = 120.0
 RETRY_S = 0.2

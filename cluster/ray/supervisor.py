@@ -5,6 +5,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from ray.exceptions import RayError
+
 from moray import UserError
 from moray.cluster.group import SILENT, Group, Hooks
 from moray.cluster.ray.connection import Connection, RayLostError, connected
@@ -13,7 +15,6 @@ from moray.cluster.ray.nodes import Gang
 from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerError, WorkerFunction
-from ray.exceptions import RayError
 
 
 def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hooks = SILENT) -> int:

@@ -9,6 +9,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
 from moray import UserError
 from moray.cluster.group import Group
 from moray.jobs.config.nearest import nearest
@@ -20,8 +23,6 @@ from moray.model.config.parts import merge
 from moray.model.presets import preset_fields
 from moray.parallel.checkpoint.commits import list_commits
 from moray.parallel.layout import Layout
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 DEFAULT_PRESET = "demo-moe"
 

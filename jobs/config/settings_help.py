@@ -3,12 +3,13 @@
 from itertools import groupby
 from typing import Any, Literal, get_args, get_origin
 
-from moray.jobs.config.run import settings
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from moray.jobs.config.run import settings
 
 
 def show_settings(config: type[BaseModel], usage: str, console: Console) -> None:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
 from moray import UserError
 from moray.data.corpus import Skipped, read_documents
 from moray.data.dataset import Dataset, write_index
@@ -20,8 +23,6 @@ from moray.data.shards import SplitWriter
 from moray.data.shuffle import Record, ShuffledCorpus, scatter, sort
 from moray.data.staging import staged_folder
 from moray.data.tokenizer import Tokenizer, check_vocab_size, copy_tokenizer, load_tokenizer, train_tokenizer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 # The first documents of the shuffled training split are a random sample; more text than this moves few merges.
 TOKENIZER_SAMPLE_BYTES = 16 << 20

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from moray import UserError
 from moray.data.tokenizer import Tokenizer, load_tokenizer
 from moray.jobs.models.weights import open_whole
 from moray.model import Decoder, KVCache
 from moray.model.tensors import tensor_shapes, whole
-from torch import Tensor
 
 
 @dataclass(frozen=True)

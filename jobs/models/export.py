@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from moray.data.staging import staged_folder
 from moray.data.tokenizer import IM_END, Tokenizer, copy_tokenizer
 from moray.jobs.models.weights import open_whole

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from moray import UserError
 from moray.jobs.config.nearest import nearest
 from moray.jobs.config.run import load_config
@@ -21,8 +24,6 @@ from moray.model.accounting.cost import (
 )
 from moray.model.accounting.saved import activation_bytes
 from moray.model.presets import PRESETS
-from rich.console import Console
-from rich.table import Table
 
 USUAL_SEQ_LEN = 4096
 

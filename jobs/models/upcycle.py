@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.console import Console
+
 from moray.data.staging import staged_folder
 from moray.data.tokenizer import copy_tokenizer_files
 from moray.jobs.models.weights import open_whole
@@ -11,7 +13,6 @@ from moray.model.accounting.cost import count_parameters
 from moray.model.surgery.upcycle import Upcycled, Upcycling
 from moray.model.tensors import tensor_shapes
 from moray.parallel.checkpoint.weights import write_weights
-from rich.console import Console
 
 
 def upcycle(source: Path, options: Upcycling, out: Path, console: Console, on_refused: Callable[[str], None]) -> None:

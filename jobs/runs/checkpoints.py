@@ -3,10 +3,11 @@
 from datetime import datetime
 from pathlib import Path
 
-from moray import UserError
-from moray.parallel.checkpoint.commits import commit_paths, list_commits, sound_commit, verify
 from rich.console import Console
 from rich.table import Table
+
+from moray import UserError
+from moray.parallel.checkpoint.commits import commit_paths, list_commits, sound_commit, verify
 
 
 def show_checkpoints(run: Path, check: bool, console: Console) -> int:

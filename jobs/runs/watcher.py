@@ -6,12 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moray.cluster.events import EventLog
-from moray.jobs.config.run import RunConfig
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from moray.cluster.events import EventLog
+from moray.jobs.config.run import RunConfig
 
 PLAIN_EVERY_S = 10.0  # between two lines where no terminal can show one that changes
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moray.parallel.gradients import ExpertLoad
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from moray.parallel.gradients import ExpertLoad
 
 
 class MetricsLog:

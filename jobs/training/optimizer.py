@@ -3,9 +3,10 @@
 from collections import defaultdict
 
 import torch
-from moray.jobs.config.run import OptimizerSection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from moray.jobs.config.run import OptimizerSection
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSection) -> torch.optim.AdamW:

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+
 from moray import UserError
 from moray.cluster.events import read_events
 from moray.cluster.group import Hooks
@@ -19,7 +21,6 @@ from moray.jobs.runs.folder import claimed
 from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.trainer import checkpoints_of, train
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
-from rich.console import Console
 
 
 def pretrain(config: RunConfig, console: Console | None = None, listener: Listener | None = None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from moray import UserError
 from moray.cluster.devices import peak_memory_bytes
 from moray.cluster.events import EventLog

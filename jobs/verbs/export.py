@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
 from moray.jobs.verbs.say import complain
 
 
@@ -16,6 +17,7 @@ def export(run: tyro.conf.Positional[Path], *, out: Path, dtype: Literal["float3
         dtype: What the weights are rounded to.
     """
     import torch
+
     from moray.jobs.models.export import export as run_export
 
     model_type = run_export(run, out, getattr(torch, dtype), complain)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import tyro
+
 from moray.jobs.verbs.say import complain
 
 

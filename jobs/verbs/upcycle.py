@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import tyro
-from moray.jobs.verbs.say import complain
 from rich.console import Console
+
+from moray.jobs.verbs.say import complain
 
 
 def upcycle(

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
-from torch import Tensor
 
 PARTS = (
     "embedding",

@@ -10,6 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
 from moray.model.attention.rope import rope_angles
 from moray.model.block import Block
 from moray.model.config.architecture import ModelConfig
@@ -17,10 +22,6 @@ from moray.model.context import Context, Documents
 from moray.model.decoder import Decoder
 from moray.model.moe.router import Router
 from moray.model.randomness import Randomness
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 
 
 class Activations(NamedTuple):

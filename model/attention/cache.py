@@ -4,10 +4,11 @@
 # of a feed-forward network.
 
 import torch
+from torch import Tensor
+
 from moray import UserError
 from moray.model.attention.sdpa import sees
 from moray.model.config.architecture import ModelConfig
-from torch import Tensor
 
 
 class Rolling:

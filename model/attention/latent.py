@@ -8,6 +8,8 @@ or values of it: the product that would make the keys is applied to the query, t
 # e value_dim, d = n + p channels of a query or key.
 
 import torch
+from torch import Tensor, nn
+
 from moray.model.attention.cache import KVCache
 from moray.model.attention.rope import rotate, yarn_scale
 from moray.model.attention.sdpa import Scoring, attend, attend_visible
@@ -15,7 +17,6 @@ from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
 from moray.model.norm import RMSNorm
 from moray.model.sharded import local
-from torch import Tensor, nn
 
 LATENT_EPS = 1e-6
 """Epsilon of the two norms here, whatever the model's: DeepSeek's code (and transformers) leave it at its default."""

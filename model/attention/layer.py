@@ -2,6 +2,8 @@
 
 # Shapes: B batch, T tokens, H query heads, G key and value heads, d channels of a head, D model width.
 
+from torch import Tensor, nn
+
 from moray.model.attention.cache import KVCache
 from moray.model.attention.latent import LatentAttention
 from moray.model.attention.rope import rotate
@@ -9,7 +11,6 @@ from moray.model.attention.sdpa import Scoring, attend, attend_visible
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
 from moray.model.norm import RMSNorm
-from torch import Tensor, nn
 
 
 def build_attention(config: ModelConfig, layer: int) -> nn.Module:

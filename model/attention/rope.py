@@ -5,8 +5,9 @@
 import math
 
 import torch
-from moray.model.config.parts import PositionConfig, RopeScaling
 from torch import Tensor
+
+from moray.model.config.parts import PositionConfig, RopeScaling
 
 
 def rope_angles(

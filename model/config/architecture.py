@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+from pydantic import ValidationError, model_validator
+
 from moray import UserError
 from moray.model.config.mistakes import in_one_line
 from moray.model.config.moe import MoEConfig
@@ -17,7 +19,6 @@ from moray.model.config.parts import (
     at_least,
     merge,
 )
-from pydantic import ValidationError, model_validator
 
 
 class ModelConfig(Part):

@@ -2,9 +2,10 @@
 
 from typing import Literal, Self
 
+from pydantic import model_validator
+
 from moray import UserError
 from moray.model.config.parts import Part, above_zero, at_least
-from pydantic import model_validator
 
 
 class MoEConfig(Part):

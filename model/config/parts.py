@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from moray import UserError
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from moray import UserError
 
 
 class Part(BaseModel):

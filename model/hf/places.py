@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+
 from moray.model.config.architecture import ModelConfig
 from moray.model.tensors import tensor_shapes
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
 from moray.model.hf.families import config_json, family_of
@@ -10,7 +12,6 @@ from moray.model.hf.reader import HFWeights
 from moray.model.hf.writer import write_pretrained
 from moray.model.moe.router import Router
 from moray.model.tensors import Box
-from torch import Tensor
 
 
 def read_config(folder: Path | str) -> ModelConfig:

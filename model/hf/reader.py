@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.hf.families import family_of
 from moray.model.hf.fields import json_object
 from moray.model.hf.places import Source, inverse, is_optional, look_up, places, runs, their_shape
 from moray.model.tensors import Box, whole
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

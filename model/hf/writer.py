@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.hf.choice import family_for
 from moray.model.hf.places import Piece, Place, inverse, is_bias, places, their_shape
 from moray.model.hf.reader import FLOATS, INDEX, SINGLE
 from moray.model.tensors import Read, whole
-from torch import Tensor
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 

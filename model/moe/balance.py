@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from moray.model.config.moe import MoEConfig
 from moray.model.moe.router import TINY, Routing
-from torch import Tensor
 
 
 class Statistics(NamedTuple):

@@ -4,8 +4,9 @@
 # neighbouring sequences, A = group_size * T * K assignments of a group.
 
 import torch
-from moray.model.config.moe import MoEConfig
 from torch import Tensor
+
+from moray.model.config.moe import MoEConfig
 
 
 def capacity_of(moe: MoEConfig, tokens_G: Tensor) -> Tensor:

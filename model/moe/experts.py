@@ -4,11 +4,12 @@
 # this rank's share).
 
 import torch
+from torch import Tensor, nn
+
 from moray.model.config.parts import FeedForwardConfig
 from moray.model.feedforward import activation
 from moray.model.moe.grouped import grouped_bias, grouped_linear
 from moray.model.sharded import local
-from torch import Tensor, nn
 
 
 class Experts(nn.Module):

@@ -3,6 +3,8 @@
 # Shapes: B sequences, T tokens of each on this rank, D model width, E experts, K experts per token, M rows sent.
 
 import torch
+from torch import Tensor, nn
+
 from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
@@ -12,7 +14,6 @@ from moray.model.moe.capacity import capacity_of, within_capacity
 from moray.model.moe.dispatch import LocalDispatcher
 from moray.model.moe.experts import Experts
 from moray.model.moe.router import Router, Routing
-from torch import Tensor, nn
 
 
 class MoE(nn.Module):

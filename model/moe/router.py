@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from moray.model.config.architecture import ModelConfig
 from moray.model.config.moe import MoEConfig
 from moray.model.randomness import normal, uniform
-from torch import Tensor, nn
 
 TINY = 1e-20
 """Added to sums of scores that are divided by: sigmoids can underflow to 0, all of them."""

@@ -11,10 +11,11 @@ Source: Jiang et al., 2023, section 3.
 # Shapes: D model width; I and O inputs and outputs of a linear layer.
 
 import torch
+from torch import Tensor
+
 from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
-from torch import Tensor
 
 Weights = dict[str, Tensor]
 

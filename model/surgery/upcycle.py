@@ -8,11 +8,12 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.init import initial_tensor
 from moray.model.tensors import Box, Read
-from torch import Tensor
 
 BALANCE_LOSS = 0.01
 """Without one, a router that starts among equal experts soon uses few of them (Fedus et al., 2021: 1e-2)."""

@@ -23,6 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
 from moray import UserError
 from moray.parallel.checkpoint.commits import (
     Commit,
@@ -40,9 +44,6 @@ from moray.parallel.checkpoint.generations import SupersededError, check_newest,
 from moray.parallel.checkpoint.manifest import DamagedError
 from moray.parallel.checkpoint.storage import CommitReader, CommitWriter
 from moray.parallel.control_plane import ControlPlane
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 Event = Callable[[str, dict[str, Any]], None]
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from moray import UserError
 from moray.parallel.checkpoint.manifest import DamagedError, Manifest, StoredFile, StoredTensor, coverage_problem
 from moray.parallel.checkpoint.patience import patiently
 from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, flush_folder
-from safetensors import safe_open
-from torch import Tensor
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")

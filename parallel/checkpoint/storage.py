@@ -13,11 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moray import UserError
-from moray.parallel.checkpoint.commits import ChunkReader, Commit, commit_name, publish
-from moray.parallel.checkpoint.generations import check_newest, generation_path, prepare_staging
-from moray.parallel.checkpoint.manifest import Chunk, Manifest, StoredFile, StoredTensor, coverage_problem
-from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, dtype_name, flush_folder, write_tensors
 from torch import Tensor
 from torch.distributed.checkpoint import (
     LoadPlan,
@@ -36,6 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from moray import UserError
+from moray.parallel.checkpoint.commits import ChunkReader, Commit, commit_name, publish
+from moray.parallel.checkpoint.generations import check_newest, generation_path, prepare_staging
+from moray.parallel.checkpoint.manifest import Chunk, Manifest, StoredFile, StoredTensor, coverage_problem
+from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, dtype_name, flush_folder, write_tensors
 
 
 @dataclass(frozen=True)

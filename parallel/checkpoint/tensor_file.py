@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from moray import UserError
 from moray.parallel.checkpoint.manifest import StoredFile
-from torch import Tensor
 
 DTYPE_OF_NAME = {
     "F64": torch.float64,

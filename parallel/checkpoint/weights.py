@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from moray.model.tensors import Box, Read
 from moray.parallel.checkpoint.commits import ChunkReader, Commit, clean, commit_name, publish
 from moray.parallel.checkpoint.manifest import Chunk, Manifest, StoredFile, StoredTensor
 from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, dtype_name, write_tensors
-from torch import Tensor
 
 FILE_BYTES = 1 << 28
 PREFIX = "model."

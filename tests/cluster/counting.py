@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from moray import UserError
 from moray.cluster.events import EventLog, read_events
 from moray.cluster.group import Group, Hooks

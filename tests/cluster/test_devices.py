@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from moray import UserError
 from moray.cluster.devices import check_health, peak_memory_bytes, pick_device
 

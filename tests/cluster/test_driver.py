@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from counting import history, marked_processes
+
 from moray.cluster.events import read_events
 
 SCRIPT = Path(__file__).parent / "counting.py"

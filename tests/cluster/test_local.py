@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from counting import Plan, count, counting_from, history
+
 from moray.cluster.events import read_events
 from moray.cluster.group import Group, Hooks
 from moray.cluster.launch import launch

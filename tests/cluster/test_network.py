@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from moray.cluster.network import interface_of, is_loopback, own_address_towards, use_interface_of
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from counting import Plan, count, history
+from nodes_of_one import two_nodes
+
 from moray.cluster.events import read_events
 from moray.cluster.group import Group
 from moray.cluster.launch import launch
-from nodes_of_one import two_nodes
 
 SCRIPT = Path(__file__).parent / "counting.py"
 

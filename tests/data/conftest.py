@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from moray.data.dataset import Dataset, write_index
 from moray.data.shards import SplitWriter
 

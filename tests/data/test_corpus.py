@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import webdataset
 import zstandard
+
 from moray.data.corpus import Skipped, read_documents
 
 ROWS = [{"text": "one"}, {"id": "second", "text": "zwei\nzwei"}, {"text": "三"}]

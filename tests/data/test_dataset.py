@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+
 from moray.data.dataset import Dataset, fingerprint_of
 from moray.data.stream import Stream
 

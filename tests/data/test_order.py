@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from moray.data.order import _mix, locate, permute, sequence_counts
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
+
 from moray.data.dataset import Dataset
 from moray.data.shards import SplitWriter
 

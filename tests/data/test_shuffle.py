@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from moray.data import shuffle
 from moray.data.corpus import Document
 from moray.data.shuffle import ShuffledCorpus, scatter, sort

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from moray.data.blocks import BlockReader
 from moray.data.dataset import Dataset
 from moray.data.stream import Batch, Stream, evaluation_batches

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from moray.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
+
+from moray.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [Path(__file__).read_text(), Path(os.__file__).read_text(), Path(json.__file__).read_text()]
 STRANGE = "naïve Ünïcödé 三月 🙂\t\x00\r\n  indent\n\n<|im_start|>user\nhi<|im_end|> <|eos|> "

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from moray.cluster.signals import release_sigterm
 from moray.jobs import cli
 from moray.jobs.datasets.prepare import prepare
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny import tiny
+
 from moray.jobs.cli import VERBS, dispatch
 from moray.jobs.config.run import RunConfig, settings
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
-from tiny import tiny
 
 Moray = Callable[..., "Outcome"]  # noqa: F821 - of conftest.py
 

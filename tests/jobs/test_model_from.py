@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pool import Pool
+from tiny import tiny, tiny_from
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
 from moray.data.dataset import Dataset
 from moray.data.stream import Batch, Stream
 from moray.jobs.cli import dispatch
@@ -24,11 +30,6 @@ from moray.model.tensors import Box, tensor_shapes, whole
 from moray.parallel.checkpoint.commits import list_commits
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder
-from pool import Pool
-from tiny import tiny, tiny_from
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
 ONCE = {"train__steps": 1, "train__eval_every": 0, "optimizer__warmup_steps": 1}

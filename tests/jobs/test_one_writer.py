@@ -12,10 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tiny import tiny
+
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
-from tiny import tiny
 
 WITHOUT_LOCKS = """
 import errno, fcntl, sys

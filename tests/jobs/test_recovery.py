@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from tiny import tiny
+
 from moray.cluster.events import read_events
 from moray.cluster.group import Group
 from moray.jobs.config.arguments import parse_settings
@@ -18,8 +21,6 @@ from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain
-from rich.console import Console
-from tiny import tiny
 
 STEPS, EVERY = 12, 3
 ON_FOUR = {

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moray.jobs.generation.generate import Sampling, generate_tokens, load_run
 from tiny import tiny
+
+from moray.jobs.generation.generate import Sampling, generate_tokens, load_run
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
 pytestmark = pytest.mark.skipif(

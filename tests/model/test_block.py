@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from moray.model import Documents, ModelConfig
 from moray.model.block import Block
 from moray.model.context import Context
 from moray.model.norm import CRMSNorm, LayerNorm
-from torch import Tensor, nn
 
 D, HEADS, WIDTH, EPS = 24, 3, 40, 1e-5
 PLAIN: dict[str, Any] = {

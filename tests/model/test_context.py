@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moray.model.context import Documents, document_lengths
 
 

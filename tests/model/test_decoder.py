@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moray.model import Decoder, KVCache, ModelConfig, initialise
 from torch import Tensor
+
+from moray.model import Decoder, KVCache, ModelConfig, initialise
 
 V, LONGEST = 40, 16
 NARROW: dict[str, Any] = {

@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
-from moray.model.config.parts import FeedForwardConfig
-from moray.model.context import Context, Documents
-from moray.model.feedforward import FeedForward, activation
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
+
+from moray.model.config.parts import FeedForwardConfig
+from moray.model.context import Context, Documents
+from moray.model.feedforward import FeedForward, activation
 
 CLOSED_FORMS = {
     "relu": lambda x: max(x, 0.0),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moray.model import Decoder, ModelConfig, initialise
 from moray.model.init import initial_tensor
 

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from moray.model import loss
-from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from moray.model import loss
+from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 
 D, V = 12, 40
 

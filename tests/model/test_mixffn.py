@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from moray.model import Decoder, KVCache, ModelConfig, initialise
 from moray.model.config.parts import FeedForwardConfig
 from moray.model.context import Context, Documents
 from moray.model.feedforward import FeedForward
 from moray.model.mixffn import CausalConvolution, LowRankAdapter
-from torch import Tensor
 
 PACKED = torch.tensor([[0, 0, 0, 0, 0, 1, 2, 2, 2], [3, 3, 4, 4, 4, 4, 4, -1, -1], [-1, -1, -1, 5, 5, 5, 5, 5, 5]])
 WIDTH = 6

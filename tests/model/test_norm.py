@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from moray.model.config.parts import NormConfig
-from moray.model.norm import CRMSNorm, LayerNorm, RMSNorm, build_norm
 from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+from moray.model.config.parts import NormConfig
+from moray.model.norm import CRMSNorm, LayerNorm, RMSNorm, build_norm
 
 EPS = 1e-3
 KINDS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "crmsnorm": CRMSNorm}

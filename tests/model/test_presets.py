@@ -5,10 +5,11 @@ from decimal import Decimal
 
 import pytest
 import torch
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
 from moray.model import ModelConfig
 from moray.model.accounting.cost import count_parameters, parameters_by_part
 from moray.model.presets import PRESETS, read_family
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 # As the hub counts the tensors of each model's files. DeepSeek's numbers are those without V3's multi-token prediction
 # module and without routing biases, which are buffers here.

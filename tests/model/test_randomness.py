@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from moray.model.randomness import Randomness, _next, normal, normal_quantile, uniform
 from torch import Tensor
+
+from moray.model.randomness import Randomness, _next, normal, normal_quantile, uniform
 
 POSITIONS = torch.arange(64).expand(40, 64)
 

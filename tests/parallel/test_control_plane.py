@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from moray.parallel.control_plane import ControlPlane
 from pool import Pool
+
+from moray.parallel.control_plane import ControlPlane
 
 
 def agree() -> tuple[int, list[str], str]:

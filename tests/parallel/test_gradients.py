@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moray.parallel.gradients import clip_gradients
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from law1 import HEADS, NARROW, SEED, check, global_batch, spread, truth
+from pool import Pool
+
 from moray.model import ModelConfig
 from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
-from pool import Pool
 
 MODELS = {
     "dense": ModelConfig.preset("minimind-3", **NARROW),

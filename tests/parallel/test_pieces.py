@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from law1 import NARROW, check, spread, truth
+from pool import Pool
+
 from moray.model import ModelConfig
 from moray.parallel.layout import Layout
-from pool import Pool
 
 TP, TP_4, TP_EP, TP_FSDP = (
     Layout(dp_shard=1, tp=2),

@@ -5,6 +5,8 @@ Its converter writes all but the second generation's experts as Llama, Qwen3 and
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from moray import UserError
 from moray.model.config.architecture import ModelConfig
 from moray.model.config.mistakes import in_one_line
@@ -27,7 +29,6 @@ from moray.model.hf.rules import (
     translated,
     unused,
 )
-from pydantic import ValidationError
 
 _ROPE = rope(theta=1e6)
 _YARN = RopeScaling(kind="yarn", factor=16, original_max_seq_len=2048, attention_factor=1)

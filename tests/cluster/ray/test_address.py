@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import moray.cluster.ray.address
 import pytest
 from counting import marked_processes
+
+import moray.cluster.ray.address
 from moray import UserError
 from moray.cluster.ray.address import find_address
 

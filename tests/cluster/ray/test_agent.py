@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from counting import Plan, beat, count, end_silently, history, leave_a_helper
+
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.messages import Assignment, WorkerState
 

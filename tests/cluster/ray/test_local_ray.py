@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from moray.cluster.ray.local_ray import LocalRay, slots_for, temp_dir
 from moray.cluster.worker import WorkerError
 

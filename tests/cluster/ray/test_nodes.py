@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from counting import Plan, count, history
+from ray.cluster_utils import Cluster
+
 from moray import UserError
 from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.nodes import split
 from moray.cluster.ray.supervisor import supervise
 from moray.cluster.worker import WorkerError
-from ray.cluster_utils import Cluster
 
 
 @pytest.mark.parametrize(

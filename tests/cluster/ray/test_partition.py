@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from counting import history, marked_processes
-from moray.cluster.events import read_events
 from nodes_of_one import two_nodes
+
+from moray.cluster.events import read_events
 
 LEASE_S = 4.0
 DRIVER = Path(__file__).parent.parent / "counting.py"

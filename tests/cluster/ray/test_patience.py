@@ -1,4 +1,5 @@
 import pytest
+
 from moray.cluster.ray.patience import Patience
 
 PATIENCE = Patience(startup_s=600.0, heartbeat_s=60.0, lease_s=20.0)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 from counting import Plan, count, counting_from, history, never_begin
+
 from moray import UserError
 from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.generation import Fault

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig, check_name, flatten, load_config

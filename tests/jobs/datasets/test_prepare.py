@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from rich.console import Console
+from transformers import AutoTokenizer
+
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.datasets import prepare as preparing
 from moray.jobs.datasets.prepare import Summary, prepare
-from rich.console import Console
-from transformers import AutoTokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SOURCES = [STDLIB / "json", STDLIB / "asyncio", STDLIB / "email"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
 from moray.data.tokenizer import Tokenizer, load_tokenizer
 from moray.jobs.generation.generate import Sampling, draw, generate_tokens, stream_text
 from moray.model import Decoder, ModelConfig, initialise
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 PROBABILITIES = [0.1, 0.4, 0.05, 0.25, 0.2]
 DRAWS = 4000

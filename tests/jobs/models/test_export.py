@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from tiny import tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 from moray.jobs.cli import dispatch
 from moray.jobs.generation.generate import load_run
 from moray.model.hf.families import FAMILIES
 from moray.parallel.checkpoint import weights as weights_of_commits
 from moray.parallel.checkpoint.commits import list_commits
-from safetensors import safe_open
-from tiny import tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
 RUNS: dict[str, dict[str, object]] = {

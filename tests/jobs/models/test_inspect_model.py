@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny
+from transformers import LlamaConfig
+
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import OptimizerSection, load_config
 from moray.jobs.models.describe import describe
@@ -14,8 +17,6 @@ from moray.jobs.models.inspect_model import binary, find_config, short
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import Decoder, ModelConfig
 from moray.model.accounting.cost import training_state_bytes
-from tiny import tiny
-from transformers import LlamaConfig
 
 Moray = Callable[..., Any]
 

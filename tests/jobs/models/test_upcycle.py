@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny, tiny_from
+from transformers import AutoModelForCausalLM
+
 from moray.jobs.cli import dispatch
 from moray.jobs.generation.generate import load_run
 from moray.jobs.models.weights import open_weights
@@ -15,8 +18,6 @@ from moray.model.tensors import Box, tensor_shapes, whole
 from moray.parallel.checkpoint import weights as weights_of_commits
 from moray.parallel.checkpoint.commits import list_commits, verify
 from moray.parallel.checkpoint.weights import CommitWeights, write_weights
-from tiny import tiny, tiny_from
-from transformers import AutoModelForCausalLM
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+
 from moray.jobs.runs.checkpoints import show_checkpoints
 from moray.parallel.checkpoint.checkpointer import Checkpointer
-from rich.console import Console
 
 
 @pytest.fixture

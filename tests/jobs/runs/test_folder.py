@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY
+
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.runs.folder import check_same_run, claimed
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import Commit, list_commits
-from tiny import TINY
 
 
 def config_of(dataset: Path, run: Path, **changes: str) -> RunConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moray.jobs.runs.ledger import ledger_problems
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.manifest import Manifest

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from tiny import TINY
+
 from moray.cluster.events import EventLog
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.runs import watcher as watching
 from moray.jobs.runs.watcher import Listener, Tail, Watcher, describe, numbers
-from rich.console import Console
-from tiny import TINY
 
 ROW: dict[str, Any] = {
     "loss": 10.123456,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from moray.jobs.training.metrics import (
     MetricsLog,
     expert_balance,
@@ -16,7 +18,6 @@ from moray.jobs.training.metrics import (
     read_metrics,
 )
 from moray.parallel.gradients import ExpertLoad
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def write(run: Path, steps: range, generation: int = 1, **fields: object) -> None:

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from moray.jobs.config.run import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer, set_learning_rate, training_state
 from moray.model import Decoder, ModelConfig, initialise
-from torch import Tensor, nn
 
 CONFIG = ModelConfig.preset(
     "demo-moe",

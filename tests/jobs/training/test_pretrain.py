@@ -17,6 +17,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import webdataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny
+
 from moray.cluster.events import read_events
 from moray.data.dataset import Dataset
 from moray.data.stream import Stream
@@ -28,8 +31,6 @@ from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder, initialise
 from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny
 
 STEPS, BATCH, SEQ_LEN = 8, 4, 64
 KEYS = {"step", "loss", "tokens", "tokens_per_second", "grad_norm", "lr", "generation", "layout"}  # the contract

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from moray.jobs.config.run import OptimizerSection
 from moray.jobs.training.schedule import learning_rate
 

@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from slow_pruning import train_and_prune_slowly
+from tiny import tiny
+
 from moray.cluster.events import read_events
 from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.supervisor import supervise
@@ -17,8 +20,6 @@ from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import load_config
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
-from slow_pruning import train_and_prune_slowly
-from tiny import tiny
 
 # A driver or rank that gets a real SIGTERM at a known moment: when it begins to import torch, or has loaded a commit.
 DURING_IMPORTS = """

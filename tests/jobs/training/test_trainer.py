@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from tiny import tiny
+
 from moray.cluster.group import Hooks
 from moray.cluster.local import run_local
 from moray.data.dataset import Dataset
@@ -20,8 +23,6 @@ from moray.jobs.training.pretrain import pretrain
 from moray.jobs.training.trainer import check_finite, is_due, train, versions
 from moray.parallel.checkpoint.commits import list_commits, verify
 from moray.parallel.gradients import GlobalLosses
-from rich.console import Console
-from tiny import tiny
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])

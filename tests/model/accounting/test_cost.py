@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from moray.model import Decoder, KVCache, ModelConfig
 from moray.model.accounting.cost import (
     PARTS,
@@ -19,8 +22,6 @@ from moray.model.accounting.cost import (
 )
 from moray.model.config.parts import merge
 from moray.model.randomness import Randomness
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 TOKENS = 24
 SMALL: dict[str, Any] = {"n_layers": 4, "d_model": 32, "vocab_size": 72, "max_seq_len": TOKENS, "ffn": {"width": 48}}

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
 from moray.model import Decoder, ModelConfig
 from moray.model.accounting.saved import activation_bytes
 from moray.model.moe.router import Router
 from moray.model.randomness import Randomness
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 TOKENS = 48
 SMALL: dict[str, Any] = {"n_layers": 4, "d_model": 64, "vocab_size": 104, "max_seq_len": TOKENS, "ffn": {"width": 88}}

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from moray.model import Decoder, KVCache, ModelConfig, initialise
 from torch import Tensor, nn
+
+from moray.model import Decoder, KVCache, ModelConfig, initialise
 
 NARROW = {"n_layers": 3, "d_model": 32, "vocab_size": 64, "ffn": {"width": 48}, "init": {"std": 0.3}}
 GROUPED = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8}

@@ -5,11 +5,12 @@ import importlib
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
+
 from moray.model import KVCache, ModelConfig
 from moray.model.attention.latent import LatentAttention
 from moray.model.attention.rope import rope_angles
 from moray.model.context import Context, Documents
-from torch import Tensor, nn
 
 TOKENS, WIDTH = 19, 32
 LATENT = {"kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "value_dim": 6}

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from moray.model.attention.rope import rope_angles, rotate, yarn_scale
-from moray.model.config.parts import PositionConfig, RopeScaling
 from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
+
+from moray.model.attention.rope import rope_angles, rotate, yarn_scale
+from moray.model.config.parts import PositionConfig, RopeScaling
 
 DEEPSEEK = {"kind": "yarn", "factor": 40.0, "original_max_seq_len": 4096, "mscale": 0.707, "mscale_all_dim": 0.707}
 SCALINGS: dict[str, dict[str, Any]] = {

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from moray.model.attention import sdpa
-from moray.model.attention.sdpa import Scoring, attend, attend_visible
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from moray.model.attention import sdpa
+from moray.model.attention.sdpa import Scoring, attend, attend_visible
 
 TOKENS = 21
 

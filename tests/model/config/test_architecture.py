@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+
 from moray.model import ModelConfig
 from moray.model.config.parts import merge
-from pydantic import ValidationError
 
 MOE = {"n_experts": 8, "top_k": 2, "expert_width": 16}
 NOISY = MOE | {"noisy": True}

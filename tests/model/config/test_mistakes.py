@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from moray.model import ModelConfig
 from moray.model.hf.pretrained import read_config
 

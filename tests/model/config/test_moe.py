@@ -1,6 +1,7 @@
 """Settings of a MoE layer that contradict each other: one line that names the setting and what would be right."""
 
 import pytest
+
 from moray.model.config.moe import MoEConfig
 
 BAD = {

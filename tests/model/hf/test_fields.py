@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from moray.model import ModelConfig
 from moray.model.hf import read_config
 from moray.model.hf.choice import family_for

@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 from hf_parity import randomise
-from moray.model.hf import load_pretrained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from moray.model.hf import load_pretrained
 
 FILE = "model.safetensors"
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from hf_parity import CHECKS, Case, Pair, fixture
+
 from moray.model.hf import load_pretrained, write_pretrained
 
 DENSE = {

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from hf_parity import CHECKS, Case, Pair, fixture, randomise
-from moray.model.hf import load_pretrained, read_config, save_pretrained
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
+
+from moray.model.hf import load_pretrained, read_config, save_pretrained
 
 
 class Experts(nn.Module):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from moray.model import Decoder, ModelConfig, initialise
 from moray.model.hf import HFWeights, load_pretrained, read_config, save_pretrained, write_pretrained
 from moray.model.hf.places import Place, Source, inverse, runs, their_shape
 from moray.model.tensors import Box
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 TINY = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "max_seq_len": 32, "ffn": {"width": 48}}
 

@@ -5,16 +5,17 @@ import math
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as mixtral_loss
+from transformers.models.nllb_moe.modeling_nllb_moe import load_balancing_loss_func as nllb_loss
+from transformers.models.switch_transformers import modeling_switch_transformers as switch
+
 from moray.model import Decoder, Documents, ModelConfig, Randomness
 from moray.model.config.moe import MoEConfig
 from moray.model.context import Context
 from moray.model.moe.balance import Statistics, auxiliary_loss, statistics_of, updated_bias
 from moray.model.moe.layer import MoE
 from moray.model.moe.router import Router, Routing
-from torch import Tensor, nn
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as mixtral_loss
-from transformers.models.nllb_moe.modeling_nllb_moe import load_balancing_loss_func as nllb_loss
-from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
 # Five tokens, three experts, top-1: the example of the notes.
 GATES = [[0.7, 0.2, 0.1], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4], [0.9, 0.05, 0.05]]

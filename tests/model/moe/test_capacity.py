@@ -5,6 +5,11 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import NllbMoeConfig, SwitchTransformersConfig
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+
 from moray.model import Documents, ModelConfig, Randomness
 from moray.model.config.moe import MoEConfig
 from moray.model.context import Context
@@ -12,10 +17,6 @@ from moray.model.moe.capacity import capacity_of, within_capacity
 from moray.model.moe.dispatch import LocalDispatcher
 from moray.model.moe.layer import MoE
 from moray.model.moe.router import Router
-from torch import Tensor, nn
-from transformers import NllbMoeConfig, SwitchTransformersConfig
-from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 
 def config_of(**moe: object) -> ModelConfig:

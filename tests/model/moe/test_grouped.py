@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from moray.model.moe.grouped import grouped_bias, grouped_linear, grouped_mm_linear
 from torch import Tensor
+
+from moray.model.moe.grouped import grouped_bias, grouped_linear, grouped_mm_linear
 
 COUNTS = {"empty first, middle and last": [0, 5, 0, 1, 26, 0], "even": [4] * 6, "all on one": [0, 0, 40, 0, 0, 0]}
 # On the CPU, grouped_linear takes the loop but for bf16.

@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor, nn
+from transformers import Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
 from moray.model import Decoder, Documents, ModelConfig
 from moray.model.context import Context
 from moray.model.moe.balance import auxiliary_loss
 from moray.model.moe.dispatch import LocalDispatcher
 from moray.model.moe.layer import MoE
-from torch import Tensor, nn
-from transformers import Qwen2MoeConfig
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 
 def layer_of(ffn: dict[str, object] | None = None, **moe: object) -> MoE:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from moray.model.moe.local_experts import LocalExperts, competitive_loss, cooperative_loss
 from torch import Tensor
+
+from moray.model.moe.local_experts import LocalExperts, competitive_loss, cooperative_loss
 
 CASES, TASKS, EXPERTS, INPUTS = 400, 4, 4, 4
 

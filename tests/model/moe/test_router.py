@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from moray.model import ModelConfig, Randomness
-from moray.model.moe.router import Router, expected_load, limit_to_groups
-from moray.model.randomness import normal, uniform
 from torch import Tensor, nn
 from transformers import DeepseekV2Config, NllbMoeConfig, SwitchTransformersConfig
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+
+from moray.model import ModelConfig, Randomness
+from moray.model.moe.router import Router, expected_load, limit_to_groups
+from moray.model.randomness import normal, uniform
 
 
 def router_of(d_model: int = 24, **moe: object) -> Router:

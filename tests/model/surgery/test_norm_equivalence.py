@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moray.model import Decoder, KVCache, ModelConfig, initialise
 from moray.model.norm import CRMSNorm, LayerNorm, RMSNorm
 from moray.model.surgery.norm_equivalence import to_pre_crmsnorm, to_pre_rmsnorm

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from moray.model import Decoder, ModelConfig
 from moray.model.surgery.upcycle import Upcycled, Upcycling, upcycled_config
 from moray.model.tensors import tensor_shapes, whole
-from torch import Tensor
 
 FFNS = {
     "swiglu": {},

@@ -13,14 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from listing import names_in
-from moray.parallel.checkpoint.checkpointer import Checkpointer, CommitError
-from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 from pool import Pool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
+
+from moray.parallel.checkpoint.checkpointer import Checkpointer, CommitError
+from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 
 # (dp_replicate, dp_shard, tp, ep) by world size.
 Layout = tuple[int, int, int, int]

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 from listing import names_in
+from torch import Tensor
+
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import clean, list_commits, prune, read_commit, read_tensors, verify
-from torch import Tensor
 
 
 def state(step: int) -> dict[str, Tensor]:

@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from listing import names_in
-from moray.parallel.checkpoint.checkpointer import Checkpointer, CommitError
-from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 from pool import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+
+from moray.parallel.checkpoint.checkpointer import Checkpointer, CommitError
+from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 
 Events = list[tuple[str, dict[str, Any]]]
 TESTS = Path(__file__).parents[2]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pool import Pool
+
 from moray.parallel.checkpoint import commits
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import list_commits, publish, read_commit, verify
@@ -22,7 +24,6 @@ from moray.parallel.checkpoint.generations import (
     take_generation,
 )
 from moray.parallel.checkpoint.manifest import Manifest
-from pool import Pool
 
 Events = list[tuple[str, dict[str, Any]]]
 

@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+
 from moray.parallel.checkpoint.manifest import Chunk, Manifest, StoredFile, StoredTensor, coverage_problem
 
 MANIFEST = Manifest(

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, PIECE_BYTES, write_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, PIECE_BYTES, write_tensors
 
 
 def test_safetensors_reads_every_dtype_and_shape(tmp_path: Path) -> None:
