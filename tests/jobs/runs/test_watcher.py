@@ -83,13 +83,15 @@ def test_events_are_logged_and_those_that_matter_are_told(tmp_path: Path) -> Non
     with watched(tmp_path, log) as watcher:
         watcher.on_event("fault", {"generation": 1, "rank": 3, "pid": 99, "reason": "was killed by SIGKILL [9]"})
         EventLog(tmp_path / "events.jsonl").write("commit_refused", step=8, problems=["a.safetensors: cut off"])
+        EventLog(tmp_path / "events.jsonl").write("commit_given_up", steps=[7])
     assert isinstance(log.file, io.StringIO)
     assert log.file.getvalue().splitlines() == [
         "fault: rank 3 (pid 99): was killed by SIGKILL [9]",
         "refused the damaged commit of step 8: a.safetensors: cut off",
+        "removed the commits of steps [7]: another attempt's, from which this one did not go on",
     ]
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert kinds == ["fault", "fault", "commit_refused"]
+    assert kinds == ["fault", "fault", "commit_refused", "commit_given_up"]
 
 
 def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
