@@ -171,6 +171,8 @@ class Agent:
 
         self._function, self._argument = pickle.loads(task)
         self._host = host
+        if "torch.distributed.fsdp" in sys.modules:
+            import torch._dynamo  # noqa: F401 - for which FSDP asks in each worker, a second after its start
         # A worker's garbage collector would write to, and thereby copy, every page that it shares with the agent.
         gc.collect()
         gc.freeze()

@@ -9,7 +9,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch._dynamo  # FSDP asks for it: a second or more of every worker's start, were it not imported before the fork
 import torch.distributed as dist
 
 from moray import UserError

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from moray import UserError
 from moray.cluster.events import OnEvent
 from moray.cluster.group import Group
-from moray.cluster.ray.agent import AgentProcess
+from moray.cluster.ray.actor import AgentActor
 from moray.cluster.ray.connection import Connection
 
 AGENT_START_S = 120.0
@@ -24,17 +24,6 @@ RETRY_S = 0.2
 FAREWELL_S = 5.0
 SETTLE_S = 0.5
 RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
-
-
-class AgentActor:
-    """Holds a node's slots in Ray and passes calls on to the agent, a process that is free of Ray."""
-
-    def __init__(self, task: bytes, host: str, import_path: list[str]) -> None:
-        # The agent sees what Ray lets a worker import, then what the driver could.
-        self._agent = AgentProcess(task, host, [*sys.path, *import_path])
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return self._agent.call(method, *arguments)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,16 +30,21 @@ def test_workers_are_shared_out_evenly(missing: int, free: dict[str, int], share
     assert split(missing, free) == shares
 
 
-@pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Two Ray nodes of two CPU slots each, on this machine."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A Ray of nodes with two CPU slots each, on this machine."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    try:
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def two_nodes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """It has two again, whatever the test before left of it."""
+    if len(cluster.list_all_nodes()) < 2:
         cluster.add_node(num_cpus=2)
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        yield cluster
-    finally:
-        cluster.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    return cluster
 
 
 def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nodes: Cluster, tmp_path: Path) -> None:
@@ -60,30 +65,6 @@ def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nod
     summary = str(raised.value).splitlines()[0]
     assert "was lost; the cluster had no room for all workers again within cluster.placement_timeout_s=0.5" in summary
     assert summary.endswith("the same command resumes once it has")
-
-
-def test_a_cluster_that_loses_its_head_is_named_before_ray_ends_the_driver(two_nodes: Cluster, tmp_path: Path) -> None:
-    events: list[tuple[str, dict[str, Any]]] = []
-    has_acted = False
-
-    def kill_head(rank: int, step: int, status: dict[str, Any]) -> None:
-        nonlocal has_acted
-        if step >= 10 and not has_acted:
-            has_acted = True
-            two_nodes.head_node.kill_gcs_server()
-
-    address, plan = two_nodes.address, Plan(str(tmp_path), 100000, pause_s=0.02)
-    with pytest.raises(WorkerError) as raised:
-        supervise(
-            count, plan, Group(workers=4), Hooks(on_event=lambda *event: events.append(event), on_status=kill_head)
-        )
-    assert str(raised.value) == (
-        f"the head of the Ray cluster at {address} does not answer any more; "
-        "the same command resumes once there is a cluster"
-    )
-    assert [kind for kind, _ in events] == ["device", "start", "ready", "fault"]
-    pids = [rank["pid"] for rank in events[1][1]["ranks"]]
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: Path) -> None:
@@ -137,3 +118,28 @@ def test_workers_that_need_gpus_wait_for_their_nodes_and_take_no_cpus(
         supervise(count, plan, Group(workers=1, device="auto"), Hooks(on_event=add_node))
     assert events[0] == ("device", {"device": "cuda"})
     assert supervise(count, plan, Group(workers=1, device="cpu")) == 0
+
+
+def test_a_cluster_that_loses_its_head_is_named_before_ray_ends_the_driver(two_nodes: Cluster, tmp_path: Path) -> None:
+    """The last of this file: it leaves no cluster to the others."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    has_acted = False
+
+    def kill_head(rank: int, step: int, status: dict[str, Any]) -> None:
+        nonlocal has_acted
+        if step >= 10 and not has_acted:
+            has_acted = True
+            two_nodes.head_node.kill_gcs_server()
+
+    address, plan = two_nodes.address, Plan(str(tmp_path), 100000, pause_s=0.02)
+    with pytest.raises(WorkerError) as raised:
+        supervise(
+            count, plan, Group(workers=4), Hooks(on_event=lambda *event: events.append(event), on_status=kill_head)
+        )
+    assert str(raised.value) == (
+        f"the head of the Ray cluster at {address} does not answer any more; "
+        "the same command resumes once there is a cluster"
+    )
+    assert [kind for kind, _ in events] == ["device", "start", "ready", "fault"]
+    pids = [rank["pid"] for rank in events[1][1]["ranks"]]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -88,7 +88,7 @@ def test_events_are_logged_and_those_that_matter_are_told(tmp_path: Path) -> Non
     assert log.file.getvalue().splitlines() == [
         "fault: rank 3 (pid 99): was killed by SIGKILL [9]",
         "refused the damaged commit of step 8: a.safetensors: cut off",
-        "removed the commits of steps [7]: another attempt's, from which this one did not go on",
+        "removed the commits of steps [7]: another attempt's, not of this history",
     ]
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert kinds == ["fault", "fault", "commit_refused", "commit_given_up"]

@@ -100,7 +100,7 @@ def test_a_driver_of_ray(ray_cluster: str, dataset: Path, tmp_path: Path) -> Non
     words = tiny(dataset, tmp_path / "run", cluster__launcher="ray", cluster__workers=2)
     code, said = run(sys.executable, script(DURING_IMPORTS, tmp_path), "pretrain", *words)
     assert code == 75, said
-    assert [event["kind"] for event in read_events(tmp_path / "run" / "events.jsonl")] == ["end"]
+    assert [event["kind"] for event in read_events(tmp_path / "run" / "events.jsonl")] == ["device", "end"]
 
 
 def test_ranks_that_wait_for_the_last_one_are_no_hangs(ray_cluster: str, dataset: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_ranks_that_wait_for_the_last_one_are_no_hangs(ray_cluster: str, dataset
         Hooks(on_event=lambda kind, fields: kinds.append(kind)),
     )
     assert code == 0
-    assert kinds == ["start", "ready", "end"]
+    assert kinds == ["device", "start", "ready", "end"]
 
 
 def free_port() -> int:
