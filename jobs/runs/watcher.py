@@ -151,9 +151,7 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
     if kind == "commit_refused":
         return f"refused the damaged commit of step {fields.get('step')}: {'; '.join(fields.get('problems', []))}"
     if kind == "commit_given_up":
-        return (
-            f"removed the commits of steps {fields.get('steps')}: another attempt's, from which this one did not go on"
-        )
+        return f"removed the commits of steps {fields.get('steps')}: another attempt's, not of this history"
     if kind == "commit_failed":
         return f"{fields.get('error')}; the next commit tries again"
     if kind == "wait":
