@@ -38,7 +38,9 @@ def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) ->
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, tell):
+    with _locked(folder, tell) as is_alone:
+        if is_alone:
+            _remove_partials(folder)
         commits = list_commits(folder / "checkpoints")
         if commits:
             check_same_run(commits[-1], config, dataset)
@@ -84,9 +86,10 @@ def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> d
 
 
 @contextmanager
-def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
-    """Holds RUN/.lock, of which the kernel lets go however this process ends."""
+def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[bool]:
+    """Holds RUN/.lock, of which the kernel lets go however this process ends; yields whether files can be locked."""
     with open(folder / ".lock", "a+") as file:
+        is_alone = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -98,6 +101,7 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
+            is_alone = False
             tell(
                 f"run.dir={folder} lies where files cannot be locked ({error.strerror}): another driver that starts "
                 "on it is not refused, but takes the run over, and this one ends"
@@ -105,7 +109,7 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        yield is_alone
 
 
 def _check_space(model: ModelConfig, folder: Path) -> None:
@@ -126,11 +130,29 @@ def _put_tokenizer(data: Path, folder: Path, *, is_bound: bool) -> None:
         if is_bound:
             raise UserError(f"{folder} is not the tokenizer of data.path={data}, the run's data; move it away")
         shutil.rmtree(folder)
-    partial = folder.with_name("tokenizer.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed here
+    partial = _partial(folder)
     partial.mkdir()
     copy_tokenizer(data, partial)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:  # where files cannot be locked, another attempt may just have done the same
+        shutil.rmtree(partial)
+        if _tokenizer_bytes(folder) != _tokenizer_bytes(data):
+            raise
+
+
+def _partial(path: Path) -> Path:
+    """Where this process makes what `path` shall hold."""
+    return path.with_name(f"{path.stem}.{os.getpid()}.partial")
+
+
+def _remove_partials(folder: Path) -> None:
+    """What starts that were killed here have left."""
+    for path in folder.glob("*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.name.endswith(f".{os.getpid()}.partial"):  # which is about to be written anew
+            path.unlink()
 
 
 def _tokenizer_bytes(folder: Path) -> bytes | None:
@@ -140,7 +162,7 @@ def _tokenizer_bytes(folder: Path) -> bytes | None:
 
 def _replace_file(path: Path, text: str) -> None:
     """The file holds the old text or the new one, whatever happens on the way."""
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     with open(partial, "w") as file:
         file.write(text)
         file.flush()

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +197,8 @@ def clean(folder: Path) -> None:
     for path in folder.iterdir():
         if _LEFTOVER.fullmatch(path.name):
             # By way of a rename, so that a writer that outlived its group can't make a half-removed folder visible.
-            discard(path)
+            with suppress(FileNotFoundError):  # another attempt does the same
+                discard(path)
 
 
 def _assemble(reader: ChunkReader, stored: StoredTensor) -> Tensor:

@@ -184,7 +184,7 @@ def test_a_disk_without_room_for_one_commit(
 def test_a_disk_that_fills_before_the_workers_start(moray: Moray, dataset: Path, tmp_path: Path) -> None:
     """/dev/full answers every write with ENOSPC; config.toml is made to land there."""
     (tmp_path / "run").mkdir()
-    os.symlink("/dev/full", tmp_path / "run" / "config.partial")
+    os.symlink("/dev/full", tmp_path / "run" / f"config.{os.getpid()}.partial")
     line = refusal_of_pretrain(moray, dataset, tmp_path / "run")
     assert line.startswith("moray: the disk is full: ")
     assert line.endswith("free space and give the same command again")

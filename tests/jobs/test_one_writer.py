@@ -104,8 +104,7 @@ def test_three_that_start_at_once_are_one_history(attempts: Attempts, dataset: P
     (survivor,) = (process for process in attempts.started if process.returncode is None)
     wait_until(run, len(read_metrics(run)) + 10, survivor)
     survivor.send_signal(signal.SIGTERM)
-    for process in attempts.started:
-        process.communicate(timeout=50)
-    assert sorted(process.returncode for process in attempts.started) == [75, 76, 76]
+    said = [process.communicate(timeout=50)[1] for process in attempts.started]
+    assert sorted(process.returncode for process in attempts.started) == [75, 76, 76], "\n".join(said)
     assert_one_chain(run)
     assert ledger_problems(run) == []

@@ -118,7 +118,7 @@ def test_config_toml_is_replaced_whole_or_not_at_all(dataset: Path, tmp_path: Pa
     """/dev/full answers every write with ENOSPC: the file that was there stays."""
     claim(config_of(dataset, tmp_path))
     before = (tmp_path / "config.toml").read_bytes()
-    os.symlink("/dev/full", tmp_path / "config.partial")
+    os.symlink("/dev/full", tmp_path / f"config.{os.getpid()}.partial")
     with pytest.raises(OSError, match="No space left"):
         claim(config_of(dataset, tmp_path, train__steps="2000"))
     assert (tmp_path / "config.toml").read_bytes() == before
@@ -170,8 +170,9 @@ def tokenizer_of(folder: Path) -> bytes:
 
 
 def test_the_tokenizer_appears_whole_and_is_not_written_again(dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.partial").mkdir()  # of a start that was killed while copying
+    (tmp_path / "tokenizer.1234567.partial").mkdir()  # of a start that was killed while copying
     claim(config_of(dataset, tmp_path))
+    assert not list(tmp_path.glob("*.partial"))
     commit(config_of(dataset, tmp_path))
     before = (tmp_path / "tokenizer" / "tokenizer.json").stat()
     assert tokenizer_of(tmp_path / "tokenizer") == tokenizer_of(dataset)
