@@ -6,7 +6,8 @@
     checkpointer.finish()
 
 The state is a flat dict of tensors and DTensors; what they mean is the caller's business. A checkpoint is whole or it
-does not exist: see parallel/storage.py for how one is written, parallel/commits.py for what lies in the folder.
+does not exist: see storage.py for how one is written, commits.py for what lies in the folder, generations.py for who
+may write.
 """
 
 import errno
