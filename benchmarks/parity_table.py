@@ -1,7 +1,7 @@
 """The table of docs/models.md: every family beside transformers, each largest difference, from what the tests recorded.
 
     MORAY_PARITY_RECORDS=records pytest tests/model/hf
-    MORAY_PARITY_RECORDS=records PYTHONPATH=. VENV/bin/python -m pytest tests/model/hf    # transformers 4.57
+    MORAY_PARITY_RECORDS=records VENV/bin/python -m pytest tests/model/hf    # transformers 4.57
     python benchmarks/parity_table.py records [--into docs/models.md]
 
 Records append: begin with a folder that is not there. With --into, the table replaces what stands between the two lines

@@ -114,10 +114,9 @@ def main() -> None:
             complain(f"{error.filename}: {error.strerror}; choose another path, or change who may use it")
         elif error.errno in MAY_PASS:
             complain(f"{error}; the storage may answer again: give the same command once more")
-            sys.exit(EXIT_FAILED)
         else:
             raise
-        code = EXIT_MISTAKE
+        code = EXIT_FAILED if error.errno in MAY_PASS else EXIT_MISTAKE
     except (RuntimeError, FloatingPointError) as error:
         from moray.cluster.worker import WorkerError  # imports torch, as did whoever raised this
         from moray.parallel.checkpoint.checkpointer import CommitError

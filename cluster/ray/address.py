@@ -14,6 +14,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
 from moray import UserError
+from moray.cluster.ray.local_ray import DEFAULT_TEMP_DIR
 
 ANSWER_S = 5.0
 RETRY_S = 0.2
@@ -49,7 +50,7 @@ def running_cluster() -> str | None:
     The file that names it may outlive its cluster. Local Rays of other drivers have no such file.
     """
     living = _find_address_from_flag("--gcs-address")
-    named = [read_ray_address(folder) for folder in (get_default_ray_temp_dir(), "/tmp/ray")]
+    named = [read_ray_address(folder) for folder in (get_default_ray_temp_dir(), DEFAULT_TEMP_DIR)]
     return next((address for address in named if address in living), None)
 
 

@@ -37,7 +37,7 @@ TOO_SLOW = "timed out during startup"  # Ray's own words: parts of a node have 1
 # What Ray adds to its temporary folder for the longest of its sockets, and the longest that the kernel takes.
 LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 MAX_SOCKET_BYTES = 107 if sys.platform == "linux" else 103
-SHORT_TEMP_DIR = "/tmp/ray"
+DEFAULT_TEMP_DIR = "/tmp/ray"  # Ray's own on every machine, unless TMPDIR or its user names another
 
 
 def slots_for(workers: int) -> int:
@@ -153,7 +153,7 @@ def temp_dir() -> str:
     """Where Ray may put its files: its own choice, but where its sockets' names would be too long there."""
     chosen = get_default_ray_temp_dir()
     fits = len(os.fsencode(chosen + LONGEST_SOCKET)) <= MAX_SOCKET_BYTES
-    return chosen if fits else SHORT_TEMP_DIR
+    return chosen if fits else DEFAULT_TEMP_DIR
 
 
 def _share_token() -> None:
