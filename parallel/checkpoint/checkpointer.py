@@ -75,7 +75,7 @@ class _Save:
 
 
 @dataclass(frozen=True)
-class Head:
+class _Head:
     """The commit that the next one goes on from; step 0 and no digest before the first."""
 
     step: int = 0
@@ -122,7 +122,7 @@ class Checkpointer:
         self._on_wait = on_wait
         self._ranks = ControlPlane()
         self._pending: tuple[_Save, threading.Thread] | None = None
-        self._head = Head()
+        self._head = _Head()
         if not self._ranks.group:
             # DCP warns when torch.distributed is not in use, which is no mistake here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -184,7 +184,7 @@ class Checkpointer:
             if commit:
                 _check_names_and_shapes(commit, state)
                 self._read(commit, state)
-                self._head = Head(commit.step, commit.manifest.digest)
+                self._head = _Head(commit.step, commit.manifest.digest)
                 return commit
         if paths:
             names = [path.name for path in paths]
@@ -242,7 +242,7 @@ class Checkpointer:
     def _after_commit(self, writer: CommitWriter, step: int, seconds: float) -> None:
         if self._ranks.rank != 0:
             return
-        before, self._head = self._head, Head(step, writer.digest)
+        before, self._head = self._head, _Head(step, writer.digest)
         line = {"digest": writer.digest, "parent": before.digest}
         self._on_event("commit", {"step": step, "seconds": seconds, "bytes": writer.size, **line})
         try:

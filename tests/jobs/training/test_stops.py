@@ -90,9 +90,8 @@ def test_two_ranks(dataset: Path, tmp_path: Path, text: str) -> None:
     """While loading, rank 0 alone is asked: it must not leave its peer in a collective."""
     words = tiny(dataset, tmp_path / "run", cluster__launcher="torchrun")
     _, said = under_torchrun(script(text, tmp_path), "pretrain", *words)
-    assert re.findall(r"exitcode +: (\S+)", said) == ["75", "75"], (
-        said
-    )  # torchrun's own code is 1 whatever its workers return
+    # torchrun's own code is 1 whatever its workers return.
+    assert re.findall(r"exitcode +: (\S+)", said) == ["75", "75"], said
     assert read_metrics(tmp_path / "run") == []
 
 
