@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moray.cluster.devices import Device
 from moray.cluster.events import OnEvent, OnStatus
-from moray.cluster.worker import TakeGeneration, count_up
+from moray.cluster.worker import CheckGeneration, TakeGeneration, count_up
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Hooks:
-    """`take_generation` numbers each generation as it begins; the others hear of events and heartbeats."""
+    """`take_generation` numbers each generation as it begins, `check_generation` is called while the next one waits for
+    its nodes; the others hear of events and heartbeats."""
 
     on_event: OnEvent = lambda kind, fields: None
     on_status: OnStatus = lambda rank, step, status: None
     take_generation: TakeGeneration = count_up
+    check_generation: CheckGeneration = lambda number: None
 
 
 SILENT = Hooks()

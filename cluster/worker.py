@@ -78,6 +78,10 @@ TakeGeneration = Callable[[int | None], int]
 """
 
 
+CheckGeneration = Callable[[int], None]
+"""check_generation(number): raises, and thereby ends the attempt, where another one has taken a generation since."""
+
+
 def count_up(previous: int | None) -> int:
     """Generations of a group that nobody else could start, too."""
     return (previous or 0) + 1

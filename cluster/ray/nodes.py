@@ -74,17 +74,17 @@ class Gang:
         if group.device == "auto" and not connection.is_local:
             on_event("device", {"device": self._device})
 
-    def fill(self, should_stop: Callable[[], bool]) -> None:
+    def fill(self, should_leave: Callable[[], bool]) -> None:
         """Reserves the missing slots and starts their agents; waits for them at most `patience_s`.
 
-        Returns without them where asked to stop. Raises UserError where the cluster stays too small or too busy,
+        Returns without them where it is to leave. Raises UserError where the cluster stays too small or too busy,
         RayLostError where it is gone.
         """
         began = time.monotonic()
         has_told = False
         while missing := self._workers - sum(node.slots for node in self.nodes):
             self._connection.check()
-            if should_stop():
+            if should_leave():
                 return
             total, free = self._slots()
             if sum(free.values()) >= missing:

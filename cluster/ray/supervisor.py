@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,7 @@ from moray.cluster.ray.generation import Fault, Generation, Watch
 from moray.cluster.ray.nodes import Gang
 from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerError, WorkerFunction
+from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError, WorkerFunction
 
 
 def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hooks = SILENT) -> int:
@@ -38,29 +39,36 @@ def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hook
         watch = Watch(patience, hooks.on_event, hooks.on_status, should_stop, connection.check)
         gang = Gang(task, group, connection, hooks.on_event)
         try:
-            code = _run(connection, gang, watch, hooks.take_generation, group.max_restarts)
+            code = _run(connection, gang, watch, hooks, group.max_restarts)
         finally:
             gang.close()
     hooks.on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
 
 
-def _run(connection: Connection, gang: Gang, watch: Watch, take_generation: TakeGeneration, max_restarts: int) -> int:
+def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_restarts: int) -> int:
     """Runs generations, as many as it takes; returns the exit code of the last one."""
-    since, before, number = time.monotonic(), None, None
-    is_lost = False
+    since, is_lost = time.monotonic(), False
+    number: int | None = None
+    before: Fault | None = None
     outcome: int | Fault | None
+
+    def should_leave() -> bool:
+        if number is not None:
+            hooks.check_generation(number)
+        return watch.should_stop()
+
     for _ in range(max_restarts + 1):
         try:
             if is_lost:
                 connection.renew()
                 is_lost = False
-            outcome = _fill(gang, watch, before)
+            outcome = _fill(gang, should_leave, before)
             if not outcome and watch.should_stop():
                 return EXIT_INTERRUPTED
             if not outcome:
                 # As late as can be: whoever takes one puts an end to all others.
-                number = take_generation(number)
+                number = hooks.take_generation(number)
                 outcome = _run_generation(number, gang, watch, since, before)
         except RayLostError as error:
             gang.abandon()
@@ -86,10 +94,10 @@ def _worker_error(fault: Fault, why_no_more: str) -> WorkerError:
     return WorkerError(f"{summary}\n{fault.traceback or ''}".rstrip())
 
 
-def _fill(gang: Gang, watch: Watch, before: Fault | None) -> Fault | None:
+def _fill(gang: Gang, should_leave: Callable[[], bool], before: Fault | None) -> Fault | None:
     """Has the gang fill its slots; returns why an agent did not start."""
     try:
-        gang.fill(watch.should_stop)
+        gang.fill(should_leave)
     except RayError as error:
         return Fault(f"an agent did not start: {error}")
     except UserError:

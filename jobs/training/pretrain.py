@@ -73,7 +73,7 @@ def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
 
     with Watcher(config, console, listener) as watcher:
         try:
-            hooks = Hooks(watcher.on_event, watcher.on_status, take)
+            hooks = Hooks(watcher.on_event, watcher.on_status, take, partial(check_newest, checkpoints_of(config)))
             code = launch(train, config, config.cluster.launcher, config.cluster.group, hooks)
         except WorkerError as error:
             summary, _, trace = str(error).partition("\n")

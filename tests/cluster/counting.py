@@ -98,19 +98,6 @@ def counting_from(first: int) -> TakeGeneration:
     return lambda previous: first if previous is None else previous + 1
 
 
-def marked_processes(mark: str) -> list[int]:
-    """The living processes that were started with MARK=mark in their environment."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            is_marked = f"MARK={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
-            if is_marked and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found.append(int(folder.name))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
 if __name__ == "__main__":
     from counting import Plan, count  # the workers import it under this name
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from counting import history, marked_processes
+from counting import history
+from processes import marked_processes
 
 from moray.cluster.events import read_events
 

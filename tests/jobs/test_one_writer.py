@@ -8,26 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from tiny import tiny
+from without_locks import WITHOUT_LOCKS, assert_one_chain
 
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.training.metrics import read_metrics
-from moray.parallel.checkpoint.commits import list_commits
 
-WITHOUT_LOCKS = """
-import errno, fcntl, sys
-
-def flock(file, operation):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-fcntl.flock = flock
-from moray.jobs.cli import main
-main()
-"""
 ENDLESS = {"train__steps": 100_000, "train__eval_every": 0, "checkpoint__every": 5, "checkpoint__keep": 60}
 
 
@@ -50,13 +39,6 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attempts]:
     for process in attempts.started:
         process.kill()
         process.communicate()
-
-
-def assert_one_chain(run: Path) -> None:
-    manifests = [commit.manifest for commit in list_commits(run / "checkpoints")]
-    for before, after in pairwise(manifests):
-        assert before.generation <= after.generation
-        assert after.parent == before.digest
 
 
 def wait_until(run: Path, rows: int, *processes: subprocess.Popen[str]) -> None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from counting import marked_processes
+from processes import marked_processes
 
 import moray.cluster.ray.address
 from moray import UserError
