@@ -1,11 +1,13 @@
-"""One training step (forward, backward, AdamW) of MiniMind-3 shapes, moray against transformers, in the same run.
+"""One training step (forward, backward, AdamW), moray against transformers, in the same run.
 
     python benchmarks/training_step.py [--rounds 5] [--batch 4] [--tokens 512]
+    python benchmarks/training_step.py --device cuda [--rounds 10] [--batch 8] [--tokens 2048]
 
+On the CPU with MiniMind-3 shapes, on a GPU with a dense model and a MoE of a billion active parameters or so.
 Both sides take turns, step by step, so that a drifting machine slows both; the ratio is the median over the pairs.
 moray runs what `moray pretrain` runs on one worker: fp32 weights, packed rows without padding.
 transformers runs with SDPA and the fused AdamW; in bf16 once under autocast (fp32 weights, as moray has) and once with
-bf16 weights and optimizer (which loses updates, and is faster). The peak is a 1024 x 1024 matrix product here and now.
+bf16 weights and optimizer (which loses updates, and is faster). The peak is a matrix product here and now.
 """
 
 import argparse
@@ -27,16 +29,37 @@ from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
 
 Step = Callable[[], None]
+DOCUMENT_TOKENS = 340
+"""What a document of MiniMind's corpora has, in the rows that say packed."""
+LARGE = {
+    "vocab_size": 32_000,
+    "n_layers": 16,
+    "d_model": 2048,
+    "max_seq_len": 4096,
+    "attention": {"n_heads": 16, "n_kv_heads": 8, "head_dim": 128},
+    "ffn": {"width": 8192},
+}
+SHAPES = {
+    "cpu": {"minimind-3": {}, "minimind-3-moe": {}},
+    "cuda": {
+        "minimind-3": LARGE,
+        "minimind-3-moe": {**LARGE, "moe": {"n_experts": 16, "top_k": 4, "expert_width": 2048}},
+    },
+}
 
 
-def moray_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor) -> Step:
-    meshes = Layout(dp_shard=1).meshes("cpu")
+def moray_step(
+    config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, device: torch.device, packed: bool = False
+) -> Step:
+    meshes = Layout(dp_shard=1).meshes(device.type)
     decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=dtype)
     initialise_shards(decoder, seed=0)
     optimizer = build_optimizer(decoder, OptimizerSection())
     inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:].contiguous()
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    batch = MicroBatch.of(inputs, targets, positions, torch.zeros_like(inputs), torch.device("cpu"))
+    places = torch.arange(inputs.shape[1]).expand_as(inputs)
+    documents = places // DOCUMENT_TOKENS if packed else torch.zeros_like(inputs)
+    positions = places % DOCUMENT_TOKENS if packed else places
+    batch = MicroBatch.of(inputs, targets, positions, documents, device)
 
     def step() -> None:
         accumulate_gradients(decoder, [batch], tp=1)
@@ -46,7 +69,9 @@ def moray_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor)
     return step
 
 
-def transformers_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, autocast: bool) -> Step:
+def transformers_step(
+    config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, device: torch.device, autocast: bool
+) -> Step:
     common = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -58,26 +83,27 @@ def transformers_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.
         "tie_word_embeddings": config.tied_embeddings,
         "use_cache": False,
     }
-    if config.moe:
-        peer = transformers.Qwen3MoeForCausalLM(
-            transformers.Qwen3MoeConfig(
-                **common,
-                num_experts=config.moe.n_experts,
-                num_experts_per_tok=config.moe.top_k,
-                moe_intermediate_size=config.moe.expert_width,
-                norm_topk_prob=config.moe.normalise_gates,
-                output_router_logits=True,
+    with device:
+        if config.moe:
+            peer = transformers.Qwen3MoeForCausalLM(
+                transformers.Qwen3MoeConfig(
+                    **common,
+                    num_experts=config.moe.n_experts,
+                    num_experts_per_tok=config.moe.top_k,
+                    moe_intermediate_size=config.moe.expert_width,
+                    norm_topk_prob=config.moe.normalise_gates,
+                    output_router_logits=True,
+                )
             )
-        )
-    else:
-        peer = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common))
+        else:
+            peer = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common))
     peer = peer if autocast else peer.to(dtype)
     optimizer = torch.optim.AdamW(peer.parameters(), fused=True)
-    # transformers shifts the labels itself; 512 positions are computed on either side.
-    inputs = tokens_BT[:, :-1]
+    # transformers shifts the labels itself; as many positions are computed on either side.
+    inputs = tokens_BT[:, :-1].to(device)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=autocast):
+        with torch.autocast(device.type, dtype, enabled=autocast):
             loss = peer(inputs, labels=inputs).loss
         loss.backward()
         optimizer.step()
@@ -86,42 +112,51 @@ def transformers_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.
     return step
 
 
-def seconds(step: Step) -> float:
+def seconds(step: Step, device: torch.device) -> float:
     began = time.perf_counter()
     step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def compare(ours: Step, theirs: Step, rounds: int) -> tuple[float, float, float]:
+def compare(ours: Step, theirs: Step, rounds: int, device: torch.device) -> tuple[float, float, float]:
     """Median seconds of each side, and the median of the pairwise ratios theirs / ours."""
-    ours(), theirs()
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
+    for _ in range(1 if device.type == "cpu" else 3):
+        seconds(ours, device), seconds(theirs, device)
+    pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(rounds)]
     a, b = zip(*pairs, strict=True)
     return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in pairs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=SHAPES, default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
     arguments = parser.parse_args()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device(arguments.device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
     torch.manual_seed(0)
-    tokens_BT = torch.randint(6400, (arguments.batch, arguments.tokens + 1))
     count = arguments.batch * arguments.tokens
-    cpu = torch.device("cpu")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
     print("| model | dtype | peer's weights | moray tokens/s | transformers tokens/s | ratio | share of peak: both |")
     print("|---|---|---|---|---|---|---|")
-    for preset in ("minimind-3", "minimind-3-moe"):
-        config = ModelConfig.preset(preset)
+    for preset, changes in SHAPES[device.type].items():
+        config = ModelConfig.preset(preset, **changes)
+        tokens_BT = torch.randint(config.vocab_size, (arguments.batch, arguments.tokens + 1))
         flops = train_flops_per_token(config, arguments.tokens) * count
         for dtype, autocast in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
-            ours = moray_step(config, dtype, tokens_BT)
-            theirs = transformers_step(config, dtype, tokens_BT, autocast)
-            a, b, ratio = compare(ours, theirs, arguments.rounds)
-            peak = matmul_peak(cpu, dtype, 2.0)
+            if device.type == "cuda" and dtype == torch.float32:
+                continue
+            ours = moray_step(config, dtype, tokens_BT, device)
+            theirs = transformers_step(config, dtype, tokens_BT, device, autocast)
+            a, b, ratio = compare(ours, theirs, arguments.rounds, device)
+            peak = matmul_peak(device, dtype, 2.0)
             weights = "float32" if autocast or dtype == torch.float32 else "bfloat16"
             print(
                 f"| {preset} | {str(dtype)[6:]} | {weights} | {count / a:,.0f} | {count / b:,.0f} | {ratio:.2f} "

@@ -25,6 +25,7 @@ from moray.parallel.shard import build_decoder, initialise_shards
 
 STEPS, BATCH, TOKENS, SEED = 3, 8, 16, 3
 MAX_NORM = 0.5
+CPU = torch.device("cpu")
 IDLE_EXPERT = 1
 OPTIMIZER = OptimizerSection(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
 HEADS = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8}
@@ -65,8 +66,9 @@ def group_size(config: ModelConfig) -> int:
     return config.moe.group_size if config.moe else 1
 
 
-def randomness(step: int, lanes: slice) -> Randomness:
-    return Randomness(SEED, step, torch.arange(step * BATCH + lanes.start, step * BATCH + lanes.stop))
+def randomness(step: int, lanes: slice, device: torch.device = CPU) -> Randomness:
+    sequences_B = torch.arange(step * BATCH + lanes.start, step * BATCH + lanes.stop, device=device)
+    return Randomness(SEED, step, sequences_B)
 
 
 def check_by_logits(decoder: Decoder, inputs: dict[str, Tensor], targets_BT: Tensor, found: Losses) -> None:
@@ -125,18 +127,22 @@ def state(decoder: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def full(x: Tensor) -> Tensor:
-    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).to("cpu", copy=True)
 
 
 def spread(
-    config: ModelConfig, layout: Layout, dtype: torch.dtype, compute_dtype: torch.dtype | None = None
+    config: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Any] | None:
-    """The same steps on this rank's share of the lanes, in micro-batches of one and two.
+    """The same steps on this rank's share of the lanes, in micro-batches of one and two. Results are on the CPU.
 
     In fp32 the experts use the grouped kernel that GPUs use, in fp64, which it lacks, the loop over experts.
     """
     experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
-    decoder = build_decoder(config, layout.meshes("cpu"), dtype=dtype, compute_dtype=compute_dtype or dtype)
+    decoder = build_decoder(config, layout.meshes(device.type), dtype=dtype, compute_dtype=compute_dtype or dtype)
     initialise_shards(decoder, SEED)
     starve(decoder)
     optimizer = build_optimizer(decoder, OPTIMIZER)
@@ -148,7 +154,7 @@ def spread(
         edge = first + group_size(config)
         cuts = [cut for cut in (slice(first, edge), slice(edge, first + lanes)) if cut.start < cut.stop]
         micro_batches = [
-            MicroBatch.of(*(x[cut] for x in batch.values()), torch.device("cpu"), randomness(step, cut)) for cut in cuts
+            MicroBatch.of(*(x[cut] for x in batch.values()), device, randomness(step, cut, device)) for cut in cuts
         ]
         optimizer.zero_grad()
         losses.append(accumulate_gradients(decoder, micro_batches, layout.tp).cross_entropy)

@@ -14,8 +14,8 @@ def grouped_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
 
     An expert without rows still takes part: its gradient is zero, not missing.
     """
-    # On the CPU, torch's kernel has no fp64, and its fp32 backward builds the weights' gradient twice.
-    if x_MI.device.type == "cpu" and x_MI.dtype in (torch.float32, torch.float64):
+    # Torch's kernel has no fp64, and on the CPU its fp32 backward builds the weights' gradient twice.
+    if x_MI.dtype == torch.float64 or (x_MI.device.type == "cpu" and x_MI.dtype == torch.float32):
         return _Loop.apply(x_MI, w_EOI, counts_E)
     return grouped_mm_linear(x_MI, w_EOI, counts_E)
 

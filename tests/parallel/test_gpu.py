@@ -1,0 +1,43 @@
+"""Law 1 holds across devices: a GPU computes what a CPU computes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from law1 import check, spread, truth
+from test_parity import MODELS
+from test_pieces import PIECES
+
+from moray.parallel.layout import Layout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+ALL = {**MODELS, **{name: config for name, (config, _) in PIECES.items()}}
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=GPU)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_in_fp64_to_ten_digits(name: str) -> None:
+    found = spread(ALL[name], Layout(dp_shard=1), torch.float64, device=GPU)
+    assert found
+    check(found, truth(ALL[name], torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_in_bf16_near_fp32(name: str) -> None:
+    """The kernels that training uses: grouped products, attention over documents in one call."""
+    expected = truth(ALL[name], torch.float32)
+    found = spread(ALL[name], Layout(dp_shard=1), torch.float32, torch.bfloat16, GPU)
+    assert found
+    assert found["losses"] == pytest.approx(expected["losses"], rel=0.03)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=0.1)
