@@ -1,7 +1,7 @@
 """One training step (forward, backward, AdamW), moray against transformers, in the same run.
 
     python benchmarks/training_step.py [--rounds 5] [--batch 4] [--tokens 512]
-    python benchmarks/training_step.py --device cuda [--rounds 10] [--batch 8] [--tokens 2048]
+    python benchmarks/training_step.py --device cuda --batch 4 --tokens 2048
 
 On the CPU with MiniMind-3 shapes, on a GPU with a dense model and a MoE of a billion active parameters or so.
 Both sides take turns, step by step, so that a drifting machine slows both; the ratio is the median over the pairs.
@@ -11,6 +11,7 @@ bf16 weights and optimizer (which loses updates, and is faster). The peak is a m
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from moray.parallel.shard import build_decoder, initialise_shards
 
 Step = Callable[[], None]
 DOCUMENT_TOKENS = 340
-"""What a document of MiniMind's corpora has, in the rows that say packed."""
+"""What a document of MiniMind's corpora has or so."""
 LARGE = {
     "vocab_size": 32_000,
     "n_layers": 16,
@@ -43,7 +44,7 @@ SHAPES = {
     "cpu": {"minimind-3": {}, "minimind-3-moe": {}},
     "cuda": {
         "minimind-3": LARGE,
-        "minimind-3-moe": {**LARGE, "moe": {"n_experts": 16, "top_k": 4, "expert_width": 2048}},
+        "minimind-3-moe": {**LARGE, "moe": {"n_experts": 16, "top_k": 4, "expert_width": 1024}},
     },
 }
 
@@ -132,6 +133,7 @@ def compare(ours: Step, theirs: Step, rounds: int, device: torch.device) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=SHAPES, default="cpu")
+    parser.add_argument("--packed", action="store_true", help="moray's rows are documents of 340 tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
@@ -153,7 +155,7 @@ def main() -> None:
         for dtype, autocast in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
             if device.type == "cuda" and dtype == torch.float32:
                 continue
-            ours = moray_step(config, dtype, tokens_BT, device)
+            ours = moray_step(config, dtype, tokens_BT, device, arguments.packed)
             theirs = transformers_step(config, dtype, tokens_BT, device, autocast)
             a, b, ratio = compare(ours, theirs, arguments.rounds, device)
             peak = matmul_peak(device, dtype, 2.0)
@@ -164,6 +166,7 @@ def main() -> None:
                 flush=True,
             )
             del ours, theirs
+            gc.collect()  # modules refer to themselves, and a GPU has no room for two pairs
     dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 # Shapes: B batch, T tokens, d channels of a head that RoPE turns.
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -17,16 +18,24 @@ class Documents:
     """Which tokens of a packed batch belong together, found once on the CPU: no device has to be waited for.
 
     lengths: tokens of each document piece in row-major order, or None when every row is one document: attention then
-    runs on the batch whole. valid_BT (bool, on the model's device): False for padding.
+    runs on the batch whole. valid_BT (bool, on the model's device): False for padding. edges (int32, on a GPU alone):
+    where each piece begins in the flattened batch, and where the last one ends.
     """
 
     lengths: list[int] | None
     valid_BT: Tensor
+    edges: Tensor | None = None
 
     @classmethod
     def of(cls, ids_BT: Tensor, device: torch.device) -> Self:
         """From each token's document id, [B, T]; -1 is padding."""
-        return cls(document_lengths(ids_BT), (ids_BT >= 0).to(device, non_blocking=True))
+        lengths = document_lengths(ids_BT)
+        valid_BT = (ids_BT >= 0).to(device, non_blocking=True)
+        if device.type != "cuda":
+            return cls(lengths, valid_BT)
+        rows, width = ids_BT.shape
+        edges = torch.tensor([0, *accumulate(lengths or [width] * rows)], dtype=torch.int32)
+        return cls(lengths, valid_BT, edges.to(device, non_blocking=True))
 
 
 def document_lengths(documents_BT: Tensor) -> list[int] | None:

@@ -57,14 +57,14 @@ class LatentAttention(nn.Module):
         compressed_BTr, k_rope_BTp = self.kv_down(x_BTD).split([self.latent.kv_rank, self.latent.rope_dim], dim=-1)
         compressed_BTr, k_rope_BT1p = self.kv_norm(compressed_BTr), self.key_rope(k_rope_BTp)[:, :, None]
         q_rope_BTHp, k_rope_BT1p = (rotate(x, *context.rope, self.interleaved) for x in (q_rope_BTHp, k_rope_BT1p))
-        cache = context.cache
+        cache, documents = context.cache, context.documents
         if cache is not None:
             token_B1Tc = torch.cat((compressed_BTr[:, :, None], k_rope_BT1p), dim=-1).transpose(1, 2)
             (held_B1Sc,) = cache.extend(self.layer, token_B1Tc)
         if cache is None or cache.length == 0:
             k_BTHd, v_BTHe = self._keys_and_values(compressed_BTr, k_rope_BT1p)
             q_BTHd = torch.cat((q_nope_BTHn, q_rope_BTHp), dim=-1)
-            out_BTHe = attend(q_BTHd, k_BTHd, v_BTHe, self.scoring, context.documents.lengths)
+            out_BTHe = attend(q_BTHd, k_BTHd, v_BTHe, self.scoring, documents.lengths, documents.edges)
         else:
             out_BTHe = self._absorbed(q_nope_BTHn, q_rope_BTHp, held_B1Sc, cache)
         return self.output(out_BTHe.flatten(2))

@@ -9,7 +9,7 @@ from moray.model.attention.latent import LatentAttention
 from moray.model.attention.rope import rotate
 from moray.model.attention.sdpa import Scoring, attend, attend_visible
 from moray.model.config.architecture import ModelConfig
-from moray.model.context import Context
+from moray.model.context import Context, Documents
 from moray.model.norm import RMSNorm
 
 
@@ -56,9 +56,9 @@ class Attention(nn.Module):
         if self.kv_heads is not None:
             k, v = k[:, :, self.kv_heads], v[:, :, self.kv_heads]
         if context.cache is None:
-            out_BTHd = attend(q, k, v, self.scoring, context.documents.lengths)
+            out_BTHd = attend(q, k, v, self.scoring, context.documents.lengths, context.documents.edges)
         else:
-            out_BTHd = self._attend_cached(q, k, v, context.documents.lengths, context.cache)
+            out_BTHd = self._attend_cached(q, k, v, context.documents, context.cache)
         return self.output(out_BTHd.flatten(2))
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,10 +72,10 @@ class Attention(nn.Module):
         return q, k, v
 
     def _attend_cached(
-        self, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, lengths: list[int] | None, cache: KVCache
+        self, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, documents: Documents, cache: KVCache
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BTGd, v_BTGd))
         k, v = cache.extend(self.layer, k, v)
         if cache.length == 0:
-            return attend(q_BTHd, k_BTGd, v_BTGd, self.scoring, lengths)
+            return attend(q_BTHd, k_BTGd, v_BTGd, self.scoring, documents.lengths, documents.edges)
         return attend_visible(q, k, v, self.scoring, cache.visible(self.layer, q.shape[2])).transpose(1, 2)

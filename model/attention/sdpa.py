@@ -1,7 +1,8 @@
 """Causal attention within documents: neither a [T, T] mask nor the products that it would hide exist.
 
-A document runs as one causal call of PyTorch's kernel. With a window, or a soft cap, its queries run in blocks, each
-against the blocks of keys that it can see. (On GPUs, flex attention would compile both into one kernel.)
+In half precision on a GPU, one call of FlashAttention's kernel for variable lengths runs all documents, with a window
+or without. Elsewhere a document is one causal call of PyTorch's kernel; with a window, or a soft cap, its queries run
+in blocks, each against the blocks of keys that it can see. (On GPUs, flex attention would compile a soft cap, too.)
 """
 
 # Shapes: B batch, T queries, S keys, H query heads, G key and value heads (each serves R = H / G query heads in a row),
@@ -14,10 +15,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 QUERY_BLOCK = 128
 """Queries whose soft-capped scores exist at the same time; the least that a window's blocks hold."""
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_CHANNELS = 256
+"""The widest head that the kernel takes; widths are multiples of 8."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,20 @@ class Scoring:
     softcap: float | None = None
 
 
-def attend(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGe: Tensor, scoring: Scoring, lengths: list[int] | None) -> Tensor:
-    """Causal attention in which no token sees another document (`Documents.lengths`). Shapes: -> [B, T, H, e]."""
+def attend(
+    q_BTHd: Tensor,
+    k_BTGd: Tensor,
+    v_BTGe: Tensor,
+    scoring: Scoring,
+    lengths: list[int] | None,
+    edges: Tensor | None = None,
+) -> Tensor:
+    """Causal attention in which no token sees another document. Shapes: -> [B, T, H, e].
+
+    `lengths` and `edges` are those of `Documents`.
+    """
+    if edges is not None and _suits_flash(q_BTHd, v_BTGe, scoring):
+        return _attend_documents(q_BTHd, k_BTGd, v_BTGe, scoring, edges, max(lengths or [q_BTHd.shape[1]]))
     if lengths is None:
         return _attend_document(q_BTHd, k_BTGd, v_BTGe, scoring)
     pieces = zip(*(x.flatten(0, 1).split(lengths) for x in (q_BTHd, k_BTGd, v_BTGe)), strict=True)
@@ -63,6 +80,25 @@ def sees(query_T: Tensor, key_S: Tensor, window: int | None) -> Tensor:
     distance_TS = query_T[:, None] - key_S
     behind_TS = distance_TS >= 0
     return behind_TS if window is None else behind_TS & (distance_TS < window)
+
+
+def _suits_flash(q_BTHd: Tensor, v_BTGe: Tensor, scoring: Scoring) -> bool:
+    is_narrow = max(q_BTHd.shape[-1], v_BTGe.shape[-1]) <= FLASH_CHANNELS
+    return q_BTHd.is_cuda and q_BTHd.dtype in FLASH_DTYPES and scoring.softcap is None and is_narrow
+
+
+def _attend_documents(
+    q_BTHd: Tensor, k_BTGd: Tensor, v_BTGe: Tensor, scoring: Scoring, edges: Tensor, longest: int
+) -> Tensor:
+    width, value_width = q_BTHd.shape[-1], v_BTGe.shape[-1]
+    wanted = 8 * math.ceil(max(width, value_width) / 8)
+    q, k, v = (_widened(x.flatten(0, 1), wanted) for x in (q_BTHd, k_BTGd, v_BTGe))
+    reach = -1 if scoring.window is None else scoring.window - 1  # keys behind a query; -1 is all of them
+    grouped = q.shape[1] != k.shape[1]
+    out = varlen_attn(
+        q, k, v, edges, edges, longest, longest, scale=scoring.scale, window_size=(reach, 0), enable_gqa=grouped
+    )
+    return out[..., :value_width].unflatten(0, q_BTHd.shape[:2])
 
 
 def _attend_document(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGe: Tensor, scoring: Scoring) -> Tensor:
@@ -106,7 +142,7 @@ def _kernel(
 ) -> Tensor:
     d, e = q_BHTd.shape[-1], v_BGSe.shape[-1]
     # The fused kernels want values as wide as keys; zeros cost less than the scores that the plain one would keep.
-    q, k, v = (F.pad(x, (0, max(d, e) - x.shape[-1])) if d != e else x for x in (q_BHTd, k_BGSd, v_BGSe))
+    q, k, v = (_widened(x, max(d, e)) for x in (q_BHTd, k_BGSd, v_BGSe))
     grouped = q.shape[1] != k.shape[1]
     if grouped and visible is not None and q.is_cuda:
         # CUDA's only fused kernel that takes a mask knows no groups.
@@ -114,6 +150,11 @@ def _kernel(
         grouped = False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out[..., :e]
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """With zeros for the channels that it lacks."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _softcapped(

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from architectures import MODELS, PIECES
 from law1 import check, spread, truth
-from test_parity import MODELS
-from test_pieces import PIECES
 
 from moray.parallel.layout import Layout
 

@@ -5,28 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from law1 import HEADS, NARROW, SEED, check, global_batch, spread, truth
+from architectures import MODELS
+from law1 import SEED, check, global_batch, spread, truth
 from pool import Pool
 
 from moray.model import ModelConfig
 from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
-
-MODELS = {
-    "dense": ModelConfig.preset("minimind-3", **NARROW),
-    "dense-untied": ModelConfig.preset(
-        "demo-dense", **{**NARROW, "attention": {**HEADS, "qk_norm": None}}, tied_embeddings=False
-    ),
-    "moe-deepseek": ModelConfig.preset(
-        "demo-moe",
-        **NARROW,
-        moe={"n_experts": 8, "top_k": 3, "expert_width": 16, "balance_loss": 0.1, "bias_update_rate": 0.05},
-    ),
-    "moe-softmax": ModelConfig.preset(
-        "minimind-3-moe", **NARROW, moe={"n_experts": 4, "top_k": 2, "expert_width": 24, "balance_loss": 0.1}
-    ),
-}
 
 LAYOUTS = [
     Layout(dp_shard=2),

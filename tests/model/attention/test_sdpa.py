@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import accumulate
 
 import pytest
 import torch
@@ -60,6 +61,26 @@ def test_output_and_gradients_are_the_textbooks(
         torch.autograd.grad(out, qkv, upstream), torch.autograd.grad(expected, qkv, upstream), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lengths", [None, [1, 13, 7, 4, 5, 12]])
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
+@pytest.mark.parametrize(("groups", "d", "e"), [(4, 8, 8), (2, 8, 8), (1, 12, 8), (2, 6, 10)])
+def test_one_kernel_for_all_documents_computes_the_textbooks(
+    groups: int, d: int, e: int, window: int | None, lengths: list[int] | None
+) -> None:
+    scoring, expected_qkv = Scoring(0.4, window), inputs(4, groups, d, e)
+    qkv = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in expected_qkv]
+    edges = torch.tensor([0, *accumulate(lengths or [TOKENS] * 2)], dtype=torch.int32, device="cuda")
+    out, expected = attend(*qkv, scoring, lengths, edges), textbook(*expected_qkv, scoring, lengths)
+    assert out.grad_fn is not None
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=0.02, atol=0.02)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = torch.autograd.grad(out, qkv, upstream.cuda())
+    for ours, theirs in zip(found, torch.autograd.grad(expected, expected_qkv, upstream.double()), strict=True):
+        torch.testing.assert_close(ours.double().cpu(), theirs, rtol=0.04, atol=0.04)
 
 
 @pytest.mark.parametrize(("groups", "d", "e"), [(4, 8, 8), (1, 8, 8), (4, 12, 8), (2, 6, 10)])
