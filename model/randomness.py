@@ -102,9 +102,9 @@ def _log(x: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    """The square root of numbers from 1 to 100, to 1e-12, by Heron's rule: that of torch is not exact on CUDA."""
+    """The square root of numbers from 1 to 100, by Heron's rule: that of torch is not exact on CUDA."""
     root = torch.full_like(x, 5.0)
-    for _ in range(6):
+    for _ in range(7):
         root = (root + x / root) * 0.5
     return root
 
