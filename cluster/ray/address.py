@@ -14,7 +14,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
 from moray import UserError
-from moray.cluster.ray.local_ray import DEFAULT_TEMP_DIR
+from moray.cluster.ray.keeper import DEFAULT_TEMP_DIR
 
 ANSWER_S = 5.0
 RETRY_S = 0.2

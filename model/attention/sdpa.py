@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 QUERY_BLOCK = 128
@@ -90,6 +89,9 @@ def _suits_flash(q_BTHd: Tensor, v_BTGe: Tensor, scoring: Scoring) -> bool:
 def _attend_documents(
     q_BTHd: Tensor, k_BTGd: Tensor, v_BTGe: Tensor, scoring: Scoring, edges: Tensor, longest: int
 ) -> Tensor:
+    # Imported here because it imports torch's compiler, a second of every start.
+    from torch.nn.attention.varlen import varlen_attn
+
     width, value_width = q_BTHd.shape[-1], v_BTGe.shape[-1]
     wanted = 8 * math.ceil(max(width, value_width) / 8)
     q, k, v = (_widened(x.flatten(0, 1), wanted) for x in (q_BTHd, k_BTGd, v_BTGe))

@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from moray.cluster.ray.local_ray import LocalRay, slots_for, temp_dir
+from moray.cluster.ray.keeper import temp_dir
+from moray.cluster.ray.local_ray import LocalRay, slots_for
 from moray.cluster.worker import WorkerError
 
 
