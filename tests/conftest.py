@@ -13,6 +13,17 @@ import pytest
 from pool import Pool
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: a file stays on one worker, and all that starts a Ray on the same one.
+
+    Two Rays that start at once slow each other down, and one has 15 seconds to start.
+    """
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            meets_ray = "cluster" in item.path.parts or "ray_cluster" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ray" if meets_ray else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def pool() -> Pool:
     """Real worker processes over gloo."""
