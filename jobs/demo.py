@@ -39,8 +39,9 @@ def demo(folder: Path) -> int:
     _report(run, console)
     _phase(console, 4, "generate", f"the newest commit continues {PROMPT!r}")
     decoder, tokenizer = load_run(run, console.print)
-    tokens = generate_tokens(decoder, [tokenizer.bos_id, *tokenizer.encode(PROMPT)], 120, Sampling(0.7, top_p=0.9))
-    console.print(PROMPT + "".join(stream_text(tokenizer, tokens)), markup=False, style="cyan")
+    prompt = tokenizer.encode(PROMPT)
+    tokens = generate_tokens(decoder, [*tokenizer.prompt_start, *prompt], 120, Sampling(0.7, top_p=0.9))
+    console.print(PROMPT + "".join(stream_text(tokenizer, tokens, prompt)), markup=False, style="cyan")
     console.print()
     for name, what in (
         ("data/", "tokenizer, WebDataset shards, index.json"),

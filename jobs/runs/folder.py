@@ -12,9 +12,11 @@ from typing import Any
 
 from moray import UserError
 from moray.data.dataset import Dataset
+from moray.data.special_tokens import copy_stops
 from moray.data.tokenizer import copy_tokenizer
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig, flatten
+from moray.jobs.models.weights import tokenizer_of
 from moray.model import ModelConfig
 from moray.model.accounting.cost import count_parameters
 from moray.parallel.checkpoint.commits import Commit, list_commits
@@ -46,6 +48,8 @@ def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) ->
             check_same_run(commits[-1], config, dataset)
         _check_space(config.model, folder)
         _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=bool(commits))
+        if config.weights_from:
+            copy_stops(tokenizer_of(Path(config.weights_from)), folder / "tokenizer")
         _replace_file(folder / "config.toml", to_toml(config))
         yield
 

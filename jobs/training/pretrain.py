@@ -33,7 +33,7 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     console = console or Console(stderr=True, quiet=not is_first)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if config.weights_from:
-        check_tokenizer(Path(config.weights_from), Path(config.data.path), tell)
+        check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
     dataset.check_vocabulary(config.model.vocab_size)
     with claimed(config, dataset, tell) if is_first else nullcontext():
         try:
@@ -46,8 +46,8 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     return code
 
 
-def check_tokenizer(source: Path, data: Path, tell: Callable[[str], None]) -> None:
-    """Raises UserError if the data's tokens mean others than those that the weights were trained on.
+def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[str], None]) -> None:
+    """Raises UserError if the data's tokens mean others than those, below `vocab_size`, that the weights know.
 
     Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits.
     """
@@ -56,7 +56,7 @@ def check_tokenizer(source: Path, data: Path, tell: Callable[[str], None]) -> No
         return
     if not (tokenizer / "tokenizer.json").is_file():
         tell(f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on")
-    elif not same_vocabulary(tokenizer, data):
+    elif not same_vocabulary(tokenizer, data, vocab_size):
         raise UserError(
             f"data.path={data} has other tokens than model.from={source} was trained on; "
             f"make the data with `moray prepare … --tokenizer {tokenizer}`"
