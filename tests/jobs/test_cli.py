@@ -67,7 +67,10 @@ def test_help_is_no_mistake(moray: Moray) -> None:
         ({"model__attention__n_heads": 5}, "model.attention.n_kv_heads=2 must divide n_heads=5; try one of [1, 5]"),
         ({"train__seq_len": 4096}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
         ({"data__path": "nowhere"}, f"data.path={Path.cwd() / 'nowhere'} does not exist; make it with `moray prepare"),
-        ({"model__vocab_size": 300}, "entries, more than the model's vocab_size=300; set model.vocab_size=400"),
+        (
+            {"model__vocab_size": 300},
+            "holds token 399, beyond the model's vocab_size=300; set model.vocab_size=400,",
+        ),
     ],
 )
 def test_settings_that_are_wrong(
