@@ -60,7 +60,7 @@ def dispatch(arguments: list[str]) -> int:
 def bind(name: str, arguments: list[str]) -> Callable[[], int]:
     """A verb with its arguments, ready to be called. Raises UserError of one line where they do not fit."""
     verb = VERBS[name]
-    _check_options(name, arguments)
+    words = _join_values(name, arguments)
 
     @wraps(verb)
     def keep(*values: Any, **options: Any) -> Callable[[], int]:
@@ -68,21 +68,33 @@ def bind(name: str, arguments: list[str]) -> Callable[[], int]:
 
     with redirect_stderr(StringIO()) as said:
         try:
-            return tyro.cli(keep, args=arguments, prog=f"moray {name}")
+            return tyro.cli(keep, args=words, prog=f"moray {name}")
         except SystemExit as end:
             if not end.code:  # --help
                 raise
     raise UserError(f"{_condense(said.getvalue())}; `moray {name} --help` says more")
 
 
-def _check_options(verb: str, arguments: list[str]) -> None:
+def _join_values(verb: str, arguments: list[str]) -> list[str]:
+    """`--option VALUE` as `--option=VALUE`: a value may look like an option, if it is none of this verb's.
+
+    Raises UserError for an option that the verb does not have.
+    """
     kinds = signature(VERBS[verb]).parameters.values()
     known = {f"--{kind.name.replace('_', '-')}": kind for kind in kinds if kind.kind is kind.KEYWORD_ONLY}
-    switches = {f"--no-{name[2:]}" for name, kind in known.items() if isinstance(kind.default, bool)}
-    for word in arguments:
-        option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and option not in {*known, *switches, "--help"}:
-            raise UserError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
+    switches = {name for name, kind in known.items() if isinstance(kind.default, bool)}
+    switches |= {f"--no-{name[2:]}" for name in switches} | {"--help"}
+    words, rest = list[str](), list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option.startswith("--"):
+            option = option.replace("_", "-")
+            if option not in {*known, *switches}:
+                raise UserError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
+            if not equals and option not in switches and rest and rest[0] not in {*known, *switches}:
+                equals, value = "=", rest.pop(0)
+        words.append(option + equals + value)
+    return words
 
 
 def _condense(box: str) -> str:

@@ -85,8 +85,10 @@ def generate_tokens(
     longest = decoder.config.max_seq_len
     if not prompt:
         raise UserError("the prompt is empty; it needs one token at least")
+    if len(prompt) >= longest:
+        raise UserError(f"{len(prompt)} prompt tokens leave no room for others: max_seq_len={longest}")
     if max_new_tokens is None:
-        max_new_tokens = max(min(USUAL_NEW_TOKENS, longest - len(prompt)), 1)
+        max_new_tokens = min(USUAL_NEW_TOKENS, longest - len(prompt))
     if max(prompt) >= (entries := decoder.config.vocab_size):
         raise UserError(
             f"the prompt holds token {max(prompt)} and the model's vocab_size={entries}: another model's tokenizer"

@@ -39,7 +39,14 @@ def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) ->
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        link = Path(error.filename)
+        raise UserError(
+            f"run.dir={folder} leads over the link {link} to {link.readlink()}, which does not exist: mount its disk, "
+            "or choose another run.dir"
+        ) from None
     with _locked(folder, tell) as is_alone:
         if is_alone:
             _remove_partials(folder)

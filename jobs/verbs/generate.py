@@ -32,8 +32,10 @@ def generate(
         top_p: Draw among the fewest likeliest whose probabilities reach p.
         seed: Decides on the draws.
     """
+    from moray.jobs.config.arguments import check_utf8
     from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, prompt_start, stream_text
 
+    check_utf8("prompt", prompt)
     sampling = Sampling(temperature, top_k, top_p, seed)
     decoder, tokenizer = load_run(run, complain)
     ids = tokenizer.encode(prompt)

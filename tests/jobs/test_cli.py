@@ -63,6 +63,7 @@ def test_help_is_no_mistake(moray: Moray) -> None:
         ({"train__stepz": 3}, "train.stepz is not a setting; did you mean train.steps?"),
         ({"model__preset": "demo-moo"}, "model.preset=demo-moo is not known; did you mean demo-moe?"),
         ({"recipe": "dmo"}, "--recipe dmo is not known; did you mean demo?"),
+        ({"data__path": os.fsdecode(b"caf\xe9")}, r"data.path='caf\udce9' is not UTF-8"),
         ({"train__steps": "many"}, "train.steps=many must be a whole number"),
         ({"model__attention__n_heads": 5}, "model.attention.n_kv_heads=2 must divide n_heads=5; try one of [1, 5]"),
         ({"train__seq_len": 4096}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
@@ -235,9 +236,18 @@ def test_generate_continues_the_prompt_and_the_seed_decides(moray: Moray, finish
     assert first == again != other
 
 
+@pytest.mark.parametrize("prompt", ["-- select all", "--", "---\ntitle: x = 1\n", "- one", "--seeds", "-1", "=", ""])
+def test_a_prompt_may_look_like_an_option(moray: Moray, finished: Path, prompt: str) -> None:
+    outcome = moray("generate", finished, "--prompt", prompt, "--max_new_tokens", 3, "--temperature", 0)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(prompt)
+    assert outcome.out == moray("generate", finished, f"--prompt={prompt}", "--max-new-tokens=3", "--temperature=0").out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--prompt", os.fsdecode(b"caf\xe9")], r"prompt='caf\udce9' is not UTF-8"),
         (["--max-new-tokens", "128"], "prompt tokens and max_new_tokens=128 exceed max_seq_len=128"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
         (["--temperature", "-1"], "temperature=-1.0 must be 0 (greedy) or more"),
@@ -251,7 +261,7 @@ def test_generation_that_cannot_be(moray: Moray, finished: Path, options: list[s
 
 def test_a_prompt_longer_than_the_model_can_take(moray: Moray, finished: Path) -> None:
     line = line_of(moray("generate", finished, "--prompt", "x = 1; " * 200))
-    assert "prompt tokens and max_new_tokens=200 exceed max_seq_len=128" in line
+    assert "prompt tokens leave no room for others: max_seq_len=128" in line
 
 
 def test_folders_that_are_no_runs(moray: Moray, dataset: Path, tmp_path: Path) -> None:
@@ -293,6 +303,7 @@ def test_generate_passes_over_a_damaged_commit_loudly(moray: Moray, finished: Pa
         (["generate"], "Missing from moray generate: PATH --prompt STR; `moray generate --help` says more"),
         (["generate", "RUN", "--promt", "a"], "--promt is not an option of moray generate; did you mean --prompt?"),
         (["generate", "RUN", "--max_new_token=3"], "--max-new-token is not an option of moray generate; did you mean"),
+        (["generate", "RUN", "--prompt", "--top-k", "3"], "Missing value for argument '--prompt'. Expected 1 values; "),
         (["generate", "RUN", "--prompt"], "Missing value for argument '--prompt'. Expected 1 values; `moray generate"),
         (["generate", "RUN", "--prompt", "a", "--top-k", "b"], "Error parsing --top-k: invalid literal for int()"),
         (["generate", "RUN", "OTHER", "--prompt", "a"], "Unrecognized options: OTHER; `moray generate --help`"),
@@ -353,6 +364,15 @@ def test_a_path_that_cannot_be_written_is_named(moray: Moray, dataset: Path, fin
     assert f"{below}.moray-unfinished: Not a directory; " in line_of(moray("export", finished, "--out", below))
     assert str(below) in line_of(moray("prepare", "stdlib", "--out", below))
     assert str(below) in line_of(moray("pretrain", *tiny(dataset, below)))
+
+
+@pytest.mark.parametrize("below", ["", "runs/first"])
+def test_a_link_to_a_disk_that_is_not_mounted(moray: Moray, dataset: Path, tmp_path: Path, below: str) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "moray")
+    line = line_of(moray("pretrain", *tiny(dataset, link / below)))
+    assert line.startswith(f"moray: run.dir={link / below} leads over the link {link} to {tmp_path}/disk/moray, which")
+    assert not (tmp_path / "disk").exists()
 
 
 def test_storage_that_does_not_answer_is_neither_damage_nor_a_traceback(

@@ -124,7 +124,7 @@ def test_without_a_number_of_tokens_there_are_as_many_as_the_model_has_room_for(
         ([3, 10**6], 3, "the prompt holds token 1000000 and the model's vocab_size="),
         ([3], 0, "max_new_tokens=0 must be at least 1"),
         ([3], -5, "max_new_tokens=-5 must be at least 1"),
-        ([3] * 32, None, "32 prompt tokens and max_new_tokens=1 exceed max_seq_len=32"),
+        ([3] * 32, None, "32 prompt tokens leave no room for others: max_seq_len=32"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_at_once(
