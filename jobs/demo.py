@@ -23,7 +23,7 @@ PROMPT = "def read("
 
 def demo(folder: Path) -> int:
     """Runs the demo in `folder`; given again after an interruption, it goes on. Returns the training's exit code."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     data, run = folder / "data", folder / "run"
     _phase(console, 1, "prepare", "the Python standard library becomes tokens in checked shards")
     if (data / "index.json").exists():
@@ -76,7 +76,7 @@ class Saboteur(Listener):
 
 
 def _phase(console: Console, number: int, name: str, what: str) -> None:
-    console.print(f"\n[bold]{number}/4 {name}[/]  {what}", soft_wrap=True)
+    console.print(f"\n[bold]{number}/4 {name}[/]  {what}")
 
 
 def _what(config: RunConfig) -> str:

@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,6 +51,26 @@ def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     for name, _ in settings(RunConfig):
         assert f"--{name} " in told
     assert "true|false [true]" in told
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_fits_80_columns_and_breaks_no_word(moray: Moray, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    shown = {}
+    for columns in (80, 1000):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        shown[columns] = moray(*verb.split(), "--help").out
+    assert max(map(len, shown[80].splitlines())) <= 80
+    words = {columns: Counter(re.sub("[╭╮╰╯─│]", "", text).split()) for columns, text in shown.items()}
+    assert words[80] == words[1000]
+
+
+def test_the_version_is_the_installed_ones(moray: Moray) -> None:
+    stated = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
+    assert moray("--version").out in (f"moray {stated}\n", "moray of a folder that is not installed\n")
+
+
+def test_a_shell_that_is_not_known_is_named(moray: Moray) -> None:
+    assert line_of(moray("--completion", "ksh")) == "moray: --completion ksh is not known; there are bash, zsh, fish"
 
 
 def test_help_is_no_mistake(moray: Moray) -> None:
@@ -307,6 +330,7 @@ def test_generate_passes_over_a_damaged_commit_loudly(moray: Moray, finished: Pa
         (["generate", "RUN", "--prompt"], "Missing value for argument '--prompt'. Expected 1 values; `moray generate"),
         (["generate", "RUN", "--prompt", "a", "--top-k", "b"], "Error parsing --top-k: invalid literal for int()"),
         (["generate", "RUN", "OTHER", "--prompt", "a"], "Unrecognized options: OTHER; `moray generate --help`"),
+        (["generate", "RUN", "/far" * 50, "--prompt", "a"], f"Unrecognized options: {'/far' * 50}; "),
         (["prepare", "stdlib"], "Missing from moray prepare: --out PATH; `moray prepare --help` says more"),
         (["checkpoints", "RUN", "--verfy"], "--verfy is not an option of moray checkpoints; did you mean --verify?"),
         (["demo", "--dri", "x"], "--dri is not an option of moray demo; did you mean --dir?"),
