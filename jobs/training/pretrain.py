@@ -12,7 +12,7 @@ from moray import UserError
 from moray.cluster.events import read_events
 from moray.cluster.group import Hooks
 from moray.cluster.launch import launch
-from moray.cluster.worker import EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerError
+from moray.cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerError
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import same_vocabulary
 from moray.jobs.config.run import RunConfig
@@ -35,7 +35,10 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     if config.weights_from:
         check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
     dataset.check_vocabulary(config.model.vocab_size)
-    with claimed(config, dataset, tell) if is_first else nullcontext():
+    with claimed(config, dataset, tell) if is_first else nullcontext(True) as has_steps:
+        # The other ranks of torchrun wait for this one, to find out the same.
+        if not has_steps and config.cluster.launcher != "torchrun":
+            return EXIT_DONE
         try:
             code = _launch(config, console, listener or Listener())
         except SupersededError as error:

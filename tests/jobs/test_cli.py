@@ -353,6 +353,20 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(moray: Moray, dat
     assert "the weights are as step" in last
 
 
+def test_a_last_step_that_breaks_the_weights_has_failed(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    """Its loss was that of the weights before it; only the validation after it sees what it did."""
+    run = tmp_path / "run"
+    plan = {"train__steps": 2, "optimizer__warmup_steps": 0, "checkpoint__every": 1}
+    assert moray("pretrain", *tiny(dataset, run, **{**plan, "train__steps": 1})).code == 0
+    outcome = moray("pretrain", *tiny(dataset, run, **plan, optimizer__lr=1e38, optimizer__min_lr_ratio=1))
+    assert outcome.code == 1
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("moray: step 2: validation loss nan; the step broke the weights and is not committed. Try")
+    assert [commit.step for commit in list_commits(run / "checkpoints")] == [1]
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
 def test_the_sequences_of_a_committed_run_cannot_be_skipped(moray: Moray, dataset: Path, tmp_path: Path) -> None:
     """With config.toml gone, a larger batch would have gone on at step 2 * 8, past sequences 8 to 16."""
     run = tmp_path / "run"
