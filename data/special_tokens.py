@@ -49,7 +49,7 @@ def named_stops(folder: Path) -> tuple[int, ...]:
     for path in (folder / GENERATION_CONFIG, folder / "config.json"):
         named = _stated(path).get("eos_token_id")
         ids = named if isinstance(named, list) else [] if named is None else [named]
-        if any(type(token) is not int or token < 0 for token in ids):  # bool is an int
+        if any(type(token) is not int or not 0 <= token < 1 << 32 for token in ids):  # bool is an int
             raise UserError(f"{path}: eos_token_id={named!r} must be a token id or a list of them")
         if ids:
             return tuple(dict.fromkeys(ids))

@@ -139,10 +139,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     bos_id, eos_id, pad_id = (special_id(backend, folder, name) for name in ("bos_token", "eos_token", "pad_token"))
+    stops = named_stops(folder)
+    if eos_id is None:  # GPT-2's folder names its tokens by id alone
+        eos_id = next((token for token in stops if backend.id_to_token(token)), None)
     if eos_id is None:
         raise UserError(f"tokenizer={str(folder)!r} has no eos_token; name one of its tokens in tokenizer_config.json")
     turn_id = backend.token_to_id(IM_END)
-    stops = named_stops(folder) or (() if turn_id is None else (turn_id,))
+    if not stops and turn_id is not None:
+        stops = (turn_id,)
     return Tokenizer(
         backend,
         bos_id,

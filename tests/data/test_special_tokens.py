@@ -59,7 +59,19 @@ def test_a_text_ends_where_the_folder_says_and_so_it_does_in_a_copy(
         assert set(named_stops(copy)) == {*([theirs[0]] if isinstance(theirs[0], int) else theirs[0])} == {*theirs[1]}
 
 
-@pytest.mark.parametrize("ends", ["</s>", -1, [2, "3"], [True], 1.5])
+def test_gpt2_as_published_names_its_end_in_config_json_alone(tmp_path: Path) -> None:
+    source, copy = gpt2(tmp_path / "source"), tmp_path / "copy"
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (source / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 0}')
+    copy.mkdir()
+    for tokenizer in (load_tokenizer(source), copy_tokenizer(source, copy)):
+        assert (tokenizer.eos_id, tokenizer.stop_ids, tokenizer.document_start) == (0, (0,), ())
+    (source / "config.json").write_text('{"eos_token_id": 50256}')
+    with pytest.raises(ValueError, match="no eos_token"):  # this vocabulary ends before it
+        load_tokenizer(source)
+
+
+@pytest.mark.parametrize("ends", ["</s>", -1, 1 << 32, [2, "3"], [True], 1.5])
 def test_ends_that_are_no_ids_are_named(ends: object, tmp_path: Path) -> None:
     path = qwen(tmp_path) / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": ends}))
