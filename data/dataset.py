@@ -74,7 +74,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished dataset. The fingerprint is a digest of its content, the same wherever and whenever prepared."""
+    """A finished dataset. The fingerprint is a digest of its content, the same wherever and whenever prepared.
+
+    vocab_size: all tokens, and pad_id, lie below it.
+    """
 
     folder: str
     fingerprint: str
@@ -111,8 +114,9 @@ class Dataset:
         """Raises UserError if some token of this dataset has no row in the model's embedding."""
         if self.vocab_size > model_vocab_size:
             raise UserError(
-                f"data.path={self.folder}: its tokenizer has {self.vocab_size} entries, more than the model's "
-                f"vocab_size={model_vocab_size}; set model.vocab_size={self.vocab_size} or prepare the data with fewer"
+                f"data.path={self.folder} holds token {self.vocab_size - 1}, beyond the model's "
+                f"vocab_size={model_vocab_size}; set model.vocab_size={self.vocab_size}, or prepare the data with a "
+                f"tokenizer of at most {model_vocab_size} entries"
             )
 
     def check_fingerprint(self, expected: str) -> None:

@@ -101,9 +101,11 @@ class SplitWriter:
         self._n_block = 0
         self._samples: list[Sample] = []
         self._shards: list[Shard] = []
+        self.highest_id = 0  # of all tokens so far
 
     def add(self, key: str, tokens: np.ndarray) -> None:
-        """Appends a document: BOS + ids + EOS, in the dtype to be stored."""
+        """Appends a document, start and EOS included, in the dtype to be stored."""
+        self.highest_id = max(self.highest_id, int(tokens.max()))
         if self._block and self._n_block + len(tokens) > self._block_tokens:
             self._end_block()
         self._n_block += len(tokens)

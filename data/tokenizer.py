@@ -13,10 +13,19 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moray import UserError
+from moray.data.special_tokens import (
+    BOS,
+    EOS,
+    IM_END,
+    IM_START,
+    PAD,
+    SPECIAL_TOKENS,
+    copy_stops,
+    default_start,
+    named_stops,
+    special_id,
+)
 
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML
-SPECIAL_TOKENS = (BOS, EOS, PAD, IM_START, IM_END)
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Everything that transformers.AutoTokenizer may look for beside tokenizer.json.
@@ -34,17 +43,28 @@ _FILES = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back; special tokens written in a text (`<|im_end|>`) are read as such by `encode`."""
+    """Text to token ids and back; special tokens written in a text (`<|im_end|>`) are read as such by `encode`.
+
+    bos_id: None where there is none (Qwen). prompt_start: the ids before a text that a model shall continue. stop_ids:
+    those that end the text it writes, EOS first.
+    """
 
     backend: tokenizers.Tokenizer
-    bos_id: int
+    bos_id: int | None
     eos_id: int
     pad_id: int
+    prompt_start: tuple[int, ...]
+    stop_ids: tuple[int, ...]
 
     @cached_property
     def vocab_size(self) -> int:
         """The highest token id plus one: what an embedding needs, even if an imported vocabulary has holes."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def document_start(self) -> tuple[int, ...]:
+        """What a document begins with: what the tokenizer puts before any text, or else its BOS, or else nothing."""
+        return self.prompt_start or (() if self.bos_id is None else (self.bos_id,))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -60,7 +80,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """BOS + ids + EOS of each text, on all cores.
+        """Start + ids + EOS of each text, on all cores.
 
         A special token written in a *document* is plain text: a page about `<|eos|>` must not end there.
         """
@@ -69,7 +89,7 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         finally:
             self.backend.encode_special_tokens = False
-        return [np.array([self.bos_id, *encoding.ids, self.eos_id], self.dtype) for encoding in encodings]
+        return [np.array([*self.document_start, *encoding.ids, self.eos_id], self.dtype) for encoding in encodings]
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -112,19 +132,29 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a prepared dataset or of any Hugging Face folder with a `tokenizer.json`.
 
-    Raises UserError naming what is missing or cannot be read: a file, or a BOS or EOS token. Without a PAD token, EOS
-    pads.
+    Raises UserError naming what is missing or cannot be read: a file, or the EOS token. Without a PAD token, EOS pads.
     """
     folder = Path(folder)
     backend = _backend(folder)
     backend.no_truncation()
     backend.no_padding()
-    bos_id, eos_id = (_special_id(backend, folder, name) for name in ("bos_token", "eos_token"))
-    if bos_id is None or eos_id is None:
-        missing = "bos_token" if bos_id is None else "eos_token"
-        raise UserError(f"tokenizer={str(folder)!r} has no {missing}; name one of its tokens in tokenizer_config.json")
-    pad_id = _special_id(backend, folder, "pad_token")
-    return Tokenizer(backend, bos_id, eos_id, eos_id if pad_id is None else pad_id)
+    bos_id, eos_id, pad_id = (special_id(backend, folder, name) for name in ("bos_token", "eos_token", "pad_token"))
+    stops = named_stops(folder)
+    if eos_id is None:  # GPT-2's folder names its tokens by id alone
+        eos_id = next((token for token in stops if backend.id_to_token(token)), None)
+    if eos_id is None:
+        raise UserError(f"tokenizer={str(folder)!r} has no eos_token; name one of its tokens in tokenizer_config.json")
+    turn_id = backend.token_to_id(IM_END)
+    if not stops and turn_id is not None:
+        stops = (turn_id,)
+    return Tokenizer(
+        backend,
+        bos_id,
+        eos_id,
+        pad_id=eos_id if pad_id is None else pad_id,
+        prompt_start=default_start(backend),
+        stop_ids=tuple(dict.fromkeys([eos_id, *stops])),
+    )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
@@ -135,42 +165,23 @@ def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:
-    """Copies what `source` has of a tokenizer, be it complete or not."""
+    """Copies what `source` has of a tokenizer, be it complete or not, and what it says of where a text ends."""
     for name in _FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    copy_stops(source, folder)
 
 
-def same_vocabulary(one: Path, other: Path) -> bool:
-    """Whether two folders' tokenizers give every token the same id."""
+def same_vocabulary(one: Path, other: Path, vocab_size: int) -> bool:
+    """Whether two folders' tokenizers mean the same by every id below `vocab_size`; a model knows no other."""
     files = [folder / "tokenizer.json" for folder in (one, other)]
     if files[0].read_bytes() == files[1].read_bytes():
         return True
-    first, second = (_backend(folder).get_vocab(with_added_tokens=True) for folder in (one, other))
+    first, second = (
+        {token for token in _backend(folder).get_vocab(with_added_tokens=True).items() if token[1] < vocab_size}
+        for folder in (one, other)
+    )
     return first == second
-
-
-def _special_id(backend: tokenizers.Tokenizer, folder: Path, name: str) -> int | None:
-    """The id of `bos_token`, `eos_token` or `pad_token`, as the folder's configuration names it."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / file
-        token = _stated(path).get(name) if path.is_file() else None
-        if isinstance(token, dict):  # an AddedToken, written out
-            token = token.get("content")
-        if token is not None:
-            return backend.token_to_id(str(token))
-    return None
-
-
-def _stated(path: Path) -> dict[str, Any]:
-    """What a configuration says. Raises UserError naming a file that holds no JSON object."""
-    try:
-        stated = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(stated, dict):
-        raise UserError(f"{path} must hold a JSON object, not {str(stated)[:40]}")
-    return stated
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:

@@ -6,20 +6,24 @@ took the run over; 130: cut off by Ctrl-C.
 
 import errno
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from functools import partial, wraps
+from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from io import StringIO
 from itertools import takewhile
+from textwrap import wrap
 from typing import Any
 
 import tyro
 
 from moray import UserError
 from moray.cluster.signals import hold_sigterm, release_sigterm
+from moray.jobs.completion import SHELLS, completion
 from moray.jobs.config.nearest import nearest
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
@@ -46,10 +50,15 @@ VERBS: dict[str, Callable[..., int]] = {
 def dispatch(arguments: list[str]) -> int:
     """Runs a verb and returns its exit code. Raises UserError for a user's mistake."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<12} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
-        print("\n".join(["usage: moray VERB …    (moray VERB --help says more)", "", *lines]))
+        print(_usage(shutil.get_terminal_size().columns))
         return 0
     name, *rest = arguments
+    if name == "--version":
+        print(f"moray {_version()}")
+        return 0
+    if name == "--completion":
+        print(completion(VERBS, rest[0] if rest else ""))
+        return 0
     if name not in VERBS:
         raise UserError(f"{name} is not a verb of moray; there are {', '.join(VERBS)}")
     if name == "pretrain":
@@ -57,32 +66,70 @@ def dispatch(arguments: list[str]) -> int:
     return bind(name, rest)()
 
 
+def _usage(width: int) -> str:
+    lines = ["usage: moray VERB …    (moray VERB --help says more)", ""]
+    for name, verb in VERBS.items():
+        what = (verb.__doc__ or "").splitlines()[0]
+        lines += wrap(what, width, initial_indent=f"  {name:<12} ", subsequent_indent=" " * 15, break_on_hyphens=False)
+    return "\n".join([*lines, "", f"       moray --version, moray --completion {'|'.join(SHELLS)}"])
+
+
+def _version() -> str:
+    try:
+        return version("moray-train")
+    except PackageNotFoundError:
+        return "of a folder that is not installed"
+
+
 def bind(name: str, arguments: list[str]) -> Callable[[], int]:
     """A verb with its arguments, ready to be called. Raises UserError of one line where they do not fit."""
     verb = VERBS[name]
-    _check_options(name, arguments)
+    words = _join_values(name, arguments)
 
     @wraps(verb)
     def keep(*values: Any, **options: Any) -> Callable[[], int]:
         return partial(verb, *values, **options)
 
-    with redirect_stderr(StringIO()) as said:
-        try:
-            return tyro.cli(keep, args=arguments, prog=f"moray {name}")
-        except SystemExit as end:
-            if not end.code:  # --help
-                raise
+    if {"-h", "--help"} & {*words}:
+        tyro.cli(keep, args=["--help"], prog=f"moray {name}")
+    with redirect_stderr(StringIO()) as said, _endless_lines(), suppress(SystemExit):
+        return tyro.cli(keep, args=words, prog=f"moray {name}")
     raise UserError(f"{_condense(said.getvalue())}; `moray {name} --help` says more")
 
 
-def _check_options(verb: str, arguments: list[str]) -> None:
+def _join_values(verb: str, arguments: list[str]) -> list[str]:
+    """`--option VALUE` as `--option=VALUE`: a value may look like an option, if it is none of this verb's.
+
+    Raises UserError for an option that the verb does not have.
+    """
     kinds = signature(VERBS[verb]).parameters.values()
     known = {f"--{kind.name.replace('_', '-')}": kind for kind in kinds if kind.kind is kind.KEYWORD_ONLY}
-    switches = {f"--no-{name[2:]}" for name, kind in known.items() if isinstance(kind.default, bool)}
-    for word in arguments:
-        option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and option not in {*known, *switches, "--help"}:
-            raise UserError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
+    switches = {name for name, kind in known.items() if isinstance(kind.default, bool)}
+    switches |= {f"--no-{name[2:]}" for name in switches} | {"--help"}
+    words, rest = list[str](), list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option.startswith("--"):
+            option = option.replace("_", "-")
+            if option not in {*known, *switches}:
+                raise UserError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
+            if not equals and option not in switches and rest and rest[0] not in {*known, *switches}:
+                equals, value = "=", rest.pop(0)
+        words.append(option + equals + value)
+    return words
+
+
+@contextmanager
+def _endless_lines() -> Iterator[None]:
+    """tyro would break what it says, paths too, to fit the terminal."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
 
 
 def _condense(box: str) -> str:

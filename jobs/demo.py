@@ -23,7 +23,7 @@ PROMPT = "def read("
 
 def demo(folder: Path) -> int:
     """Runs the demo in `folder`; given again after an interruption, it goes on. Returns the training's exit code."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     data, run = folder / "data", folder / "run"
     _phase(console, 1, "prepare", "the Python standard library becomes tokens in checked shards")
     if (data / "index.json").exists():
@@ -39,8 +39,9 @@ def demo(folder: Path) -> int:
     _report(run, console)
     _phase(console, 4, "generate", f"the newest commit continues {PROMPT!r}")
     decoder, tokenizer = load_run(run, console.print)
-    tokens = generate_tokens(decoder, [tokenizer.bos_id, *tokenizer.encode(PROMPT)], 120, Sampling(0.7, top_p=0.9))
-    console.print(PROMPT + "".join(stream_text(tokenizer, tokens)), markup=False, style="cyan")
+    prompt = tokenizer.encode(PROMPT)
+    tokens = generate_tokens(decoder, [*tokenizer.prompt_start, *prompt], 120, Sampling(0.7, top_p=0.9))
+    console.print(PROMPT + "".join(stream_text(tokenizer, tokens, prompt)), markup=False, style="cyan")
     console.print()
     for name, what in (
         ("data/", "tokenizer, WebDataset shards, index.json"),
@@ -75,7 +76,7 @@ class Saboteur(Listener):
 
 
 def _phase(console: Console, number: int, name: str, what: str) -> None:
-    console.print(f"\n[bold]{number}/4 {name}[/]  {what}", soft_wrap=True)
+    console.print(f"\n[bold]{number}/4 {name}[/]  {what}")
 
 
 def _what(config: RunConfig) -> str:

@@ -17,8 +17,17 @@ def parse_settings(arguments: list[str]) -> tuple[str | None, dict[str, str]]:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name} needs a value")
             value = rest.pop(0)
+        check_utf8(name, value)
         if name == "recipe":
             recipe = value
         else:
             overrides[name] = value
     return recipe, overrides
+
+
+def check_utf8(name: str, value: str) -> None:
+    """Raises UserError for bytes of a command line that are no text, as Python passes them on."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name}={value!r} is not UTF-8") from None

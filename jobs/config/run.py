@@ -9,7 +9,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from moray import UserError
@@ -52,7 +61,7 @@ class TrainSection(Section):
     micro_batch: int = Field(8, ge=1)
     """Most sequences of one forward pass on one worker; the rest of its share is accumulated."""
     seq_len: int = Field(512, ge=1)
-    """Tokens of a sequence."""
+    """Tokens of a sequence; where it is not set, no more than model.max_seq_len."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides on the initial weights and on the order of the data."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -69,6 +78,7 @@ class OptimizerSection(Section):
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Last learning rate over the highest."""
     warmup_steps: int = Field(20, ge=0)
+    """Steps in which the rate rises to lr; where it is not set, no more than a fifth of train.steps."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After warm-up: a cosine to the end, or stable until a linear decay (warmup-stable-decay)."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
@@ -131,6 +141,11 @@ class ClusterSection(Section):
         return 1 if self.launcher == "local" else self.workers
 
 
+def _default(section: type[Section], name: str) -> int:
+    value: int = section.model_fields[name].default
+    return value
+
+
 class RunSection(Section):
     dir: AnyPath = ""
     """The folder that the run lives in; the same command resumes what it holds."""
@@ -144,11 +159,23 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig.preset(DEFAULT_PRESET)
     data: DataSection = DataSection()
     layout: Layout = Layout()
-    train: TrainSection = TrainSection()
-    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = Field(TrainSection(), validate_default=True)
+    optimizer: OptimizerSection = Field(OptimizerSection(), validate_default=True)
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     run: RunSection = RunSection()
+
+    @field_validator("train", "optimizer", mode="before")
+    @classmethod
+    def _fit_defaults(cls, section: Any, known: ValidationInfo) -> Any:
+        """A default gives way where it would contradict what is set. What was wrong before is not known here."""
+        stated = section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
+        model, train = known.data.get("model"), known.data.get("train")
+        if known.field_name == "train" and model:
+            return {"seq_len": min(_default(TrainSection, "seq_len"), model.max_seq_len)} | stated
+        if known.field_name == "optimizer" and train:
+            return {"warmup_steps": min(_default(OptimizerSection, "warmup_steps"), train.steps // 5)} | stated
+        return stated
 
     @model_validator(mode="after")
     def _check(self) -> Self:

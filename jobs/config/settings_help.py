@@ -1,4 +1,4 @@
-"""`moray pretrain --help`: every setting with its values, its default and what it does, a table for each part."""
+"""`moray pretrain --help`: every setting with its values, its default and what it does, part by part."""
 
 from itertools import groupby
 from typing import Any, Literal, get_args, get_origin
@@ -7,23 +7,24 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
 
 from moray.jobs.config.run import settings
 
 
 def show_settings(config: type[BaseModel], usage: str, console: Console) -> None:
-    """Prints the usage and all settings."""
-    console.print(usage, markup=False, highlight=False)
-    for section, fields in groupby(settings(config), key=lambda found: found[0].rpartition(".")[0]):
-        table = Table(title=section, title_justify="left", box=None, padding=(0, 1), show_header=False, expand=True)
-        table.add_column(no_wrap=True, style="bold")
-        table.add_column(style="cyan")
-        table.add_column(ratio=1)
-        for name, field in fields:
-            table.add_row(f"--{name}", values(field), escape(" ".join((field.description or "").split())))
+    """Prints the usage and all settings: a line for the name and the values, and below it what it means."""
+    for paragraph in usage.split("\n\n"):
+        console.print(" ".join(paragraph.split()), markup=False, highlight=False)
         console.print()
-        console.print(table)
+    for section, fields in groupby(settings(config), key=lambda found: found[0].rpartition(".")[0]):
+        console.print(section, style="italic")
+        for name, field in fields:
+            console.print(f"  [bold]--{name}[/bold]  [cyan]{values(field)}[/cyan]", highlight=False, soft_wrap=True)
+            if field.description:
+                meaning = escape(" ".join(field.description.split()))
+                console.print(Padding(meaning, (0, 0, 0, 6), expand=False), highlight=False)
+        console.print()
 
 
 def values(field: FieldInfo) -> str:

@@ -36,6 +36,7 @@ class Summary:
     """What was prepared, and what was left out on the way."""
 
     dataset: Dataset
+    vocab_size: int  # of the tokenizer
     n_duplicates: int
     skipped: Skipped
     n_bytes: int  # of distinct text, UTF-8
@@ -50,7 +51,7 @@ class Summary:
             f"{name:<10} {split.n_documents:,} documents, {split.n_tokens:,} tokens, {len(split.shards)} shard(s)"
             for name, split in self.dataset.splits.items()
         ]
-        lines.append(f"{'tokenizer':<10} {self.dataset.vocab_size:,} entries, {self.bytes_per_token:.2f} bytes a token")
+        lines.append(f"{'tokenizer':<10} {self.vocab_size:,} entries, {self.bytes_per_token:.2f} bytes a token")
         lines.append(f"{'dropped':<10} {self.n_duplicates:,} exact duplicates")
         for reason, count in self.skipped.counts.items():
             names = self.skipped.names[reason]
@@ -104,7 +105,8 @@ def prepare(
             with _phase(progress, "encoding", corpus, corpus.n_documents) as records:
                 _encode(records, words, folder, limit)
         shutil.rmtree(scratch)
-    summary = Summary(Dataset.open(out), corpus.n_duplicates, skipped, corpus.n_bytes, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    summary = Summary(Dataset.open(out), words.vocab_size, corpus.n_duplicates, skipped, corpus.n_bytes, seconds)
     console.print(str(summary), highlight=False, soft_wrap=True)
     return summary
 
@@ -135,7 +137,10 @@ def _encode(records: Iterable[Record], tokenizer: Tokenizer, folder: Path, limit
                 writer = validation if record.key_hash < limit else train
                 writer.add(record.key.decode(), tokens)
         splits = {"train": train.finish(), "validation": validation.finish()}
-    write_index(folder, tokenizer.vocab_size, tokenizer.pad_id, splits)
+    # An embedding needs a row for what the data holds, whatever else the tokenizer knows; any token can pad.
+    vocab_size = 1 + max(train.highest_id, validation.highest_id)
+    pad_id = tokenizer.pad_id if tokenizer.pad_id < vocab_size else tokenizer.eos_id
+    write_index(folder, vocab_size, pad_id, splits)
 
 
 def _groups(records: Iterable[Record], n_bytes: int) -> Iterator[list[Record]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import processors
 
+from moray.data.special_tokens import GENERATION_CONFIG
 from moray.data.staging import staged_folder
-from moray.data.tokenizer import IM_END, Tokenizer, copy_tokenizer
+from moray.data.tokenizer import Tokenizer, copy_tokenizer
 from moray.jobs.models.weights import open_whole
 from moray.model.hf import write_pretrained
 from moray.model.hf.choice import family_for
@@ -18,7 +20,7 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""For a tokenizer without a chat template of its own. As in training, a document begins with BOS."""
+"""For a tokenizer without a chat template of its own. As in training, a document begins with BOS, if there is one."""
 
 
 def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]) -> str:
@@ -38,32 +40,40 @@ def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]
         write_pretrained(folder, weights.config, weights.read, dtype)
         tokenizer = copy_tokenizer(weights.tokenizer, folder)
         _complete_tokenizer(folder, tokenizer, weights.config.max_seq_len)
-        ends = _special_ids(tokenizer)
-        _update_json(folder / "generation_config.json", ends)
+        ids = _special_ids(tokenizer, weights.config.vocab_size)
+        _update_json(folder / GENERATION_CONFIG, {**ids, "eos_token_id": list(tokenizer.stop_ids)})
         # Of a dialogue, too, the model ends its turn; config.json names the end of a document alone.
-        _update_json(folder / "config.json", {**ends, "eos_token_id": tokenizer.eos_id})
+        _update_json(folder / "config.json", ids)
     return family.model_type
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    turn_id = tokenizer.backend.token_to_id(IM_END)
-    ends = [tokenizer.eos_id] if turn_id in (None, tokenizer.eos_id) else [tokenizer.eos_id, turn_id]
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+def _special_ids(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
+    """What transformers looks up in the embedding: a PAD token that has no row there is none."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    if tokenizer.pad_id >= vocab_size:
+        ids["pad_token_id"] = tokenizer.eos_id
+    return {name: token for name, token in ids.items() if token is not None}
 
 
 def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """Adds to tokenizer_config.json what AutoTokenizer and a chat server need and the tokenizer does not say."""
+    """Adds what AutoTokenizer and a chat server need and the tokenizer does not say, and how documents began."""
     path = folder / "tokenizer_config.json"
     said = json.loads(path.read_text()) if path.is_file() else {}
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     missing: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,
-        **{name: tokenizer.backend.id_to_token(token) for name, token in names.items()},
+        **{name: tokenizer.backend.id_to_token(token) for name, token in names.items() if token is not None},
     }
     if not (folder / "chat_template.jinja").is_file():
         missing["chat_template"] = CHATML
     _update_json(path, {name: value for name, value in missing.items() if said.get(name) is None})
+    if not tokenizer.prompt_start and tokenizer.bos_id is not None:
+        bos = tokenizer.backend.id_to_token(tokenizer.bos_id)
+        tokenizer.backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
+        )
+        tokenizer.backend.save(str(folder / "tokenizer.json"))
 
 
 def _update_json(path: Path, values: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def inspect_model(source: str, seq_len: int | None, *, as_json: bool, console: C
     if as_json:
         print(json.dumps({"source": source, "model": config.model_dump(), **costs}, indent=2))
         return
-    console.print(f"[bold]{source}[/bold]")
+    console.print(source, style="bold", markup=False, soft_wrap=True)
     for line in describe(config):
         console.print(line)
     total, active = count_parameters(config)

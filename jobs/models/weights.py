@@ -20,11 +20,15 @@ STRETCHES = ("max_seq_len", "position.theta", "position.scaling")
 
 @dataclass(frozen=True)
 class Weights:
-    """config, any part of any tensor of it, and the folder that holds its tokenizer, if it has one."""
+    """config, any part of any tensor of it, and the folder that holds its tokenizer, if it has one.
+
+    is_commit: whether it was trained, or made, here, and is no Hugging Face folder.
+    """
 
     config: ModelConfig
     read: Read
     tokenizer: Path
+    is_commit: bool
 
 
 def locate(folder: Path) -> Path:
@@ -63,8 +67,8 @@ def open_weights(path: Path) -> Weights:
     """
     config = config_of(path)
     if (path / MANIFEST).is_file():
-        return Weights(config, CommitWeights(read_commit(path)).read, tokenizer_of(path))
-    return Weights(config, HFWeights(path, config).read, path)
+        return Weights(config, CommitWeights(read_commit(path)).read, tokenizer_of(path), is_commit=True)
+    return Weights(config, HFWeights(path, config).read, path, is_commit=False)
 
 
 def open_whole(folder: Path, on_refused: Callable[[str], None]) -> Weights:

@@ -9,35 +9,41 @@ from rich.table import Table
 from moray import UserError
 from moray.parallel.checkpoint.commits import commit_paths, list_commits, sound_commit, verify
 
+DAMAGED = "damaged: refused on resume"
+
 
 def show_checkpoints(run: Path, check: bool, console: Console) -> int:
     """Prints a table of the commits; with `check`, reads every byte of them. Returns 1 if one is damaged, else 0."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run} holds no checkpoints; `moray pretrain --run.dir {run} …` makes them")
-    table = Table("step", "written", "size", "loss", "layout", "state")
+    table = Table("step", "written", "size", "loss", "layout", "state", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[:4]:
+        column.no_wrap = True
     current = {commit.path for commit in list_commits(folder)}
-    wrong = False
+    wrong: list[str] = []
     for path in commit_paths(folder):
         commit = sound_commit(path)
         if commit is None:
-            table.add_row(path.name, "", "", "", "", "damaged: refused on resume")
-            wrong = True
+            wrong.append(f"{path}: its manifest, or a file that it names, is missing or not as it was written")
+            table.add_row(str(int(path.name.removeprefix("step-"))), "", "", "", "", DAMAGED)
             continue
         problems = verify(commit) if check else []
-        wrong |= bool(problems)
+        wrong += problems
         manifest = commit.manifest
-        layout = manifest.metadata.get("layout", {})
+        layout = [f"{name}={degree}" for name, degree in manifest.metadata.get("layout", {}).items() if degree > 1]
         table.add_row(
             str(commit.step),
-            datetime.fromisoformat(manifest.created).astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            datetime.fromisoformat(manifest.created).astimezone().strftime("%Y-%m-%d %H:%M"),
             f"{sum(file.size for file in manifest.files.values()) / 2**20:,.1f} MiB",
             f"{manifest.metadata['loss']:.3f}" if "loss" in manifest.metadata else "",
-            " ".join(f"{name}={degree}" for name, degree in layout.items()),
-            "; ".join(problems) or _state(path in current, check),
+            " ".join(layout) or "one worker",
+            DAMAGED if problems else _state(path in current, check),
         )
     console.print(table)
-    return int(wrong)
+    for problem in wrong:  # below the table, whose columns would break a path
+        console.print(problem, markup=False, highlight=False, soft_wrap=True)
+    return int(bool(wrong))
 
 
 def _state(is_current: bool, is_verified: bool) -> str:

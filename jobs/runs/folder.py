@@ -12,12 +12,14 @@ from typing import Any
 
 from moray import UserError
 from moray.data.dataset import Dataset
+from moray.data.special_tokens import copy_stops
 from moray.data.tokenizer import copy_tokenizer
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig, flatten
+from moray.jobs.models.weights import tokenizer_of
 from moray.model import ModelConfig
 from moray.model.accounting.cost import count_parameters
-from moray.parallel.checkpoint.commits import Commit, list_commits
+from moray.parallel.checkpoint.commits import Commit, list_commits, verify
 
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
 _FIXED = ("seed", "global_batch", "seq_len")
@@ -25,10 +27,11 @@ _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) -> Iterator[None]:
+def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) -> Iterator[bool]:
     """Makes the run's folder, or checks that it may go on; no other driver can claim it until the block ends.
 
-    Writes config.toml and tokenizer/. Until something is committed, the folder is bound to nothing.
+    Yields whether any step is left to do; tells of a run where none is, and of settings that change at a resume.
+    Writes config.toml and tokenizer/, if so. Until something is committed, the folder is bound to nothing.
     The lock is flock's, a courtesy: some network file systems keep it to one host, or have none, of which this tells.
     What holds everywhere are the generations of `moray.parallel.checkpoint.generations`.
     Raises UserError naming the holder of a folder in use, what differs in one that holds another run, and the room
@@ -37,17 +40,32 @@ def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) ->
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        link = Path(error.filename)
+        raise UserError(
+            f"run.dir={folder} leads over the link {link} to {link.readlink()}, which does not exist: mount its disk, "
+            "or choose another run.dir"
+        ) from None
     with _locked(folder, tell) as is_alone:
         if is_alone:
             _remove_partials(folder)
         commits = list_commits(folder / "checkpoints")
         if commits:
             check_same_run(commits[-1], config, dataset)
+            if (done := commits[-1].step) >= config.train.steps and not verify(commits[-1]):
+                tell(f"run.dir={folder} has committed step {done} of train.steps={config.train.steps}: nothing to do")
+                yield False
+                return
+            if changes := _changes(commits[-1], config):
+                tell(f"going on from step {done} with {', '.join(changes)}")
         _check_space(config.model, folder)
         _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=bool(commits))
+        if config.weights_from:
+            copy_stops(tokenizer_of(Path(config.weights_from)), folder / "tokenizer")
         _replace_file(folder / "config.toml", to_toml(config))
-        yield
+        yield True
 
 
 def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
@@ -60,13 +78,7 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
             f"start from them in another run.dir, with model.from={now.run.dir}"
         )
     before = _deciding(ModelConfig.of(there["model"]), there["train"], there.get("weights_from", ""))
-    wanted = _deciding(now.model, now.train.model_dump(), now.weights_from)
-    differing = [
-        f"{name}={wanted.get(name)} (there: {before.get(name)})"
-        for name in {**wanted, **before}
-        if wanted.get(name) != before.get(name)
-    ]
-    if differing:
+    if differing := _differing(before, _deciding(now.model, now.train.model_dump(), now.weights_from)):
         raise UserError(
             f"run.dir={now.run.dir} holds a different run: {', '.join(differing)}; "
             "choose another run.dir or these settings"
@@ -78,6 +90,20 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
             f"train.global_batch={now.train.global_batch} = {expected}: going on would skip or repeat sequences"
         )
     dataset.check_fingerprint(metadata["data"]["fingerprint"])
+
+
+def _changes(commit: Commit, now: RunConfig) -> list[str]:
+    """What the steps to come are taken with, where those up to the commit were not: lengths, rates, dtype, batches."""
+    there, wanted = commit.manifest.metadata["config"], now.model_dump(include={"train", "optimizer"})
+    return _differing(dict(flatten({name: there[name] for name in wanted})), dict(flatten(wanted)))
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}={now.get(name)} (there: {before.get(name)})"
+        for name in {**now, **before}
+        if now.get(name) != before.get(name)
+    ]
 
 
 def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> dict[str, Any]:

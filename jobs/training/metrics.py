@@ -42,7 +42,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, row["step"])
 
     def _append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def flush_to_disk(self) -> None:

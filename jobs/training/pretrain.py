@@ -12,7 +12,7 @@ from moray import UserError
 from moray.cluster.events import read_events
 from moray.cluster.group import Hooks
 from moray.cluster.launch import launch
-from moray.cluster.worker import EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerError
+from moray.cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerError
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import same_vocabulary
 from moray.jobs.config.run import RunConfig
@@ -33,9 +33,12 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     console = console or Console(stderr=True, quiet=not is_first)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if config.weights_from:
-        check_tokenizer(Path(config.weights_from), Path(config.data.path), tell)
+        check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
     dataset.check_vocabulary(config.model.vocab_size)
-    with claimed(config, dataset, tell) if is_first else nullcontext():
+    with claimed(config, dataset, tell) if is_first else nullcontext(True) as has_steps:
+        # The other ranks of torchrun wait for this one, to find out the same.
+        if not has_steps and config.cluster.launcher != "torchrun":
+            return EXIT_DONE
         try:
             code = _launch(config, console, listener or Listener())
         except SupersededError as error:
@@ -46,8 +49,8 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     return code
 
 
-def check_tokenizer(source: Path, data: Path, tell: Callable[[str], None]) -> None:
-    """Raises UserError if the data's tokens mean others than those that the weights were trained on.
+def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[str], None]) -> None:
+    """Raises UserError if the data's tokens mean others than those, below `vocab_size`, that the weights know.
 
     Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits.
     """
@@ -56,7 +59,7 @@ def check_tokenizer(source: Path, data: Path, tell: Callable[[str], None]) -> No
         return
     if not (tokenizer / "tokenizer.json").is_file():
         tell(f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on")
-    elif not same_vocabulary(tokenizer, data):
+    elif not same_vocabulary(tokenizer, data, vocab_size):
         raise UserError(
             f"data.path={data} has other tokens than model.from={source} was trained on; "
             f"make the data with `moray prepare … --tokenizer {tokenizer}`"

@@ -44,6 +44,7 @@ from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
 
 BEAT_S = 1.0
+STEADIER = "Try a lower optimizer.lr, more warm-up, or train.dtype=float32"
 
 
 class Pulse:
@@ -262,12 +263,15 @@ def check_finite(step: int, losses: GlobalLosses, norm: float) -> None:
     if not (math.isfinite(losses.cross_entropy) and math.isfinite(norm)):
         raise FloatingPointError(
             f"step {step + 1}: loss {losses.cross_entropy}, gradient norm {norm}; the weights are as step {step} left "
-            "them. Try a lower optimizer.lr, more warm-up, or train.dtype=float32"
+            f"them. {STEADIER}"
         )
 
 
 def validate(training: Training) -> dict[str, float]:
-    """Mean cross-entropy per token over the whole validation split; nothing where asked to stop on the way."""
+    """Mean cross-entropy per token over the whole validation split; nothing where asked to stop on the way.
+
+    Raises FloatingPointError where it is not finite: the last update broke the weights, and no loss has told yet.
+    """
     config = training.config
     batches = evaluation_batches(
         training.dataset,
@@ -287,7 +291,13 @@ def validate(training: Training) -> dict[str, float]:
                 return
 
     loss = evaluate(training.decoder, pieces())
-    return {} if was_stopped else {"validation_loss": loss}
+    if was_stopped:
+        return {}
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"step {training.step}: validation loss {loss}; the step broke the weights and is not committed. {STEADIER}"
+        )
+    return {"validation_loss": loss}
 
 
 def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:

@@ -7,7 +7,7 @@ import tyro
 
 
 def demo(*, dir: Annotated[Path, tyro.conf.arg(name="dir")] = Path("moray-demo")) -> int:
-    """Prepare the standard library, train a small MoE on 4 workers, kill one, recover, and generate text.
+    """Train a small MoE on 4 workers, kill one, recover, and generate text.
 
     Args:
         dir: Where everything is put.

@@ -9,7 +9,7 @@ from moray.jobs.verbs.say import complain
 
 
 def export(run: tyro.conf.Positional[Path], *, out: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> int:
-    """Write a run's newest commit as a Hugging Face folder that transformers loads and serves.
+    """Write a run's newest commit as a folder that transformers loads and serves.
 
     Args:
         run: The run's folder.

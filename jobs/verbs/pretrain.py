@@ -6,12 +6,13 @@ from rich.console import Console
 
 
 def pretrain(arguments: list[str]) -> int:
-    """Train or resume: `[--recipe NAME|FILE.toml] --data.path DIR --run.dir RUN [--section.key value …]`.
+    """Train a model, or resume its run: `--data.path DIR --run.dir RUN [--setting value …]`.
 
     `--model.preset` (`moray inspect NAME` shows one) is where the architecture's fields start from.
     `--model.from DIR` takes them, and the first weights, from a Hugging Face folder or another run instead.
-    The command line wins over the recipe, the recipe over the preset. A recipe is TOML with the tables below;
-    in brackets is what holds where none of them speaks.
+    `--recipe NAME|FILE.toml` takes settings from TOML with the tables below.
+
+    The command line wins over the recipe, the recipe over the preset; in brackets is what holds where none speaks.
     """
     from moray.jobs.config.arguments import parse_settings
     from moray.jobs.config.run import RunConfig, load_config

@@ -19,7 +19,7 @@ def upcycle(
     granularity: int = 1,
     seed: int = 0,
 ) -> int:
-    """Make experts of a dense model's feed-forward networks: weights to start a MoE run from.
+    """Make experts of a dense model's networks: weights to start a MoE run from.
 
     Args:
         source: A run, or a Hugging Face folder.

@@ -96,19 +96,21 @@ def decoder(*, eps: float, tied: bool = False) -> tuple[Rule, ...]:
     )
 
 
-def _read_heads(fields: Fields) -> dict[str, Any]:
-    heads = fields.take("num_attention_heads")
-    kv_heads = fields.take("num_key_value_heads", None)
-    head_dim = fields.take("head_dim", None)
+def _read_heads(fields: Fields, kv_heads: int | None, head_dim: int | None) -> dict[str, Any]:
+    """kv_heads, head_dim: the family's defaults; null: as many key heads as heads, each of its share of hidden_size."""
+    heads, natural = fields.take("num_attention_heads"), _natural_head_dim(fields)
+    kv_heads, head_dim = fields.take("num_key_value_heads", kv_heads), fields.take("head_dim", head_dim)
     return {
         "attention": {
             "n_heads": heads,
             "n_kv_heads": heads if kv_heads is None else kv_heads,
-            "head_dim": fields.count("hidden_size") // fields.count("num_attention_heads")
-            if head_dim is None
-            else head_dim,
+            "head_dim": natural if head_dim is None else head_dim,
         }
     }
+
+
+def _natural_head_dim(fields: Fields) -> int:
+    return fields.count("hidden_size") // fields.count("num_attention_heads")
 
 
 def _write_heads(config: ModelConfig) -> dict[str, Any]:
@@ -120,41 +122,43 @@ def _write_heads(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-HEADS = Rule(_read_heads, _write_heads)
-"""Heads whose width is hidden_size / num_attention_heads unless head_dim says otherwise."""
+def heads(kv_heads: int | None = None, head_dim: int | None = None) -> Rule:
+    """Heads of any width. kv_heads, head_dim: what the family takes where the file is silent; None: as for null."""
+    return Rule(lambda fields: _read_heads(fields, kv_heads, head_dim), _write_heads)
+
+
+def dividing_heads(kv_heads: int | None = None, head_dim: int | None = None) -> Rule:
+    """The same, but their number divides hidden_size: transformers 5 asks it of Llama and Gemma 2."""
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        if config.d_model % config.attention.n_heads:
+            raise UserError(
+                f"model.attention.n_heads={config.attention.n_heads} does not divide d_model={config.d_model}"
+            )
+        return _write_heads(config)
+
+    return Rule(lambda fields: _read_heads(fields, kv_heads, head_dim), write)
+
+
+def natural_heads(kv_heads: int | None = None) -> Rule:
+    """Heads of width hidden_size / num_attention_heads and no other."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        read, natural = _read_heads(fields, kv_heads, None), _natural_head_dim(fields)
+        if (head_dim := read["attention"]["head_dim"]) != natural:
+            raise refused("head_dim", head_dim, f"this family has hidden_size / num_attention_heads = {natural}")
+        return read
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        written = _write_heads(config)
+        if written.pop("head_dim") * config.attention.n_heads != config.d_model:
+            raise UserError(f"model.attention.head_dim={config.attention.head_dim} is not d_model / n_heads")
+        return written
+
+    return Rule(read, write)
+
 
 SILU = fixed("hidden_act", "silu")
-
-
-def _write_dividing_heads(config: ModelConfig) -> dict[str, Any]:
-    if config.d_model % config.attention.n_heads:
-        raise UserError(f"model.attention.n_heads={config.attention.n_heads} does not divide d_model={config.d_model}")
-    return _write_heads(config)
-
-
-DIVIDING_HEADS = Rule(_read_heads, _write_dividing_heads)
-"""Heads of any width whose number divides hidden_size: transformers 5 asks it of Llama and Gemma 2."""
-
-
-def _read_natural_heads(fields: Fields) -> dict[str, Any]:
-    read = _read_heads(fields)
-    natural = fields.count("hidden_size") // fields.count("num_attention_heads")
-    if read["attention"]["head_dim"] != natural:
-        raise refused(
-            "head_dim", read["attention"]["head_dim"], f"this family has hidden_size / num_attention_heads = {natural}"
-        )
-    return read
-
-
-def _write_natural_heads(config: ModelConfig) -> dict[str, Any]:
-    written = _write_heads(config)
-    if written.pop("head_dim") * config.attention.n_heads != config.d_model:
-        raise UserError(f"model.attention.head_dim={config.attention.head_dim} is not d_model / n_heads")
-    return written
-
-
-NATURAL_HEADS = Rule(_read_natural_heads, _write_natural_heads)
-"""Heads of width hidden_size / num_attention_heads and no other."""
 
 
 def _read_biases(fields: Fields) -> dict[str, Any]:

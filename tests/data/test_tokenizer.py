@@ -108,8 +108,9 @@ def test_ids_beyond_16_bits_are_stored_in_32(tmp_path: Path) -> None:
 def test_what_an_imported_tokenizer_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no eos_token"):
         load_tokenizer(imported(tmp_path / "a", {"bos_token": "<s>", "eos_token": None}))
-    with pytest.raises(ValueError, match="no bos_token"):
+    with pytest.raises(ValueError, match="has bos_token='<start>', which its tokenizer"):
         load_tokenizer(imported(tmp_path / "b", {"bos_token": "<start>", "eos_token": "</s>"}))
+    assert load_tokenizer(imported(tmp_path / "c", {"eos_token": "</s>", "pad_token": "[PAD]"})).pad_id == 300
     with pytest.raises(ValueError, match=r"must be a folder that holds a tokenizer.json"):
         load_tokenizer(tmp_path)
 

@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,6 +53,26 @@ def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert "true|false [true]" in told
 
 
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_fits_80_columns_and_breaks_no_word(moray: Moray, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    shown = {}
+    for columns in (80, 1000):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        shown[columns] = moray(*verb.split(), "--help").out
+    assert max(map(len, shown[80].splitlines())) <= 80
+    words = {columns: Counter(re.sub("[╭╮╰╯─│]", "", text).split()) for columns, text in shown.items()}
+    assert words[80] == words[1000]
+
+
+def test_the_version_is_the_installed_ones(moray: Moray) -> None:
+    stated = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
+    assert moray("--version").out in (f"moray {stated}\n", "moray of a folder that is not installed\n")
+
+
+def test_a_shell_that_is_not_known_is_named(moray: Moray) -> None:
+    assert line_of(moray("--completion", "ksh")) == "moray: --completion ksh is not known; there are bash, zsh, fish"
+
+
 def test_help_is_no_mistake(moray: Moray) -> None:
     for words in ([], ["--help"], ["pretrain", "--help"], ["generate", "--help"]):
         outcome = moray(*words)
@@ -63,11 +86,15 @@ def test_help_is_no_mistake(moray: Moray) -> None:
         ({"train__stepz": 3}, "train.stepz is not a setting; did you mean train.steps?"),
         ({"model__preset": "demo-moo"}, "model.preset=demo-moo is not known; did you mean demo-moe?"),
         ({"recipe": "dmo"}, "--recipe dmo is not known; did you mean demo?"),
+        ({"data__path": os.fsdecode(b"caf\xe9")}, r"data.path='caf\udce9' is not UTF-8"),
         ({"train__steps": "many"}, "train.steps=many must be a whole number"),
         ({"model__attention__n_heads": 5}, "model.attention.n_kv_heads=2 must divide n_heads=5; try one of [1, 5]"),
         ({"train__seq_len": 4096}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),
         ({"data__path": "nowhere"}, f"data.path={Path.cwd() / 'nowhere'} does not exist; make it with `moray prepare"),
-        ({"model__vocab_size": 300}, "entries, more than the model's vocab_size=300; set model.vocab_size=400"),
+        (
+            {"model__vocab_size": 300},
+            "holds token 399, beyond the model's vocab_size=300; set model.vocab_size=400,",
+        ),
     ],
 )
 def test_settings_that_are_wrong(
@@ -232,9 +259,18 @@ def test_generate_continues_the_prompt_and_the_seed_decides(moray: Moray, finish
     assert first == again != other
 
 
+@pytest.mark.parametrize("prompt", ["-- select all", "--", "---\ntitle: x = 1\n", "- one", "--seeds", "-1", "=", ""])
+def test_a_prompt_may_look_like_an_option(moray: Moray, finished: Path, prompt: str) -> None:
+    outcome = moray("generate", finished, "--prompt", prompt, "--max_new_tokens", 3, "--temperature", 0)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(prompt)
+    assert outcome.out == moray("generate", finished, f"--prompt={prompt}", "--max-new-tokens=3", "--temperature=0").out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--prompt", os.fsdecode(b"caf\xe9")], r"prompt='caf\udce9' is not UTF-8"),
         (["--max-new-tokens", "128"], "prompt tokens and max_new_tokens=128 exceed max_seq_len=128"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
         (["--temperature", "-1"], "temperature=-1.0 must be 0 (greedy) or more"),
@@ -248,7 +284,7 @@ def test_generation_that_cannot_be(moray: Moray, finished: Path, options: list[s
 
 def test_a_prompt_longer_than_the_model_can_take(moray: Moray, finished: Path) -> None:
     line = line_of(moray("generate", finished, "--prompt", "x = 1; " * 200))
-    assert "prompt tokens and max_new_tokens=200 exceed max_seq_len=128" in line
+    assert "prompt tokens leave no room for others: max_seq_len=128" in line
 
 
 def test_folders_that_are_no_runs(moray: Moray, dataset: Path, tmp_path: Path) -> None:
@@ -290,9 +326,11 @@ def test_generate_passes_over_a_damaged_commit_loudly(moray: Moray, finished: Pa
         (["generate"], "Missing from moray generate: PATH --prompt STR; `moray generate --help` says more"),
         (["generate", "RUN", "--promt", "a"], "--promt is not an option of moray generate; did you mean --prompt?"),
         (["generate", "RUN", "--max_new_token=3"], "--max-new-token is not an option of moray generate; did you mean"),
+        (["generate", "RUN", "--prompt", "--top-k", "3"], "Missing value for argument '--prompt'. Expected 1 values; "),
         (["generate", "RUN", "--prompt"], "Missing value for argument '--prompt'. Expected 1 values; `moray generate"),
         (["generate", "RUN", "--prompt", "a", "--top-k", "b"], "Error parsing --top-k: invalid literal for int()"),
         (["generate", "RUN", "OTHER", "--prompt", "a"], "Unrecognized options: OTHER; `moray generate --help`"),
+        (["generate", "RUN", "/far" * 50, "--prompt", "a"], f"Unrecognized options: {'/far' * 50}; "),
         (["prepare", "stdlib"], "Missing from moray prepare: --out PATH; `moray prepare --help` says more"),
         (["checkpoints", "RUN", "--verfy"], "--verfy is not an option of moray checkpoints; did you mean --verify?"),
         (["demo", "--dri", "x"], "--dri is not an option of moray demo; did you mean --dir?"),
@@ -313,6 +351,20 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(moray: Moray, dat
     last = outcome.err.splitlines()[-1]
     assert last.startswith("moray: step ")
     assert "the weights are as step" in last
+
+
+def test_a_last_step_that_breaks_the_weights_has_failed(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    """Its loss was that of the weights before it; only the validation after it sees what it did."""
+    run = tmp_path / "run"
+    plan = {"train__steps": 2, "optimizer__warmup_steps": 0, "checkpoint__every": 1}
+    assert moray("pretrain", *tiny(dataset, run, **{**plan, "train__steps": 1})).code == 0
+    outcome = moray("pretrain", *tiny(dataset, run, **plan, optimizer__lr=1e38, optimizer__min_lr_ratio=1))
+    assert outcome.code == 1
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("moray: step 2: validation loss nan; the step broke the weights and is not committed. Try")
+    assert [commit.step for commit in list_commits(run / "checkpoints")] == [1]
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 def test_the_sequences_of_a_committed_run_cannot_be_skipped(moray: Moray, dataset: Path, tmp_path: Path) -> None:
@@ -350,6 +402,15 @@ def test_a_path_that_cannot_be_written_is_named(moray: Moray, dataset: Path, fin
     assert f"{below}.moray-unfinished: Not a directory; " in line_of(moray("export", finished, "--out", below))
     assert str(below) in line_of(moray("prepare", "stdlib", "--out", below))
     assert str(below) in line_of(moray("pretrain", *tiny(dataset, below)))
+
+
+@pytest.mark.parametrize("below", ["", "runs/first"])
+def test_a_link_to_a_disk_that_is_not_mounted(moray: Moray, dataset: Path, tmp_path: Path, below: str) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "moray")
+    line = line_of(moray("pretrain", *tiny(dataset, link / below)))
+    assert line.startswith(f"moray: run.dir={link / below} leads over the link {link} to {tmp_path}/disk/moray, which")
+    assert not (tmp_path / "disk").exists()
 
 
 def test_storage_that_does_not_answer_is_neither_damage_nor_a_traceback(

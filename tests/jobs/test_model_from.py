@@ -5,6 +5,7 @@ The truth is what transformers computes with the folder.
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def start(source: Path, layout: Layout) -> tuple[dict[str, Tensor], int, int]:
             numbers += part.numel()
             return part
 
-        return existing.Weights(weights.config, read, weights.tokenizer)
+        return replace(weights, read=read)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(existing, "open_weights", counting)

@@ -76,6 +76,8 @@ def test_a_chat_completion_says_what_the_run_would(server: str, exported: Path) 
     messages = [{"role": "user", "content": "def read(self):"}]
     body = {"model": str(exported), "messages": messages, "max_tokens": 12, "temperature": 0}
     answer = post(f"{server}/v1/chat/completions", body)
+    with urllib.request.urlopen(f"{server}/v1/models", timeout=50) as reply:
+        assert str(exported) in {model["id"] for model in json.load(reply)["data"]}
     decoder, tokenizer = load_run(exported, pytest.fail)
     prompt = tokenizer.encode("<|bos|><|im_start|>user\ndef read(self):<|im_end|>\n<|im_start|>assistant\n")
     assert answer["usage"]["prompt_tokens"] == len(prompt)

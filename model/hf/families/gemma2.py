@@ -7,7 +7,7 @@ from moray.model.hf.family import Family, Rule
 from moray.model.hf.fields import Fields
 from moray.model.hf.names import DENSE
 from moray.model.hf.rope import rope
-from moray.model.hf.rules import ATTENTION_BIAS, DIVIDING_HEADS, decoder, fixed, layer_types, ours, pattern, same
+from moray.model.hf.rules import ATTENTION_BIAS, decoder, dividing_heads, fixed, layer_types, ours, pattern, same
 
 _GELU = "gelu_pytorch_tanh"
 
@@ -41,7 +41,7 @@ GEMMA2 = Family(
     architecture="Gemma2ForCausalLM",
     rules=(
         *decoder(eps=1e-6, tied=True),
-        DIVIDING_HEADS,
+        dividing_heads(4, 256),
         rope(),
         ATTENTION_BIAS,
         ours(norm={"placement": "sandwich", "unit_offset": True}, ffn={"activation": "gelu_tanh"}),

@@ -8,7 +8,7 @@ from moray.model.hf.family import Family, Rule
 from moray.model.hf.fields import Fields, refused
 from moray.model.hf.names import DEEPSEEK_MOE
 from moray.model.hf.rope import rope
-from moray.model.hf.rules import HEADS, SILU, at, decoder, ours, same, translated
+from moray.model.hf.rules import SILU, at, decoder, heads, ours, same, translated
 
 
 def _read_shared(fields: Fields) -> dict[str, Any]:
@@ -31,7 +31,7 @@ GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
     rules=(
         *decoder(eps=1e-5),
-        HEADS,
+        heads(8),
         SILU,
         rope(partial=0.5),
         same("attention_bias", "attention.qkv_bias", False),

@@ -3,19 +3,20 @@
 from moray.model.hf.family import Family
 from moray.model.hf.names import DENSE
 from moray.model.hf.rope import rope
-from moray.model.hf.rules import ATTENTION_BIAS, DIVIDING_HEADS, SILU, decoder, same
+from moray.model.hf.rules import ATTENTION_BIAS, SILU, decoder, dividing_heads, same, unused
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     rules=(
         *decoder(eps=1e-6),
-        DIVIDING_HEADS,
+        dividing_heads(),
         SILU,
         rope(),
         ATTENTION_BIAS,
         same("intermediate_size", "ffn.width"),
         same("mlp_bias", "ffn.bias", False),
+        unused("is_llama_config"),  # by which nanotron (SmolLM2) knows its own files
     ),
     table=lambda config: DENSE,
 )

@@ -17,13 +17,13 @@ from moray.model.hf.fields import Fields, refused
 from moray.model.hf.names import MOE
 from moray.model.hf.rope import rope
 from moray.model.hf.rules import (
-    HEADS,
-    NATURAL_HEADS,
     SILU,
     at,
     balance_loss,
     decoder,
     fixed,
+    heads,
+    natural_heads,
     ours,
     same,
     translated,
@@ -92,7 +92,7 @@ MINIMIND2 = Family(
     in_transformers=False,
     rules=(
         *_COMMON,
-        NATURAL_HEADS,
+        natural_heads(2),
         same("intermediate_size", "ffn.width"),
         _if_moe(
             *_EXPERTS,
@@ -121,7 +121,7 @@ MINIMIND3 = Family(
     in_transformers=False,
     rules=(
         *_COMMON,
-        HEADS,
+        heads(4),
         ours(attention={"qk_norm": "head"}),
         same("intermediate_size", "ffn.width"),
         _if_moe(

@@ -3,12 +3,12 @@
 from moray.model.hf.family import Family
 from moray.model.hf.names import DENSE
 from moray.model.hf.rope import rope
-from moray.model.hf.rules import EXPERT_WIDTH, HEADS, SILU, balance_loss, decoder, fixed, same, window_everywhere
+from moray.model.hf.rules import EXPERT_WIDTH, SILU, balance_loss, decoder, fixed, heads, same, window_everywhere
 
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    rules=(*decoder(eps=1e-6), HEADS, SILU, rope(), window_everywhere(4096), same("intermediate_size", "ffn.width")),
+    rules=(*decoder(eps=1e-6), heads(8), SILU, rope(), window_everywhere(4096), same("intermediate_size", "ffn.width")),
     table=lambda config: DENSE,
 )
 
@@ -19,7 +19,7 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     rules=(
         *decoder(eps=1e-5),
-        HEADS,
+        heads(8),
         SILU,
         rope(1e6),
         window_everywhere(None),

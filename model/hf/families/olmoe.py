@@ -6,11 +6,11 @@ from moray.model.hf.rope import rope
 from moray.model.hf.rules import (
     ATTENTION_BIAS,
     EXPERT_WIDTH,
-    NATURAL_HEADS,
     SILU,
     balance_loss,
     decoder,
     fixed,
+    natural_heads,
     ours,
     same,
 )
@@ -20,7 +20,7 @@ OLMOE = Family(
     architecture="OlmoeForCausalLM",
     rules=(
         *decoder(eps=1e-5),
-        NATURAL_HEADS,
+        natural_heads(),
         SILU,
         rope(),
         ATTENTION_BIAS,

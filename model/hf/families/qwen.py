@@ -9,12 +9,12 @@ from moray.model.hf.names import DENSE, MOE
 from moray.model.hf.rope import rope
 from moray.model.hf.rules import (
     ATTENTION_BIAS,
-    HEADS,
     QWEN_WINDOW,
     SILU,
     at,
     balance_loss,
     decoder,
+    heads,
     ours,
     same,
     window_everywhere,
@@ -25,7 +25,7 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     rules=(
         *decoder(eps=1e-6),
-        HEADS,
+        heads(32),
         SILU,
         rope(),
         QWEN_WINDOW,
@@ -35,12 +35,12 @@ QWEN2 = Family(
     table=lambda config: DENSE,
 )
 
-_QWEN3 = (*decoder(eps=1e-6), HEADS, SILU, rope(), ATTENTION_BIAS, ours(attention={"qk_norm": "head"}))
+_QWEN3 = (*decoder(eps=1e-6), SILU, rope(), ATTENTION_BIAS, ours(attention={"qk_norm": "head"}))
 
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    rules=(*_QWEN3, QWEN_WINDOW, same("intermediate_size", "ffn.width")),
+    rules=(*_QWEN3, heads(32, 128), QWEN_WINDOW, same("intermediate_size", "ffn.width")),
     table=lambda config: DENSE,
 )
 
@@ -62,6 +62,7 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     rules=(
         *_QWEN3,
+        heads(4),
         window_everywhere(4096, switched=True),
         same("intermediate_size", "ffn.width"),
         same("num_experts", "moe.n_experts", alias="num_local_experts"),

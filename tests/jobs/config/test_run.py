@@ -118,11 +118,24 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
             "model.moe.top_k=1 with normalise_gates=true makes every gate 1, and no loss tells the router anything; "
             "set normalise_gates=false, a balance_loss, or a higher top_k",
         ),
-        ({"train.steps": "5"}, "optimizer.warmup_steps=20 must be at most train.steps=5"),
+        (
+            {"train.steps": "5", "optimizer.warmup_steps": "20"},
+            "optimizer.warmup_steps=20 must be at most train.steps=5",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_its_name_value_and_remedy(settings: dict[str, str], message: str) -> None:
     assert message in refusal(**{name.replace(".", "__"): value for name, value in settings.items()})
+
+
+def test_a_default_never_contradicts_a_setting() -> None:
+    short = load(train__steps="14", model__max_seq_len="64")
+    assert (short.optimizer.warmup_steps, short.train.seq_len) == (2, 64)
+    assert load(train__steps="1").optimizer.warmup_steps == 0
+    usual = load(train__global_batch="8")
+    assert (usual.optimizer.warmup_steps, usual.train.seq_len) == (20, 512)
+    stated = load(train__steps="14", optimizer__warmup_steps="14", optimizer__lr="1e-4", train__seq_len="100")
+    assert (stated.optimizer.warmup_steps, stated.train.seq_len) == (14, 100)
 
 
 def test_what_the_router_learns_from_is_enough() -> None:

@@ -2,12 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from vocabularies import KINDS, llama2
 
 from moray.data.tokenizer import Tokenizer, load_tokenizer
 from moray.jobs.generation.generate import Sampling, draw, generate_tokens, stream_text
@@ -109,6 +112,10 @@ def test_the_seed_decides_on_the_draws(decoder: Decoder) -> None:
     assert first == again != other
 
 
+def test_without_a_number_of_tokens_there_are_as_many_as_the_model_has_room_for(decoder: Decoder) -> None:
+    assert len(list(generate_tokens(decoder, [3] * 12, None, Sampling()))) == 32 - 12
+
+
 @pytest.mark.parametrize(
     ("prompt", "new", "message"),
     [
@@ -117,10 +124,11 @@ def test_the_seed_decides_on_the_draws(decoder: Decoder) -> None:
         ([3, 10**6], 3, "the prompt holds token 1000000 and the model's vocab_size="),
         ([3], 0, "max_new_tokens=0 must be at least 1"),
         ([3], -5, "max_new_tokens=-5 must be at least 1"),
+        ([3] * 32, None, "32 prompt tokens leave no room for others: max_seq_len=32"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_at_once(
-    decoder: Decoder, prompt: list[int], new: int, message: str
+    decoder: Decoder, prompt: list[int], new: int | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         generate_tokens(decoder, prompt, new, Sampling())
@@ -148,6 +156,24 @@ def test_eos_ends_the_text(tokenizer: Tokenizer) -> None:
     assert "".join(stream_text(tokenizer, iter([tokenizer.eos_id]))) == ""
 
 
+def test_every_stop_token_ends_the_text(tokenizer: Tokenizer) -> None:
+    ids, (eos, turn) = tokenizer.encode("one"), tokenizer.stop_ids
+    assert tokenizer.decode([eos, turn]) == "<|eos|><|im_end|>"
+    assert "".join(stream_text(tokenizer, iter([*ids, turn, *ids]))) == "one"
+
+
+def test_a_temperature_next_to_nothing_takes_the_likeliest() -> None:
+    for temperature in (1e-9, 1e-40, 5e-324):
+        assert_drawn_as(Sampling(temperature), [0, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("logits", [[0.1, math.nan, 0.2], [0.1, math.inf, 0.2], [math.nan] * 3])
+def test_logits_that_are_no_numbers_are_an_error_and_no_token(temperature: float, logits: list[float]) -> None:
+    with pytest.raises(FloatingPointError, match=r"logits reach (nan|inf): its weights are damaged"):
+        draw(torch.tensor(logits), Sampling(temperature), torch.Generator())
+
+
 def test_a_character_that_never_completes_is_shown_as_such_at_the_end(tokenizer: Tokenizer) -> None:
     half = [*tokenizer.encode("a"), tokenizer.encode("🐟")[0]]
     assert "".join(stream_text(tokenizer, iter(half))) == "a\ufffd"
@@ -164,6 +190,27 @@ def test_streaming_decodes_each_token_a_few_times_however_long_the_text(tokenize
             return super().decode(ids)
 
     ids = tokenizer.encode(TEXT * 50)
-    counting = Counting(tokenizer.backend, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    counting = Counting(**{field.name: getattr(tokenizer, field.name) for field in fields(tokenizer)})
     assert "".join(stream_text(counting, iter(ids))) == TEXT * 50
     assert decoded < 20 * len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", ["The whale", "The whale,", "so é漢🐟", "a ", ""])
+def test_text_goes_on_where_the_prompt_ends(kind: Callable[[Path], Path], prompt: str, tmp_path: Path) -> None:
+    """What is shown is what transformers' text of all tokens has after that of the prompt's."""
+    ours, theirs = load_tokenizer(kind(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    before = theirs(prompt, add_special_tokens=False).input_ids
+    after = theirs(" and the sea 🐟🐟 漢, again", add_special_tokens=False).input_ids
+    whole = theirs.decode([*before, *after])
+    shown = "".join(stream_text(ours, iter(after), ours.encode(prompt)))
+    assert whole.endswith("and the sea 🐟🐟 漢, again")
+    assert theirs.decode(before) + shown == whole
+
+
+def test_half_a_character_after_whole_ones_does_not_show_them_again(tmp_path: Path) -> None:
+    """A decoder that takes bytes together finds all of them wrong where one is."""
+    ours = load_tokenizer(llama2(tmp_path))
+    fish, half, more = ours.encode("🐟")[1:], ours.encode("é")[1:2], ours.encode("sea")
+    assert ours.decode([*fish, *half, *more]) == "\ufffd" * 5 + " sea"
+    assert "".join(stream_text(ours, iter([*fish, *half, *more]))) == "🐟\ufffd sea"

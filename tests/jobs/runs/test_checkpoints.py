@@ -1,6 +1,7 @@
 """`moray checkpoints` tells of every commit, and finds each flipped byte."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -22,23 +23,35 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def show(run: Path, check: bool) -> tuple[int, list[str]]:
-    """The exit code, and the table's rows."""
-    console = Console(file=io.StringIO(), width=500)
+def show(run: Path, check: bool, width: int = 500) -> tuple[int, list[str], list[str]]:
+    """The exit code, the table's rows, and the lines below it."""
+    console = Console(file=io.StringIO(), width=width)
     code = show_checkpoints(run, check, console)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return code, [line for line in text.splitlines() if line.startswith("│")]
+    _, *lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    below = [line for line in lines if line.startswith(str(run))]
+    return code, lines[: len(lines) - len(below)], below
 
 
 @pytest.mark.parametrize(("check", "state"), [(False, "whole by its manifest"), (True, "verified")])
 def test_whole_commits_are_listed_oldest_first(run: Path, check: bool, state: str) -> None:
-    code, rows = show(run, check)
-    assert code == 0
-    cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+    code, rows, below = show(run, check)
+    assert (code, below) == (0, [])
+    cells = [re.split(r"\s{2,}", row.strip()) for row in rows]
     assert [(row[0], row[2], row[3], row[4], row[5]) for row in cells] == [
-        ("2", "4.0 MiB", "2.500", "dp_replicate=1 dp_shard=2 tp=1 ep=2", state),
-        ("4", "4.0 MiB", "5.000", "dp_replicate=1 dp_shard=2 tp=1 ep=2", state),
+        ("2", "4.0 MiB", "2.500", "dp_shard=2 ep=2", state),
+        ("4", "4.0 MiB", "5.000", "dp_shard=2 ep=2", state),
     ]
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_terminal_of_80_columns_breaks_no_word_and_no_path(run: Path, check: bool) -> None:
+    shard_of(run, 2).write_bytes(b"short")
+    flip(shard_of(run, 4))
+    wide, narrow = show(run, check), show(run, check, width=80)
+    assert {word for row in narrow[1] for word in row.split()} == {word for row in wide[1] for word in row.split()}
+    assert max(map(len, narrow[1])) <= 80
+    assert narrow[2] == wide[2]
+    assert f"{run}/checkpoints/step-000000002: " in wide[2][0]
 
 
 def shard_of(run: Path, step: int) -> Path:
@@ -46,24 +59,29 @@ def shard_of(run: Path, step: int) -> Path:
     return file
 
 
-def test_a_flipped_byte_is_found_by_reading_every_byte(run: Path) -> None:
-    file = shard_of(run, 2)
+def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_a_flipped_byte_is_found_by_reading_every_byte(run: Path) -> None:
+    file = shard_of(run, 2)
+    flip(file)
     assert show(run, check=False)[0] == 0, "the manifest alone can't tell"
-    code, rows = show(run, check=True)
-    assert code == 1
-    assert f"{file}: its sha256 is" in rows[0]
+    code, rows, below = show(run, check=True)
+    assert (code, len(below)) == (1, 1)
+    assert f"{file}: its sha256 is" in below[0]
+    assert "damaged: refused on resume" in rows[0]
     assert "verified" in rows[1]
 
 
 @pytest.mark.parametrize("check", [False, True])
 def test_what_is_missing_or_cut_off_needs_no_reading(run: Path, check: bool) -> None:
     shard_of(run, 2).unlink()
-    code, rows = show(run, check)
+    code, rows, below = show(run, check)
     assert code == 1
-    assert "step-000000002" in rows[0]
+    assert below[0].startswith(f"{run}/checkpoints/step-000000002: its manifest, or a file that it names, is missing")
     assert "damaged: refused on resume" in rows[0]
     assert "4.0 MiB" in rows[1]
 
@@ -82,6 +100,6 @@ def test_a_commit_of_a_line_that_was_given_up_is_told_as_one(run: Path) -> None:
     checkpointer.save(3, {"w": torch.zeros(1 << 20)}, {})
     checkpointer.finish()
     (run / "aside").rename(manifest)
-    code, rows = show(run, check=False)
+    code, rows, _ = show(run, check=False)
     assert code == 0
     assert ["given up" in row for row in rows] == [False, False, True]

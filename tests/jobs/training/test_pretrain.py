@@ -320,18 +320,30 @@ def test_a_damaged_commit_is_refused_loudly_and_the_one_before_it_taken(
     assert resumes == [6]
 
 
-def test_a_finished_run_has_nothing_left_to_do(dataset: Path, untouched: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [STEPS, STEPS - 2])
+def test_a_finished_run_says_so_and_changes_nothing(
+    dataset: Path, untouched: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], steps: int
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(untouched, run)
-    assert dispatch(arguments(dataset, run)) == 0
-    assert dispatch(arguments(dataset, run, train__steps=STEPS - 2)) == 0, "fewer steps than are done"
-    assert_same_history(run, untouched)
+    assert dispatch(arguments(dataset, run, train__steps=steps)) == 0
+    told = capfd.readouterr().err
+    assert told == f"run.dir={run} has committed step {STEPS} of train.steps={steps}: nothing to do\n"
+    there, here = ({path.relative_to(top): path for path in top.rglob("*")} for top in (untouched, run))
+    assert here.keys() == there.keys() | {Path(".lock")}
+    assert all(path.is_dir() or path.read_bytes() == here[name].read_bytes() for name, path in there.items())
 
 
-def test_a_longer_run_goes_on_from_the_end(dataset: Path, untouched: Path, tmp_path: Path) -> None:
+def test_a_longer_run_goes_on_from_the_end_and_says_what_changes(
+    dataset: Path, untouched: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(untouched, run)
-    assert dispatch(arguments(dataset, run, train__steps=STEPS + 2)) == 0
+    changes = {"train__steps": STEPS + 2, "optimizer__schedule": "wsd", "train__micro_batch": 1}
+    assert dispatch(arguments(dataset, run, **changes)) == 0
+    told = capfd.readouterr().err.splitlines()[0]
+    assert told.startswith(f"going on from step {STEPS} with train.steps={STEPS + 2} (there: {STEPS}), ")
+    assert told.endswith("train.micro_batch=1 (there: 2), optimizer.schedule=wsd (there: cosine)")
     positions = [row["positions"] for row in read_metrics(run)]
     assert positions == [[n * BATCH, (n + 1) * BATCH] for n in range(STEPS + 2)]
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from moray.model import ModelConfig
+from moray.model.accounting.cost import count_parameters
 from moray.model.hf import read_config
 from moray.model.hf.choice import essence, family_for
 from moray.model.presets import PRESETS
@@ -31,6 +33,36 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
     "initializer_range": 0.01,
     "transformers_version": "4.31.0",
+}
+SMOLLM2: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
 }
 QWEN2 = {**LLAMA, "model_type": "qwen2", "num_hidden_layers": 4, "sliding_window": 8, "max_window_layers": 2}
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -99,6 +131,29 @@ def test_what_would_be_ignored_is_refused_by_name(tmp_path: Path, changes: dict[
 def test_what_is_off_or_harmless_is_not_refused(tmp_path: Path) -> None:
     off = {"clip_qkv": None, "use_parallel": False, "extras": [], "attention_dropout": 0.1, "top_k": 50}
     assert read(tmp_path, LLAMA, **off) == read(tmp_path, LLAMA)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "olmoe", "qwen3_moe", "glm4_moe"],
+)
+@pytest.mark.parametrize("silent", [{"num_key_value_heads"}, {"head_dim"}, {"num_key_value_heads", "head_dim"}])
+def test_heads_are_transformers_where_the_file_is_silent(tmp_path: Path, model_type: str, silent: set[str]) -> None:
+    """Each family has its own defaults: 8 key heads, 4, 32, or as many as heads; widths of 128, 256, or a share."""
+    kind = CONFIG_MAPPING[model_type]
+    stated = kind(hidden_size=3072, num_attention_heads=32, num_key_value_heads=16).to_dict() | {"head_dim": 96}
+    said = {name: value for name, value in stated.items() if name not in silent}
+    theirs, ours = kind.from_dict(said), read(tmp_path, said).attention
+    width = getattr(theirs, "head_dim", None) or 3072 // 32
+    assert (ours.n_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, width)
+
+
+def test_smollm2_as_published(tmp_path: Path) -> None:
+    """By nanotron's word a Llama, which it says in fields of its own."""
+    config = read(tmp_path, SMOLLM2)
+    assert count_parameters(config).total == 134_515_008
+    with pytest.raises(ValueError, match=r"fields that moray does not know .*: rope_interleaved=True"):
+        read(tmp_path, SMOLLM2, rope_interleaved=True)
 
 
 def test_a_missing_size_is_named(tmp_path: Path) -> None:

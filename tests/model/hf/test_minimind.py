@@ -175,6 +175,18 @@ def test_balance_of_the_third_generation(tmp_path: Path) -> None:
     assert (moe.balance_loss, moe.balance_over) == (0.5, "layer")
 
 
+@pytest.mark.parametrize(("marker", "kv_heads"), [("n_routed_experts", 2), ("num_experts", 4)])
+def test_key_heads_are_its_authors_where_the_file_is_silent(tmp_path: Path, marker: str, kv_heads: int) -> None:
+    """`num_key_value_heads: int = 2` of the second generation, `kwargs.get("num_key_value_heads", 4)` of the third."""
+    values = {**SIZES, "model_type": "minimind", "vocab_size": 96, marker: 4, "hidden_size": 96}
+    values["num_attention_heads"] = 8
+    (tmp_path / "config.json").write_text(
+        json.dumps({name: value for name, value in values.items() if name != "num_key_value_heads"})
+    )
+    attention = read_config(tmp_path).attention
+    assert (attention.n_kv_heads, attention.head_dim) == (kv_heads, 12)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,0 +1,51 @@
+"""`moray --completion SHELL`: a script by which a shell completes verbs, options, settings and their values."""
+
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout, suppress
+from dataclasses import make_dataclass
+from io import StringIO
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tyro
+
+from moray import UserError
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
+    """The script, as tyro writes it. Raises UserError for a shell that it does not know."""
+    from moray.jobs.config.run import RunConfig, settings
+    from moray.model.presets import PRESETS
+
+    if shell not in SHELLS:
+        raise UserError(f"--completion {shell} is not known; there are {', '.join(SHELLS)}")
+    known: dict[str, Any] = {"recipe": str, "model.preset": Literal[tuple(PRESETS)]}
+    known |= {name: field.annotation for name, field in settings(RunConfig)}
+    with redirect_stdout(StringIO()) as written, suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(
+            {**verbs, "pretrain": _options(known)}, prog="moray", args=["--tyro-print-completion", shell]
+        )
+    script = written.getvalue()
+    for name in known:  # tyro would have dashes in all options, or in none
+        script = script.replace(f"'--{name.replace('_', '-')}'", f"'--{name}'")
+    return script
+
+
+def _options(known: Mapping[str, Any]) -> type:
+    """A class with a field for every setting, as tyro reads options out of one."""
+    fields = [
+        (f"setting_{n}", Annotated[_values(kind), tyro.conf.arg(name=name)])
+        for n, (name, kind) in enumerate(known.items())
+    ]
+    return make_dataclass("Settings", fields)
+
+
+def _values(kind: Any) -> Any:
+    """A setting's values, if they can be listed, else any text."""
+    if kind is bool:
+        return Literal["true", "false"]
+    if get_origin(kind) is Literal:
+        return kind
+    named = [_values(part) for part in get_args(kind) if part is not type(None)]
+    return named[0] if len(named) == 1 else str
