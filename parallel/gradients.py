@@ -20,7 +20,10 @@ from moray.model.sharded import local
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Tensors [B, T] of one forward pass on the model's device, and what the host must know of them."""
+    """Tensors [B, T] of one forward pass on the model's device, and what the host must know of them.
+
+    flops: what it asks of the model, where somebody wants to know of the global batch's.
+    """
 
     tokens_BT: Tensor
     targets_BT: Tensor
@@ -28,6 +31,7 @@ class MicroBatch:
     documents: Documents
     n_targets: int
     randomness: Randomness | None = None
+    flops: float = 0.0
 
     @classmethod
     def of(
@@ -38,6 +42,7 @@ class MicroBatch:
         documents_BT: Tensor,
         device: torch.device,
         randomness: Randomness | None = None,
+        flops: float = 0.0,
     ) -> Self:
         """From tensors on the CPU: what is counted here costs no wait for the device later."""
         return cls(
@@ -47,17 +52,22 @@ class MicroBatch:
             Documents.of(documents_BT, device),
             int((targets_BT != IGNORED).sum()),
             randomness,
+            flops,
         )
 
 
 @dataclass(frozen=True)
 class GlobalLosses:
-    """Of one global batch: cross-entropy and output z-loss per valid token, auxiliary loss per routing group."""
+    """Of one global batch: cross-entropy and output z-loss per valid token, auxiliary loss per routing group.
+
+    tokens: the valid ones. flops: what its micro-batches said that they ask for.
+    """
 
     cross_entropy: float
     z: float
     auxiliary: float
     tokens: int
+    flops: float = 0.0
 
 
 def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], tp: int) -> GlobalLosses:
@@ -69,9 +79,8 @@ def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], 
     exchange theirs once, with the last. Collective.
     """
     config = decoder.config
-    n_targets = sum(batch.n_targets for batch in micro_batches)
-    n_sequences = sum(len(batch.tokens_BT) for batch in micro_batches)
-    tokens, sequences = (int(x) // tp for x in world_sum(torch.tensor([n_targets, n_sequences])))
+    held = [(batch.n_targets, len(batch.tokens_BT), batch.flops) for batch in micro_batches]
+    tokens, sequences, flops = (world_sum(torch.tensor(held, dtype=torch.float64).sum(0)) / tp).tolist()
     # A batch without a single target has loss 0, not 0/0.
     group_size = config.moe.group_size if config.moe else 1
     per_token, per_group = 1 / max(tokens, 1), group_size / sequences
@@ -86,7 +95,7 @@ def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], 
         sums = found if sums is None else sums + found
     assert sums is not None
     cross_entropy, z, auxiliary = (world_sum(sums) / tp).tolist()
-    return GlobalLosses(cross_entropy * per_token, z * per_token, auxiliary * per_group, tokens)
+    return GlobalLosses(cross_entropy * per_token, z * per_token, auxiliary * per_group, int(tokens), flops)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import pytest
 from pool import Pool
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For pytest-xdist: a file stays on one worker, and all that starts a Ray on the same one.
 

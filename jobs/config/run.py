@@ -64,10 +64,22 @@ class TrainSection(Section):
     """Tokens of a sequence; where it is not set, no more than model.max_seq_len."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides on the initial weights and on the order of the data."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the matrix products; weights, gradients' reduction and optimizer are float32 either way."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the matrix products; weights, gradients' reduction and optimizer are float32 either way.
+
+    auto: bfloat16 where all workers' devices have instructions for it; once chosen, it stays. bf16 and fp32 will do."""
     eval_every: int = Field(100, ge=0)
     """Steps between two passes over the validation split; 0: only at the end."""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _usual_names(cls, name: Any) -> Any:
+        if name in ("float16", "fp16", "half", "16"):
+            raise UserError(
+                f"train.dtype={name} is not offered: its gradients vanish below 6e-8 without loss scaling; "
+                "use bfloat16, or float32 where the device has no bf16"
+            )
+        return {"bf16": "bfloat16", "fp32": "float32"}.get(name, name)
 
 
 class OptimizerSection(Section):

@@ -126,7 +126,7 @@ def numbers(row: dict[str, Any]) -> list[str]:
     """A step's row of metrics.jsonl for the eye: a line that fits 80 columns, and one of the experts' balance."""
     parts = [
         f"loss {row['loss']:.3f}",
-        f"{row['tokens_per_second']:,.0f} tokens/s",
+        f"{_short(row['tokens_per_second'])} of {_short(row['processed_tokens_per_second'])} tokens/s",
         f"MFU {row['mfu']:.0%}",
         f"norm {row['grad_norm']:.2f}",
         f"lr {row['lr']:.1e}",
@@ -136,6 +136,13 @@ def numbers(row: dict[str, Any]) -> list[str]:
     if row["expert_balance"]:
         lines.append("experts max/mean " + " ".join(f"{value:.1f}" for value in row["expert_balance"]))
     return lines
+
+
+def _short(count: float) -> str:
+    """Three digits of a large number."""
+    if count < 100_000:
+        return f"{count:,.0f}"
+    return f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.2f}M"
 
 
 def describe(kind: str, fields: dict[str, Any]) -> str | None:

@@ -24,11 +24,12 @@ from moray.data.stream import Batch, Stream, evaluation_batches
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
+from moray.jobs.training.dtype import choose_dtype
 from moray.jobs.training.metrics import MetricsLog, expert_metrics, matmul_peak
 from moray.jobs.training.optimizer import build_optimizer, set_learning_rate, training_state
 from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder, Randomness
-from moray.model.accounting.cost import train_flops_per_token
+from moray.model.accounting.work import Work
 from moray.parallel.checkpoint.checkpointer import Checkpointer, DiskFullError
 from moray.parallel.checkpoint.generations import SupersededError, newest_generation
 from moray.parallel.gradients import (
@@ -76,7 +77,7 @@ class Training:
     optimizer: torch.optim.AdamW
     checkpointer: Checkpointer
     lanes: range
-    flops_per_token: float
+    work: Work
     peak_flops: float
     step: int = 0
 
@@ -110,7 +111,7 @@ def run_steps(training: Training) -> int:
         while training.step < config.train.steps and leaving is None:
             began = time.perf_counter()
             row = take_step(training, next(batches))
-            row |= speed(training, row["tokens"], time.perf_counter() - began)
+            row |= speed(training, row["tokens"], row["flops"], time.perf_counter() - began)
             last = training.step == config.train.steps
             leaving = agree_to_leave(context, config)
             if leaving is None and (last or is_due(training.step, config.train.eval_every)):
@@ -149,6 +150,7 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any]:
         "z_loss": losses.z,
         "auxiliary_loss": losses.auxiliary,
         "tokens": losses.tokens,
+        "flops": losses.flops,
         "positions": [batch.first, batch.first + config.train.global_batch],
         "grad_norm": norm,
         "lr": rate,
@@ -162,7 +164,8 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
     layout = config.layout.resolve(context.world_size)
     dataset = Dataset.open(config.data.path)
-    compute_dtype = getattr(torch, config.train.dtype)
+    dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
+    compute_dtype = getattr(torch, dtype)
     decoder = build_decoder(
         config.model,
         layout.meshes(context.device.type),
@@ -176,7 +179,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     training = Training(
         context=context,
         pulse=pulse,
-        config=config,
+        config=config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})}),
         layout=layout,
         dataset=dataset,
         decoder=decoder,
@@ -190,10 +193,10 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
             on_wait=pulse.again,
         ),
         lanes=range(dp_rank * share, (dp_rank + 1) * share),
-        flops_per_token=train_flops_per_token(config.model, config.train.seq_len),
+        work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(matmul_peak(context.device, compute_dtype))).item(),
     )
-    resume(training, events)
+    resume(training, events, is_chosen=config.train.dtype == "auto")
     return training
 
 
@@ -307,7 +310,13 @@ def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
     tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT, sequences_B)
     return [
         MicroBatch.of(
-            tokens, targets, positions, documents, device, Randomness(train.seed, training.step, sequences.to(device))
+            tokens,
+            targets,
+            positions,
+            documents,
+            device,
+            Randomness(train.seed, training.step, sequences.to(device)),
+            training.work.flops(documents),
         )
         for tokens, targets, positions, documents, sequences in zip(
             *(tensor.split(train.micro_batch) for tensor in tensors), strict=True
@@ -315,14 +324,18 @@ def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
     ]
 
 
-def speed(training: Training, tokens: int, seconds: float) -> dict[str, Any]:
-    """Tokens a second, the share of the measured matmul peak of all workers together (MFU), and memory."""
+def speed(training: Training, tokens: int, flops: float, seconds: float) -> dict[str, Any]:
+    """Tokens a second, those that teach and all that were computed; MFU; and memory.
+
+    MFU is the share of the measured matmul peak of all workers that goes into what the architecture asks for: real
+    tokens, and attention within documents.
+    """
     config = training.config
     processed = config.train.global_batch * config.train.seq_len
-    flops = training.flops_per_token * processed
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "processed_tokens_per_second": processed / seconds,
         "mfu": flops / seconds / training.peak_flops,
         "memory_bytes": peak_memory_bytes(training.context.device),
     }

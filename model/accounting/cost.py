@@ -58,7 +58,8 @@ def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     for part, tensors in _tensors_by_part(config).items():
         if part not in ("embedding", "positions", "norms"):
             flops[part] = 2 * _count(part, (tensor for tensor in tensors if tensor.ndim > 1), config).active
-    flops[SCORES] = _score_flops(config, seq_len)
+    pairs = sum(seen_pairs(torch.tensor([seq_len]), reach) for reach in attention_reaches(config))
+    flops[SCORES] = pair_flops(config) * pairs / seq_len
     flops["head"] = 2 * config.vocab_size * config.d_model
     return flops
 
@@ -94,8 +95,8 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype = torch.bfl
     attention, latent = config.attention, config.attention.latent
     width = latent.kv_rank + latent.rope_dim if latent else 2 * attention.n_kv_heads * attention.head_dim
     held = 0
-    for layer in range(config.n_layers):
-        held += width * min(_sees(config, layer, tokens), tokens)
+    for layer, reach in enumerate(attention_reaches(config)):
+        held += width * (tokens if reach is None else min(reach, tokens))
         if not config.is_moe_layer(layer):
             held += max(config.ffn.conv_width - 1, 0) * config.ffn.width
     return held * dtype.itemsize
@@ -136,21 +137,20 @@ def _count(part: str, tensors: Iterable[Tensor], config: ModelConfig) -> Count:
     return Count(total, total)
 
 
-def _score_flops(config: ModelConfig, seq_len: int) -> float:
-    """Products of queries with keys, and of weights with values, of all heads and layers, for the mean token."""
+def pair_flops(config: ModelConfig) -> int:
+    """A query's product with a key that it sees, and their weight's with the value, of all heads of a layer."""
     attention, latent = config.attention, config.attention.latent
     value_dim = latent.value_dim if latent else attention.head_dim
-    a_pair = 2 * attention.n_heads * (attention.head_dim + value_dim)
-    pairs = sum(_pairs(seq_len, _sees(config, layer, seq_len)) for layer in range(config.n_layers))
-    return a_pair * pairs / seq_len
+    return 2 * attention.n_heads * (attention.head_dim + value_dim)
 
 
-def _pairs(tokens: int, window: int) -> int:
-    """Queries and the keys that they see: sum over t < tokens of min(t + 1, window)."""
-    return window * (window + 1) // 2 + (tokens - window) * window
+def attention_reaches(config: ModelConfig) -> tuple[int | None, ...]:
+    """How many tokens a token sees at most in each layer, itself among them; None: all of its document before it."""
+    attention = config.attention
+    return tuple(attention.window if attention.is_local(layer) else None for layer in range(config.n_layers))
 
 
-def _sees(config: ModelConfig, layer: int, tokens: int) -> int:
-    """The most tokens that a token of a sequence of so many sees in this layer, itself among them."""
-    window = config.attention.window
-    return min(window, tokens) if window and config.attention.is_local(layer) else tokens
+def seen_pairs(lengths: Tensor, reach: int | None) -> int:
+    """Queries and the keys that they see in documents of these lengths: sums over t < length of min(t + 1, reach)."""
+    within = lengths if reach is None else lengths.clamp(max=reach)
+    return int((within * (within + 1) // 2 + (lengths - within) * within).sum())

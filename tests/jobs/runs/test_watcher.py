@@ -17,13 +17,14 @@ from moray.jobs.runs.watcher import Listener, Tail, Watcher, describe, numbers
 ROW: dict[str, Any] = {
     "loss": 10.123456,
     "tokens_per_second": 1234567.8,
+    "processed_tokens_per_second": 1300000.0,
     "mfu": 0.456,
     "grad_norm": 12.3456,
     "lr": 0.00123,
     "memory_bytes": 61 * 2**30,
     "expert_balance": [1.25, 3.5, 2.0, 1.0, 1.1, 1.2, 1.3, 1.4],
 }
-SHOWN = ("10.123", "1,234,568 tokens/s", "MFU 46%", "norm 12.35", "lr 1.2e-03", "61.0 GiB")
+SHOWN = ("10.123", "1.23M of 1.30M tokens/s", "MFU 46%", "norm 12.35", "lr 1.2e-03", "61.0 GiB")
 BALANCE = "experts max/mean 1.2 3.5 2.0 1.0 1.1 1.2 1.3 1.4"
 
 
