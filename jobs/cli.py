@@ -108,15 +108,22 @@ def _join_values(verb: str, arguments: list[str]) -> list[str]:
     switches |= {f"--no-{name[2:]}" for name in switches} | {"--help"}
     words, rest = list[str](), list(arguments)
     while rest:
-        option, equals, value = rest.pop(0).partition("=")
-        if option.startswith("--"):
-            option = option.replace("_", "-")
+        word = rest.pop(0)
+        if word.startswith("--"):
+            option, equals, value = _split(word)
             if option not in {*known, *switches}:
                 raise UserError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
-            if not equals and option not in switches and rest and rest[0] not in {*known, *switches}:
+            if not equals and option not in switches and rest and _split(rest[0])[0] not in {*known, *switches}:
                 equals, value = "=", rest.pop(0)
-        words.append(option + equals + value)
+            word = option + equals + value
+        words.append(word)
     return words
+
+
+def _split(word: str) -> tuple[str, str, str]:
+    """`--some_option=value` is ("--some-option", "=", "value")."""
+    option, equals, value = word.partition("=")
+    return option.replace("_", "-"), equals, value
 
 
 @contextmanager

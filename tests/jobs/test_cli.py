@@ -326,6 +326,7 @@ def test_generate_passes_over_a_damaged_commit_loudly(moray: Moray, finished: Pa
         (["generate"], "Missing from moray generate: PATH --prompt STR; `moray generate --help` says more"),
         (["generate", "RUN", "--promt", "a"], "--promt is not an option of moray generate; did you mean --prompt?"),
         (["generate", "RUN", "--max_new_token=3"], "--max-new-token is not an option of moray generate; did you mean"),
+        (["generate", "RUN", "--prompt", "--top_k=3"], "Missing value for argument '--prompt'. Expected 1 values; "),
         (["generate", "RUN", "--prompt", "--top-k", "3"], "Missing value for argument '--prompt'. Expected 1 values; "),
         (["generate", "RUN", "--prompt"], "Missing value for argument '--prompt'. Expected 1 values; `moray generate"),
         (["generate", "RUN", "--prompt", "a", "--top-k", "b"], "Error parsing --top-k: invalid literal for int()"),

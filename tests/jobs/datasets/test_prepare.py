@@ -59,7 +59,7 @@ def test_every_document_comes_out_whole(tmp_path: Path) -> None:
     n_bytes = sum(len(text.encode()) for text in expected.values())
     n_tokens = sum(len(ids) for ids in (train | validation).values())
     assert summary.bytes_per_token == pytest.approx(n_bytes / n_tokens)
-    assert summary.dataset.vocab_size == 400
+    assert summary.dataset.vocab_size == 400 == 1 + max(max(ids) for ids in (train | validation).values())
 
 
 def test_the_same_documents_give_the_same_dataset_anywhere_in_any_order(tmp_path: Path) -> None:

@@ -40,6 +40,12 @@ def test_a_preset_is_shown_in_a_table(moray: Moray) -> None:
     assert f"{2 * 61 * 576:,}" in cache
 
 
+def test_the_path_of_a_folder_is_shown_as_it_is(moray: Moray, tmp_path: Path) -> None:
+    folder = tmp_path / "[bold]" / ("long name " * 12)
+    LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=3, vocab_size=96).save_pretrained(folder)
+    assert moray("inspect", folder).out.splitlines()[0] == str(folder)
+
+
 def test_json_has_every_number_and_the_config(moray: Moray) -> None:
     shown = moray("inspect", "mixtral-8x7b", "--seq-len", 512, "--json")
     found = json.loads(shown.out)

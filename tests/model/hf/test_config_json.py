@@ -141,10 +141,10 @@ def test_what_is_off_or_harmless_is_not_refused(tmp_path: Path) -> None:
 def test_heads_are_transformers_where_the_file_is_silent(tmp_path: Path, model_type: str, silent: set[str]) -> None:
     """Each family has its own defaults: 8 key heads, 4, 32, or as many as heads; widths of 128, 256, or a share."""
     kind = CONFIG_MAPPING[model_type]
-    stated = kind(hidden_size=3072, num_attention_heads=32, num_key_value_heads=16).to_dict() | {"head_dim": 96}
+    stated = kind(hidden_size=6144, num_attention_heads=64, num_key_value_heads=16).to_dict() | {"head_dim": 96}
     said = {name: value for name, value in stated.items() if name not in silent}
     theirs, ours = kind.from_dict(said), read(tmp_path, said).attention
-    width = getattr(theirs, "head_dim", None) or 3072 // 32
+    width = getattr(theirs, "head_dim", None) or 6144 // 64
     assert (ours.n_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, width)
 
 
