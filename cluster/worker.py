@@ -1,6 +1,6 @@
 """What a worker function sees of its cluster: the same under Ray, torchrun and alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,6 +35,9 @@ class WorkerContext:
     report: Callable[[int, dict[str, Any]], None] = field(repr=False)
     should_stop: Callable[[], bool] = field(repr=False)
     """True once the driver or a signal asked to stop. Ranks may see it at different steps: agree before acting."""
+    notes: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What workers of this node noted in the generations before."""
+    note: Callable[[str, Any], None] = field(default=lambda name, value: None, repr=False)
 
     def heartbeat(self, step: int, **status: Any) -> None:
         """Says that `step` is done; to be called after every step, and within long work between steps.
@@ -42,6 +45,14 @@ class WorkerContext:
         `status` holds small JSON-able values that the driver shows; rank 0 fills it.
         """
         self.report(step, status)
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What `find` finds out about this node; under Ray, the workers of later generations need not find it again."""
+        if name not in self.notes:
+            value = find()
+            self.note(name, value)
+            return value
+        return self.notes[name]
 
     @contextmanager
     def process_group(self, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from moray.cluster.ray.messages import Assignment, Failure, WorkerState
+from moray.cluster.ray.messages import Assignment, Failure, Note, WorkerState
 from moray.cluster.signals import hold_sigterm
 
 POLL_S = 0.2
@@ -65,6 +65,7 @@ class _Worker:
     rank: int
     pid: int
     pipe: Connection
+    notes: dict[str, Any]
     heard: float = field(default_factory=time.monotonic)
     longest_silence_s: float | None = None
     step: int | None = None
@@ -93,7 +94,10 @@ class _Worker:
                 self.failure = Failure(_cause_of_death(wait_status), time.time())
         return is_news
 
-    def _take(self, message: Failure | int | tuple[int, dict[str, Any]]) -> bool:
+    def _take(self, message: Failure | Note | int | tuple[int, dict[str, Any]]) -> bool:
+        if isinstance(message, Note):
+            self.notes[message.name] = message.value
+            return False
         silence_s, self.heard = time.monotonic() - self.heard, time.monotonic()
         if isinstance(message, Failure):
             self.failure = message
@@ -130,6 +134,7 @@ class Agent:
         self._called = time.monotonic()
         self._lease_s = math.inf
         self._has_news = False
+        self._notes: dict[str, Any] = {}
 
     def next_call(self) -> tuple[str, tuple[Any, ...]]:
         """Waits for the owner, hears the workers meanwhile, and ends them with their lease.
@@ -206,14 +211,14 @@ class Agent:
         if pid:
             os.setpgid(pid, pid)
             theirs.close()
-            return _Worker(rank, pid, ours)
+            return _Worker(rank, pid, ours, self._notes)
         code = 1
         try:
             ours.close()
             self._owner.close()  # a helper that outlives this worker must not keep the owner waiting for the agent
             os.setpgid(0, 0)
             listener = self._listener if rank == 0 else None
-            work(self._function, self._argument, assignment, local_rank, self._host, theirs, listener)
+            work(self._function, self._argument, assignment, local_rank, self._host, theirs, listener, self._notes)
             code = 0
         finally:
             sys.stdout.flush()

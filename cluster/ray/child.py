@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 import traceback
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,7 +16,7 @@ from moray import UserError
 from moray.cluster.devices import check_health, pick_device
 from moray.cluster.network import use_interface_of
 from moray.cluster.parent import die_with_parent
-from moray.cluster.ray.messages import Assignment, Failure
+from moray.cluster.ray.messages import Assignment, Failure, Note
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
 
@@ -28,6 +29,7 @@ def work(
     own_host: str,
     pipe: Connection,
     listener: socket.socket | None,
+    notes: Mapping[str, Any],
 ) -> None:
     """Runs the function as one rank and sends its heartbeats, then its exit code or a Failure, through `pipe`.
 
@@ -52,6 +54,8 @@ def work(
                 open_store=lambda: _open_store(assignment, listener),
                 report=lambda step, status: pipe.send((step, status)),
                 should_stop=should_stop,
+                notes=notes,
+                note=lambda name, value: pipe.send(Note(name, value)),
             )
             pipe.send(int(function(context, argument) or EXIT_DONE))
         except BaseException as error:

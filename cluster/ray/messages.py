@@ -23,6 +23,14 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What a worker found out about its node, for the workers of later generations."""
+
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why a worker ended before its time. `time` is unix seconds; `traceback` is None where it died without a word."""
 

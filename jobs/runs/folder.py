@@ -95,6 +95,8 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
 def _changes(commit: Commit, now: RunConfig) -> list[str]:
     """What the steps to come are taken with, where those up to the commit were not: lengths, rates, dtype, batches."""
     there, wanted = commit.manifest.metadata["config"], now.model_dump(include={"train", "optimizer"})
+    if now.train.dtype == "auto":
+        wanted["train"]["dtype"] = there["train"]["dtype"]  # it stays as it was chosen
     return _differing(dict(flatten({name: there[name] for name in wanted})), dict(flatten(wanted)))
 
 

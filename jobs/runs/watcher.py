@@ -165,6 +165,8 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
     if kind == "device" and fields.get("device") == "cpu":
         return "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
+    if kind == "begin":
+        return f"computing in {fields.get('dtype')}"
     if kind == "stop":
         return "stopping: the workers finish their step and commit"
     return None

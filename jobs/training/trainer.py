@@ -172,6 +172,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         dtype=torch.float32,
         compute_dtype=compute_dtype,
     )
+    peak = context.once(f"peak {context.device.type} {dtype}", lambda: matmul_peak(context.device, compute_dtype))
     share = config.train.global_batch // layout.dp
     dp_rank = layout.dp_rank(context.rank)
     events = EventLog(Path(config.run.dir) / "events.jsonl")
@@ -194,9 +195,9 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         ),
         lanes=range(dp_rank * share, (dp_rank + 1) * share),
         work=Work.of(config.model),
-        peak_flops=world_sum(torch.tensor(matmul_peak(context.device, compute_dtype))).item(),
+        peak_flops=world_sum(torch.tensor(peak)).item(),
     )
-    resume(training, events, is_chosen=config.train.dtype == "auto")
+    resume(training, events)
     return training
 
 
@@ -216,7 +217,13 @@ def resume(training: Training, events: EventLog) -> None:
         training.step, position = commit.step, commit.manifest.metadata["data"]["position"]
     if training.is_first_rank:
         digest = commit.manifest.digest if commit else None
-        found = {"step": training.step, "position": position, "layout": str(training.layout), "digest": digest}
+        found = {
+            "step": training.step,
+            "position": position,
+            "layout": str(training.layout),
+            "dtype": training.config.train.dtype,
+            "digest": digest,
+        }
         events.write("resume" if commit else "begin", generation=training.context.generation, **found)
 
 

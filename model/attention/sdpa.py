@@ -100,6 +100,7 @@ def _attend_documents(
     out = varlen_attn(
         q, k, v, edges, edges, longest, longest, scale=scoring.scale, window_size=(reach, 0), enable_gqa=grouped
     )
+    assert isinstance(out, Tensor)  # alone, since nothing beside it was asked for
     return out[..., :value_width].unflatten(0, q_BTHd.shape[:2])
 
 

@@ -78,6 +78,18 @@ def beat(context: WorkerContext, n_beats: int) -> int:
     return 0
 
 
+def look_once(context: WorkerContext, path: str) -> int:
+    """Appends to `path` that it looked, and what it found: the number of its generation."""
+
+    def look() -> int:
+        with open(path, "a") as file:
+            file.write(f"looked in {context.generation}\n")
+        return context.generation
+
+    found = context.once("generation", look)
+    return found if found == 1 else 100
+
+
 def end_silently(context: WorkerContext, argument: None) -> int:
     os._exit(3)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counting import Plan, beat, count, end_silently, history, leave_a_helper
+from counting import Plan, beat, count, end_silently, history, leave_a_helper, look_once
 
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.messages import Assignment, WorkerState
@@ -60,6 +60,14 @@ def test_workers_of_one_agent_count_twice(tmp_path: Path) -> None:
             assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
             assert [state.pid for state in states] == pids
             (tmp_path / "steps").unlink()
+
+
+def test_what_one_generation_finds_out_the_next_knows(tmp_path: Path) -> None:
+    with agent_for(look_once, str(tmp_path / "looks")) as agent:
+        for generation in (1, 2, 3):
+            agent.call("start", Assignment(generation, 1, 0, 1, HOST, agent.call("bind"), LEASE_S, "cpu"))
+            assert [state.exit_code for state in poll_until_ended(agent)] == [1]
+    assert (tmp_path / "looks").read_text() == "looked in 1\n"
 
 
 def test_two_agents_make_one_group(tmp_path: Path) -> None:
