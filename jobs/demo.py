@@ -94,15 +94,24 @@ def _seconds_alone(config: RunConfig) -> float:
     train, decoder = config.train, Decoder(config.model)
     initialise(decoder, train.seed)
     optimizer = build_optimizer(decoder, config.optimizer)
-    lanes = {"seq_len": train.seq_len, "global_batch": train.global_batch, "lanes": range(train.global_batch)}
-    stream = Stream(Dataset.open(config.data.path), "train", seed=train.seed, **lanes)
+    stream = Stream(
+        Dataset.open(config.data.path),
+        "train",
+        seq_len=train.seq_len,
+        global_batch=train.global_batch,
+        seed=train.seed,
+        lanes=range(train.global_batch),
+    )
     fastest = math.inf
     for number in range(TRIAL_STEPS):
-        batch = stream.batch(number)
+        batch, cpu = stream.batch(number), torch.device("cpu")
         began = time.perf_counter()
-        tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT)
-        pieces = zip(*(tensor.split(train.micro_batch) for tensor in tensors), strict=True)
-        accumulate_gradients(decoder, [MicroBatch.of(*piece, torch.device("cpu")) for piece in pieces], tp=1)
+        pieces = [slice(at, at + train.micro_batch) for at in range(0, train.global_batch, train.micro_batch)]
+        micro_batches = [
+            MicroBatch.of(batch.tokens_BT[p], batch.targets_BT[p], batch.positions_BT[p], batch.documents_BT[p], cpu)
+            for p in pieces
+        ]
+        accumulate_gradients(decoder, micro_batches, tp=1)
         optimizer.step()
         optimizer.zero_grad()
         fastest = min(fastest, time.perf_counter() - began)
