@@ -121,7 +121,7 @@ def _tokenizer_sample(corpus: ShuffledCorpus, limit: int) -> Iterator[str]:
     for record in corpus:
         if n_bytes >= TOKENIZER_SAMPLE_BYTES:
             return
-        if record.key_hash >= limit:
+        if record.side >= limit:
             n_bytes += len(record.text)
             yield record.text.decode()
 
@@ -132,7 +132,7 @@ def _encode(records: Iterable[Record], tokenizer: Tokenizer, folder: Path, limit
         for group in _groups(records, ENCODE_BYTES_PER_CORE * (os.cpu_count() or 1)):
             documents = tokenizer.encode_documents([record.text.decode() for record in group])
             for record, tokens in zip(group, documents, strict=True):
-                writer = validation if record.key_hash < limit else train
+                writer = validation if record.side < limit else train
                 writer.add(record.key.decode(), tokens)
         splits = {"train": train.finish(), "validation": validation.finish()}
     write_index(folder, tokenizer.vocab_size, tokenizer.pad_id, splits)
