@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moray import UserError
-from moray.data.corpus import Document
+from moray.data.reading.documents import Document
 
 BUCKET_BYTES = 64 << 20
 FAN_OUT = 256  # a bucket is a value of one more byte of the digest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moray.data import shuffle
-from moray.data.corpus import Document
+from moray.data.reading.documents import Document
 from moray.data.shuffle import ShuffledCorpus, scatter, sort
 
 DOCUMENTS = [Document(f"key-{n}", f"text number {n} " + "x" * (n % 50)) for n in range(500)]
