@@ -74,7 +74,8 @@ def _try(file: SourceFile, rules: Rules) -> None:
         if isinstance(item, Record):
             next(iter(item.blocks), None)
             return
-        bad = bad or (item if item.reason is Reason.BAD else None)
+        if item.reason is Reason.BAD and item.place:  # one of several, as it has a place
+            bad = bad or item
     if bad:
         raise Damage(f"none of its first records can be read; {bad}")
 

@@ -32,6 +32,9 @@ def read_json(file: io.BufferedReader, rules: Rules) -> Iterator[Item]:
     limit = rules.max_record_bytes
     if file.peek(1).lstrip(BLANK)[:1] == b"[":
         for number, element in enumerate(_elements(file, limit), 1):
+            if number == 1 and element and not element.startswith(b"{"):
+                yield Loss(Reason.UNREAD, "", "an array, but not of objects")
+                return
             yield _item(element, f"element {number}", number, rules)
         return
     lines = _lines(file, limit)

@@ -72,12 +72,16 @@ def damage_of(error: Exception) -> str | None:
 
 
 def record_of(value: Any, place: str, number: int | None, field: str) -> Item:
-    """The string under `field` of a parsed record, named by its `id` or its number (without a number, by neither)."""
+    """The string under `field` of a parsed record, named by its `id` or its number.
+
+    Without a number it is all that its file holds, and may be something else: settings, an index, a description.
+    """
+    unfit = Reason.UNREAD if number is None else Reason.BAD
     if not isinstance(value, dict):
-        return Loss(Reason.BAD, place, f"must be an object with a field {field!r}, not {type(value).__name__}")
+        return Loss(unfit, place, f"must be an object with a field {field!r}, not {type(value).__name__}")
     found, text = _at(value, field)
     if not found:
-        return Loss(Reason.BAD, place, missing("field", field, _names(value)))
+        return Loss(unfit, place, missing("field", field, _names(value)))
     if text is None:
         return Loss(Reason.EMPTY, place)
     if not isinstance(text, str):

@@ -6,13 +6,14 @@ import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 
 from moray import UserError
 
-Read = Callable[..., "Outcome"]  # noqa: F821
+Read = Callable[..., Any]
 
 ROWS = [{"text": "one"}, {"id": "second", "text": "zwei\nzwei"}, {"text": "三"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -84,6 +85,36 @@ def test_lines_or_an_object_in_a_json_file(tmp_path: Path, read: Read) -> None:
         f"{name}/page.json": "a page",
     }
     assert outcome.lost("bad records") == ["c4.json, line 4: not JSON (Expecting value, character 11)"]
+
+
+def test_json_that_is_no_record_is_not_read(tmp_path: Path, read: Read) -> None:
+    """As it lies in every folder: settings with and without comments, an index, a list of words."""
+    contents = {
+        "a.json": b'{"name": "x", "deep": {"n": 1}}',
+        "b.json": b'{\n "name": "x"\n}\n',
+        "c.json": b'["a", {"text": "b"}]',
+        "d.json": b"7",
+        "e.json": b"{\n // a comment\n}\n",
+        "f.json": b"[]",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "g.txt").write_text("text")
+    outcome = read(tmp_path)
+    assert list(outcome.texts.values()) == ["text"]
+    told = "no field 'text'; found ['deep.n', 'name']; name the right one with --text-field"
+    assert outcome.lost("not read")[0] == f"a.json: {told}"
+    assert [line.partition(":")[0] for line in outcome.lost("not read")] == ["a.json", "b.json", "c.json", "d.json"]
+    assert [line.partition(" (")[0] for line in outcome.lost("bad records")] == ["e.json: not JSON"]
+    with pytest.raises(UserError, match=r"a.json' holds no documents; not read: .*a.json: no field 'text'; found"):
+        read(tmp_path / "a.json")
+
+
+def test_a_list_of_records_with_another_field_is_told(tmp_path: Path, read: Read) -> None:
+    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "x", "output": "y"}] * 3))
+    with pytest.raises(UserError, match=r"alpaca.json: none of its first records can be read; element 1: no field"):
+        read(tmp_path)
+    assert len(read(tmp_path, text_field="output").texts) == 3
 
 
 @pytest.mark.parametrize(

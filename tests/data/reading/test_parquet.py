@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -9,7 +10,7 @@ import pytest
 
 from moray import UserError
 
-Read = Callable[..., "Outcome"]  # noqa: F821
+Read = Callable[..., Any]
 
 
 def write(path: Path, columns: dict) -> Path:

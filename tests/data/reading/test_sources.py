@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -16,7 +17,7 @@ from moray.data.reading.documents import read_documents
 from moray.data.reading.formats import Format, format_of
 from moray.data.reading.rules import Rules
 
-Read = Callable[..., "Outcome"]  # noqa: F821
+Read = Callable[..., Any]
 
 
 def write(path: Path, content: bytes) -> None:

@@ -6,13 +6,14 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
 
 from moray import UserError
 
-Read = Callable[..., "Outcome"]  # noqa: F821
+Read = Callable[..., Any]
 
 
 def packed(path: Path, members: dict[str, bytes]) -> Path:
