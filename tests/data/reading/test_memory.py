@@ -17,7 +17,7 @@ import zstandard
 
 LIMIT = 1 << 20
 ROOM = 128 << 20  # for a record of four limits, as bytes, as text and parsed, and for what the allocator keeps
-HUGE = 256 << 20
+HUGE = 128 << 20
 
 # The peak of this process alone: getrusage would give the one of the process that began it, where that was higher.
 CHILD = """
@@ -71,7 +71,7 @@ def test_one_record_of_any_length(tmp_path: Path, name: str) -> None:
     zstd = name.endswith(".zst")
     with zstandard.open(tmp_path / name, "wb") if zstd else gzip.open(tmp_path / name, "wb", 1) as file:
         file.write(b"[" * (".json." in name) + b'{"text": "')
-        for block in repeated(b"a", 4 * HUGE if zstd else HUGE // 4):
+        for block in repeated(b"a", 8 * HUGE if zstd else HUGE // 2):
             file.write(block)
         file.write(b'"},\n' + row + b"]" if ".json." in name else b'"}\n' + row)
     assert peak_of(tmp_path / name) == (1, 5, 1)
@@ -83,7 +83,7 @@ def test_a_tar_of_members_of_any_length(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = HUGE // 2
             archive.addfile(info, io.BufferedReader(_Zeros(info.size)))
-    # Its letters are all NUL: the text is 128 pieces that become empty.
+    # Its letters are all NUL, and every piece becomes empty.
     n_documents, _, n_losses = peak_of(tmp_path / "set.tar.gz")
     assert n_documents == 0
     assert n_losses > 2
@@ -114,6 +114,6 @@ def test_a_parquet_file_of_long_rows(tmp_path: Path) -> None:
 def test_very_many_records(tmp_path: Path) -> None:
     row = json.dumps({"text": "x" * 1000}).encode() + b"\n"
     with gzip.open(tmp_path / "rows.jsonl.gz", "wb", compresslevel=1) as file:
-        file.writelines(repeated(row, HUGE // 4))
+        file.writelines(repeated(row, HUGE // 2))
     n_documents, n_bytes, n_losses = peak_of(tmp_path / "rows.jsonl.gz")
     assert (n_bytes, n_losses) == (1000 * n_documents, 0)
