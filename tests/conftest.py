@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from pool import Pool
 
-
 STARTING_RAY = ("tests/jobs/test_cut_off.py", "tests/jobs/test_recovery.py", "tests/jobs/training/test_stops.py")
 
 
