@@ -1,7 +1,7 @@
 """Which files the sources are: found by one walk, each with its key and its format, or counted as not read.
 
 A key names a document by where it stands *within* its source (`src/cli.py`, `books.jsonl:00ac`), never by where the
-source stands on this machine: the validation split hashes keys, and must be the same everywhere and stay when sources
+source stands on this machine: the validation split hashes them, and must be the same everywhere and stay when sources
 grow.
 """
 
