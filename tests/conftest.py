@@ -13,7 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from pool import Pool
 
-STARTING_RAY = ("tests/jobs/test_cut_off.py", "tests/jobs/test_recovery.py", "tests/jobs/training/test_stops.py")
+STARTING_RAY = (
+    "tests/cluster/ray/",
+    "tests/cluster/test_driver.py",
+    "tests/jobs/test_cut_off.py",
+    "tests/jobs/test_recovery.py",
+    "tests/jobs/training/test_stops.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -27,7 +33,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class FileByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return "ray" if path.startswith("tests/cluster/") or path in STARTING_RAY else path
+            return "ray" if path.startswith(STARTING_RAY) else path
 
     config.option.loadscopereorder = False
     return FileByFile(config, log)
