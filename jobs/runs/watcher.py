@@ -30,7 +30,8 @@ class Listener:
 class Watcher(Listener):
     """Writes the cluster's events to the run's log, and shows the newest step: in place, or now and then as a line.
 
-    What the workers themselves have to say (a damaged or failed commit) comes by way of the log, too.
+    What the workers themselves have to say (a damaged or failed commit) comes by way of the log, too, or as `told` with
+    a heartbeat.
     """
 
     def __init__(self, config: RunConfig, console: Console, next_listener: Listener) -> None:
@@ -41,6 +42,7 @@ class Watcher(Listener):
         self._display = StepDisplay(self._steps, console) if console.is_terminal else None
         self._row: dict[str, Any] | None = None  # until it is printed
         self._step = 0
+        self._told: set[str] = set()
         self._printed_at = time.monotonic()
 
     def __enter__(self) -> "Watcher":
@@ -67,6 +69,9 @@ class Watcher(Listener):
                 self._display.show(self._row)
             elif time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
                 self._print_row()
+        if (line := status.get("told")) and line not in self._told:
+            self._told.add(line)
+            self._print(line)
         self._show_new_events()
         self._next.on_status(rank, step, status)
 
@@ -77,7 +82,8 @@ class Watcher(Listener):
 
     def _show_new_events(self) -> None:
         for event in self._tail.read():
-            if is_event(event) and (line := describe(event["kind"], event)):
+            # What came by heartbeat, as the log had no room for it then, is not told again.
+            if is_event(event) and (line := describe(event["kind"], event)) and line not in self._told:
                 self._print(line)
 
     def _print(self, line: str) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -57,6 +56,7 @@ class Pulse:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._last: dict[str, Any] = {"step": 0}
+        self._told: dict[str, str] = {}
 
     def beat(self, row: dict[str, Any]) -> None:
         self._last = row
@@ -64,7 +64,11 @@ class Pulse:
 
     def again(self) -> None:
         # The same words: a driver that has not heard them yet must not miss the step's numbers.
-        self._context.heartbeat(**self._last)
+        self._context.heartbeat(**self._last, **self._told)
+
+    def tell(self, line: str) -> None:
+        """A line for whoever watches, which goes with every beat from the next one on."""
+        self._told = {"told": line}
 
 
 @dataclass
@@ -196,7 +200,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
             generation=context.generation,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
-            on_event=partial(tell, events, context.generation),
+            on_event=partial(note_event, events, pulse, context.generation),
             on_wait=pulse.again,
         ),
         lanes=range(dp_rank * share, (dp_rank + 1) * share),
@@ -250,10 +254,10 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
     training.checkpointer.save(training.step, state, metadata, before=log.flush_to_disk if log else None)
 
 
-def tell(events: EventLog, generation: int, kind: str, fields: dict[str, Any]) -> None:
-    """Into the log, out of which the driver tells it; on standard error where the disk has no room for that either."""
+def note_event(events: EventLog, pulse: Pulse, generation: int, kind: str, fields: dict[str, Any]) -> None:
+    """Into the log, out of which the driver tells it; by heartbeat where the disk has no room for that either."""
     if not events.write(kind, generation=generation, **fields) and (line := describe(kind, fields)):
-        print(line, file=sys.stderr, flush=True)
+        pulse.tell(line)
 
 
 def finish_commits(training: Training) -> None:
