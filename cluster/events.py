@@ -1,11 +1,12 @@
 """An append-only log of what happened to a run: one JSON object a line."""
 
-import json
-import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from moray.cluster.json_lines import JsonLines, read_lines
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 """on_event(kind, fields). Kinds: start, ready, fault, recovered, stop, end; on Ray also wait (for slots), and device
@@ -14,38 +15,32 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 OnStatus = Callable[[int, int, dict[str, Any]], None]
 """on_status(rank, step, status): the newest heartbeat of a rank."""
 
+_COUNTS = ("step", "generation", "position")
+
 
 class EventLog:
     """Appends events to a file such as RUN/events.jsonl; several processes may append to the same one."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self._lines = JsonLines(Path(path))
+        self.path = self._lines.path
 
-    def write(self, kind: str, **fields: Any) -> None:
-        """Appends one event with its time, in unix seconds and ISO 8601 (UTC). `fields` hold JSON-able values."""
+    def write(self, kind: str, **fields: Any) -> bool:
+        """Appends one event with its time, in unix seconds and ISO 8601 (UTC). `fields` hold JSON-able values.
+
+        False: nobody can read it yet, as the disk is full, or ever, as the folder is gone.
+        """
         now = datetime.now(UTC)
-        event = {"time": now.timestamp(), "iso": now.isoformat(), "kind": kind, **fields}
-        line = json.dumps(event, ensure_ascii=False).encode() + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            # A crash may have left half a line: closing it keeps this event on a line of its own.
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            # One write to a file opened for appending is not interleaved with another process's.
-            os.write(descriptor, line)
-        finally:
-            os.close(descriptor)
+        with suppress(FileNotFoundError):
+            return self._lines.append({"time": now.timestamp(), "iso": now.isoformat(), "kind": kind, **fields})
+        return False
 
 
 def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The events of a log, oldest first; a line that a crash cut short is passed over."""
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(event, dict):
-                yield event
+    """The events of a log, oldest first; a line that is none, cut short by a crash or edited, is passed over."""
+    return (event for event in read_lines(Path(path)) if is_event(event))
+
+
+def is_event(row: dict[str, Any]) -> bool:
+    """Whether it has a kind, and nothing but whole numbers where it counts."""
+    return isinstance(row.get("kind"), str) and all(isinstance(row.get(name, 0), int | None) for name in _COUNTS)

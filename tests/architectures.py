@@ -119,6 +119,6 @@ PIECES: dict[str, tuple[ModelConfig, list[Layout]]] = {
             moe={**EXPERTS, "capacity_factor": 1.0, "drop_by": "gate", "every": 2, "balance_loss": 0.1},
             ffn={"bias": True, "gated": False, "activation": "relu"},
         ),
-        [TP_EP, TP_FSDP],
+        [TP, TP_EP, TP_FSDP, EP, FSDP],
     ),
 }

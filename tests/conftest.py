@@ -1,6 +1,7 @@
 """Fixtures that are dear to start and therefore shared by the whole session."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -55,3 +56,15 @@ def ray_cluster() -> Iterator[str]:
         with closing(LocalRay(8)) as local_ray:
             environment.setenv("RAY_ADDRESS", local_ray.address)
             yield local_ray.address
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)

@@ -41,13 +41,17 @@ NARROW: dict[str, Any] = {
 
 
 def global_batch(step: int) -> dict[str, Tensor]:
-    """Packed documents of uneven length, with very different numbers of targets on the lanes, and padding."""
+    """Packed documents of uneven length, with very different numbers of targets on the lanes, and padding.
+
+    All begin with the same token twice: equal hidden states, whose gates are equal but for rounding.
+    """
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(64, (BATCH, TOKENS), generator=generator)
     targets = torch.randint(64, (BATCH, TOKENS), generator=generator)
     documents, positions = torch.zeros_like(tokens), torch.arange(TOKENS).repeat(BATCH, 1)
     for lane in range(BATCH):
         edge = 2 + lane
+        tokens[lane, :2] = tokens[lane, edge : edge + 2] = 1
         documents[lane, edge:] = 1
         positions[lane, edge:] = torch.arange(TOKENS - edge)
         targets[lane, : lane * 2] = -100

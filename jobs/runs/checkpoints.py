@@ -7,13 +7,17 @@ from rich.console import Console
 from rich.table import Table
 
 from moray import UserError
+from moray.jobs.runs.ledger import ledger_problems
 from moray.parallel.checkpoint.commits import commit_paths, list_commits, sound_commit, verify
 
 DAMAGED = "damaged: refused on resume"
 
 
 def show_checkpoints(run: Path, check: bool, console: Console) -> int:
-    """Prints a table of the commits; with `check`, reads every byte of them. Returns 1 if one is damaged, else 0."""
+    """Prints a table of the commits, and what their history lacks; with `check`, reads every byte of them.
+
+    Returns 1 if one is damaged, else 0.
+    """
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run} holds no checkpoints; `moray pretrain --run.dir {run} …` makes them")
@@ -41,7 +45,8 @@ def show_checkpoints(run: Path, check: bool, console: Console) -> int:
             DAMAGED if problems else _state(path in current, check),
         )
     console.print(table)
-    for problem in wrong:  # below the table, whose columns would break a path
+    lacks = [f"{run}: {problem}" for problem in ledger_problems(run)]
+    for problem in wrong + lacks:  # below the table, whose columns would break a path
         console.print(problem, markup=False, highlight=False, soft_wrap=True)
     return int(bool(wrong))
 

@@ -18,7 +18,7 @@ from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig, flatten
 from moray.jobs.models.weights import tokenizer_of
 from moray.model import ModelConfig
-from moray.model.accounting.cost import count_parameters
+from moray.model.accounting.cost import training_state_bytes
 from moray.parallel.checkpoint.commits import Commit, list_commits, verify
 
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
@@ -141,8 +141,8 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[bool]:
 
 
 def _check_space(model: ModelConfig, folder: Path) -> None:
-    parameters, _ = count_parameters(model)
-    needed, free = 12 * parameters, shutil.disk_usage(folder).free  # fp32 weights and two moments
+    state = training_state_bytes(model)
+    needed, free = state.weights + state.optimizer, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"run.dir={folder}: a commit takes at least {needed / 2**20:,.1f} MiB, but its disk has "

@@ -13,12 +13,20 @@ from moray.parallel.checkpoint.commits import list_commits
 
 
 def ledger_problems(run: Path) -> list[str]:
-    """What is wrong with the committed history, a line each; an empty list: no gap and no repeat."""
-    positions = {row["step"]: tuple(row["positions"]) for row in read_metrics(run)}
+    """What is wrong with the committed history, a line each; an empty list: no gap and no repeat.
+
+    Weights that no run trained have none.
+    """
+    log = run / "events.jsonl"
+    if not log.exists():
+        return []
+    positions = {row["step"]: tuple(row["positions"]) for row in read_metrics(run) if "positions" in row}
     committed: list[tuple[int, str | None]] = [(0, None)]  # a step, and the digest of its commit
     problems = []
-    for event in read_events(run / "events.jsonl"):
-        step, digest = event.get("step", 0), event.get("digest")
+    for event in read_events(log):
+        step, digest = event.get("step"), event.get("digest")
+        if step is None:
+            continue
         if event["kind"] == "commit":
             last, head = committed[-1]
             if step <= last:
@@ -29,9 +37,10 @@ def ledger_problems(run: Path) -> list[str]:
         elif event["kind"] in ("begin", "resume"):
             # An attempt may fall back behind a damaged commit; a kill may come between a commit and its event.
             committed = [earlier for earlier in committed if earlier[0] < step] + [(step, digest)]
-            _, end = positions.get(step, (0, 0))
-            if event["position"] != end:
-                problems.append(f"resumed from step {step} at position {event['position']}, but it ended at {end}")
+            at = event.get("position")
+            _, end = positions.get(step, (0, at if step else 0))  # a step without a line is told below
+            if at != end:
+                problems.append(f"resumed from step {step} at position {at}, but it ended at {end}")
     return problems + _step_problems(positions, committed[-1][0]) + _chain_problems(run, dict(committed))
 
 
@@ -51,14 +60,27 @@ def _chain_problems(run: Path, committed: dict[int, str | None]) -> list[str]:
 
 
 def _step_problems(positions: dict[int, tuple[int, int]], last: int) -> list[str]:
-    problems, reached = [], 0
+    missing = [step for step in range(1, last + 1) if step not in positions]
+    problems = [_without_line(steps) for steps in _runs(missing)]
     for step in range(1, last + 1):
-        if step not in positions:
-            problems.append(f"step {step} is committed, but metrics.jsonl has no line of it")
+        before = positions.get(step - 1) if step > 1 else (0, 0)
+        if step not in positions or before is None:
             continue
-        first, end = positions[step]
+        (first, _), (_, reached) = positions[step], before
         if first != reached:
             what = "skips" if first > reached else "repeats"
             problems.append(f"step {step} {what} positions {min(first, reached)} to {max(first, reached)}")
-        reached = end
     return problems
+
+
+def _runs(numbers: list[int]) -> list[range]:
+    """Ascending numbers as ranges of neighbours."""
+    starts = [number for i, number in enumerate(numbers) if not i or numbers[i - 1] != number - 1]
+    ends = [number + 1 for i, number in enumerate(numbers) if numbers[i + 1 : i + 2] != [number + 1]]
+    return [range(*bounds) for bounds in zip(starts, ends, strict=True)]
+
+
+def _without_line(steps: range) -> str:
+    if len(steps) == 1:
+        return f"step {steps[0]} is committed, but metrics.jsonl has no line of it"
+    return f"steps {steps[0]} to {steps[-1]} are committed, but metrics.jsonl has no lines of them"

@@ -1,8 +1,7 @@
 """What a person sees of a run while it goes on: the newest step, and every event that matters."""
 
-import json
+import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from moray.cluster.events import EventLog
+from moray.cluster.events import EventLog, is_event
+from moray.cluster.json_lines import parse_line
 from moray.jobs.config.run import RunConfig
 
 PLAIN_EVERY_S = 10.0  # between two lines where no terminal can show one that changes
@@ -30,7 +30,8 @@ class Listener:
 class Watcher(Listener):
     """Writes the cluster's events to the run's log, and shows the newest step: in place, or now and then as a line.
 
-    What the workers themselves have to say (a damaged or failed commit) comes by way of the log, too.
+    What the workers themselves have to say (a damaged or failed commit) comes by way of the log, too, or as `told` with
+    a heartbeat.
     """
 
     def __init__(self, config: RunConfig, console: Console, next_listener: Listener) -> None:
@@ -41,6 +42,7 @@ class Watcher(Listener):
         self._display = StepDisplay(self._steps, console) if console.is_terminal else None
         self._row: dict[str, Any] | None = None  # until it is printed
         self._step = 0
+        self._told: set[str] = set()
         self._printed_at = time.monotonic()
 
     def __enter__(self) -> "Watcher":
@@ -67,6 +69,9 @@ class Watcher(Listener):
                 self._display.show(self._row)
             elif time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
                 self._print_row()
+        if (line := status.get("told")) and line not in self._told:
+            self._told.add(line)
+            self._print(line)
         self._show_new_events()
         self._next.on_status(rank, step, status)
 
@@ -77,7 +82,8 @@ class Watcher(Listener):
 
     def _show_new_events(self) -> None:
         for event in self._tail.read():
-            if line := describe(event["kind"], event):
+            # What came by heartbeat, as the log had no room for it then, is not told again.
+            if is_event(event) and (line := describe(event["kind"], event)) and line not in self._told:
                 self._print(line)
 
     def _print(self, line: str) -> None:
@@ -112,14 +118,13 @@ class Tail:
         if not self._path.exists():
             return []
         with open(self._path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self._offset:
+                self._offset = 0  # somebody removed the log, and it begins anew
             file.seek(self._offset)
             whole, end, _ = file.read().rpartition(b"\n")
         self._offset += len(whole + end)
-        events = []
-        for line in whole.splitlines():
-            with suppress(json.JSONDecodeError):  # a worker's crash may have cut it short
-                events.append(json.loads(line))
-        return events
+        found = (parse_line(line) for line in whole.splitlines())
+        return [event for event in found if event is not None]
 
 
 def numbers(row: dict[str, Any]) -> list[str]:

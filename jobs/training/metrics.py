@@ -1,16 +1,16 @@
 """What a run tells of itself: metrics.jsonl and TensorBoard, one entry a step."""
 
-import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from moray import UserError
+from moray.cluster.json_lines import JsonLines, read_lines
+from moray.jobs.training.board import Board
 from moray.parallel.gradients import ExpertLoad
 
 
@@ -22,60 +22,57 @@ class MetricsLog:
 
     def __init__(self, run: Path, step: int, generation: int) -> None:
         """Goes on after `step`, the one that this attempt resumed from."""
-        run.mkdir(parents=True, exist_ok=True)
-        self._path = run / "metrics.jsonl"
-        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
-            # A crash may have left half a line: what follows must not be glued to it.
-            with open(self._path, "a") as file:
-                file.write("\n")
-        undone = any(row["step"] > step for row in read_metrics(run))
-        self._file = open(self._path, "a")  # noqa: SIM115 - it lives as long as the log
-        if undone:
-            self._append({"resumed_from": step, "generation": generation})
-        self._board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+        self._run = run
+        self._rows = JsonLines(run / "metrics.jsonl")
+        if any(row["step"] > step for row in read_metrics(run)):
+            self._rows.append({"resumed_from": step, "generation": generation})
+        self._board = Board(run / "tensorboard", step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one step; a reader sees the line at once, whole."""
-        self._append(row)
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, row["step"])
+        """Appends one step; a reader sees the line at once, whole, or when a full disk has room again.
 
-    def _append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        Raises UserError where the run's folder is gone.
+        """
+        scalars = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        try:
+            self._rows.append(row)
+            self._board.write(row["step"], scalars)
+        except FileNotFoundError:
+            raise UserError(
+                f"run.dir={self._run} was removed, or its disk unmounted, while the run was writing to it: with its "
+                "commits back in place the same command goes on from the newest, else it begins anew"
+            ) from None
 
     def flush_to_disk(self) -> None:
-        """Before a commit: a committed step must have its line even if the machine loses power."""
-        os.fsync(self._file.fileno())
+        """Before a commit appears: its steps must have their lines even if the machine loses power.
 
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        Raises OSError while the disk has no room for them.
+        """
+        self._rows.flush_to_disk()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """One row a step, in order, without those that a resume from an earlier step undid. Half a line is passed over.
+    """One row a step, in order, without those that a resume from an earlier step undid.
 
-    So is what a generation still wrote while a newer one was beginning.
+    A line that is no row, cut short or edited, is passed over. So is what a generation still wrote while a newer one
+    was beginning.
     """
     rows: dict[int, dict[str, Any]] = {}
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
     newest = 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+    for row in read_lines(path):
+        generation = row.get("generation", newest)
+        if not isinstance(generation, int) or generation < newest:
             continue
-        if not isinstance(row, dict) or row.get("generation", newest) < newest:
-            continue
-        newest = row.get("generation", newest)
-        if "resumed_from" in row:
-            rows = {step: kept for step, kept in rows.items() if step <= row["resumed_from"]}
+        if isinstance(step := row.get("resumed_from"), int):
+            rows = {kept: before for kept, before in rows.items() if kept <= step}
+        elif isinstance(step := row.get("step"), int):
+            rows[step] = row
         else:
-            rows[row["step"]] = row
+            continue
+        newest = generation
     return [rows[step] for step in sorted(rows)]
 
 

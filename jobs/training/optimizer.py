@@ -46,8 +46,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What a commit holds: `model.NAME` (weights and routing biases), `optimizer.NAME.exp_avg` and so on."""
-    state = {f"model.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
+    """What a commit holds: `model.NAME` (weights and routing biases), `optimizer.NAME.exp_avg` and so on.
+
+    A weight that two modules share is there once, by its first name: a tied head as the embedding.
+    """
+    tensors = module.state_dict()
+    # Unlike a state dict, these name what is shared once.
+    named = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    state = {f"model.{name}": tensor.detach() for name, tensor in tensors.items() if name in named}
     for name, parameter in module.named_parameters():
         state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     return state

@@ -18,6 +18,7 @@ from moray.data.tokenizer import same_vocabulary
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import tokenizer_of
 from moray.jobs.runs.folder import claimed
+from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.trainer import checkpoints_of, train
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
@@ -39,6 +40,8 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
         # The other ranks of torchrun wait for this one, to find out the same.
         if not has_steps and config.cluster.launcher != "torchrun":
             return EXIT_DONE
+        for problem in ledger_problems(Path(config.run.dir)) if is_first else []:
+            tell(f"run.dir={config.run.dir}: {problem}; this changes nothing in what the run computes")
         try:
             code = _launch(config, console, listener or Listener())
         except SupersededError as error:
@@ -90,5 +93,4 @@ def next_generation(events: Path) -> int:
     """One more than the highest in the log: a number names one attempt in the whole history of a run."""
     if not events.exists():
         return 1
-    numbers = (event.get("generation") for event in read_events(events))
-    return 1 + max((number for number in numbers if isinstance(number, int)), default=0)
+    return 1 + max((event.get("generation", 0) for event in read_events(events)), default=0)

@@ -5,8 +5,9 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from moray.data.stream import Batch, Stream, evaluation_batches
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
+from moray.jobs.runs.watcher import describe
 from moray.jobs.training.dtype import choose_dtype
 from moray.jobs.training.metrics import MetricsLog, expert_metrics, matmul_peak
 from moray.jobs.training.optimizer import build_optimizer, set_learning_rate, training_state
@@ -54,6 +56,7 @@ class Pulse:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._last: dict[str, Any] = {"step": 0}
+        self._told: dict[str, str] = {}
 
     def beat(self, row: dict[str, Any]) -> None:
         self._last = row
@@ -61,7 +64,11 @@ class Pulse:
 
     def again(self) -> None:
         # The same words: a driver that has not heard them yet must not miss the step's numbers.
-        self._context.heartbeat(**self._last)
+        self._context.heartbeat(**self._last, **self._told)
+
+    def tell(self, line: str) -> None:
+        """A line for whoever watches, which goes with every beat from the next one on."""
+        self._told = {"told": line}
 
 
 @dataclass
@@ -107,7 +114,10 @@ def run_steps(training: Training) -> int:
         lanes=training.lanes,
     )
     leaving = agree_to_leave(context, config)
-    with metrics_log(training) as log, closing(stream.batches(training.step)) as batches:
+    log = None
+    if training.is_first_rank:
+        log = MetricsLog(Path(config.run.dir), training.step, context.generation)
+    with closing(stream.batches(training.step)) as batches:
         while training.step < config.train.steps and leaving is None:
             began = time.perf_counter()
             row = take_step(training, next(batches))
@@ -190,7 +200,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
             generation=context.generation,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
-            on_event=lambda kind, fields: events.write(kind, generation=context.generation, **fields),
+            on_event=partial(note_event, events, pulse, context.generation),
             on_wait=pulse.again,
         ),
         lanes=range(dp_rank * share, (dp_rank + 1) * share),
@@ -230,8 +240,6 @@ def resume(training: Training, events: EventLog) -> None:
 def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> None:
     """Commits weights, optimizer, routing bias, data position and all else a resume needs, as one."""
     config = training.config
-    if log:
-        log.flush_to_disk()
     metadata = {
         "config": config.model_dump(),
         "layout": training.layout.model_dump(),
@@ -242,7 +250,14 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
         "loss": row["loss"],
         "versions": versions(),
     }
-    training.checkpointer.save(training.step, training_state(training.decoder, training.optimizer), metadata)
+    state = training_state(training.decoder, training.optimizer)
+    training.checkpointer.save(training.step, state, metadata, before=log.flush_to_disk if log else None)
+
+
+def note_event(events: EventLog, pulse: Pulse, generation: int, kind: str, fields: dict[str, Any]) -> None:
+    """Into the log, out of which the driver tells it; by heartbeat where the disk has no room for that either."""
+    if not events.write(kind, generation=generation, **fields) and (line := describe(kind, fields)):
+        pulse.tell(line)
 
 
 def finish_commits(training: Training) -> None:
@@ -371,14 +386,3 @@ def versions() -> dict[str, str]:
     """The libraries that made a commit; torchrun does without Ray."""
     installed = {name: version(name) for name in ("torch", "safetensors", "numpy", "ray") if find_spec(name)}
     return {"python": platform.python_version(), **installed}
-
-
-@contextmanager
-def metrics_log(training: Training) -> Iterator[MetricsLog | None]:
-    """The log on rank 0, None elsewhere."""
-    if not training.is_first_rank:
-        yield None
-        return
-    log = MetricsLog(Path(training.config.run.dir), training.step, training.context.generation)
-    with closing(log):
-        yield log

@@ -56,7 +56,8 @@ class MoEConfig(Part):
     tokens, padding not counted; the others' assignments are dropped, and the residual stream passes them on. By default
     nothing is dropped."""
     drop_by: Literal["position", "gate"] = "position"
-    """Which are dropped: those that come last (all first choices before second ones), or those of the smallest gate."""
+    """Which are dropped: those that come last (all first choices before second ones), or those of the smallest gate,
+    among gates that agree to 12 bits those that come last."""
 
     balance_loss: float = 0.0
     """Factor of sum_i f_i P_i, f_i = n_experts / (top_k * tokens) * those that chose expert i, P_i its mean share of

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from moray.model.config.moe import MoEConfig
 
+_GATE_BITS = 12
+
 
 def capacity_of(moe: MoEConfig, tokens_G: Tensor) -> Tensor:
     """Most tokens that an expert takes of each group: ceil(factor * K * tokens / E) (int64).
@@ -24,15 +26,16 @@ def within_capacity(chosen_BTK: Tensor, gates_BTK: Tensor, taken_BTK: Tensor, ca
 
     By `position`, room goes to all first choices in the order of the tokens, then to all second ones, as in GShard's
     algorithm 1 (there a second expert that is not drawn still uses up a place; here, as in GShard's and NLLB's code,
-    it does not); by `gate`, to the largest gates. A dropped assignment adds nothing to its token, whose other gates
-    stay as they are: Switch and GShard do the same, while NLLB may normalise a token's gates after dropping.
+    it does not); by `gate`, to the largest gates, of those that agree to 12 bits by position. A dropped assignment adds
+    nothing to its token, whose other gates stay as they are: Switch and GShard do the same, while NLLB may normalise a
+    token's gates after dropping.
     """
     groups, (_, _, k) = len(capacity_G), chosen_BTK.shape
     expert_GA, gate_GA, taken_GA = (_by_choice(x, groups) for x in (chosen_BTK, gates_BTK, taken_BTK))
     # Those that need no room queue behind all experts, at a number of their own.
     expert_GA = expert_GA.masked_fill(~taken_GA, torch.iinfo(expert_GA.dtype).max)
     # Two stable sorts, the last by expert: queues, in which those with equal gates stand by position.
-    queue_GA = gate_GA.argsort(dim=1, descending=True, stable=True) if by == "gate" else None
+    queue_GA = _rounded(gate_GA).argsort(dim=1, descending=True, stable=True) if by == "gate" else None
     queued_GA = expert_GA if queue_GA is None else expert_GA.gather(1, queue_GA)
     expert_order_GA = queued_GA.argsort(dim=1, stable=True)
     order_GA = expert_order_GA if queue_GA is None else queue_GA.gather(1, expert_order_GA)
@@ -42,6 +45,15 @@ def within_capacity(chosen_BTK: Tensor, gates_BTK: Tensor, taken_BTK: Tensor, ca
     room_GA = torch.empty_like(taken_GA).scatter_(1, order_GA, place_GA < capacity_G[:, None])
     kept_GA = room_GA & taken_GA
     return kept_GA.unflatten(1, (k, -1)).movedim(1, 2).reshape(chosen_BTK.shape)
+
+
+def _rounded(gates: Tensor) -> Tensor:
+    """To so many bits that gates which the mathematics makes equal are equal, however a layout rounded them.
+
+    The first tokens of packed documents are often the same, and their gates then differ in the last bit or not at all.
+    """
+    mantissas, exponents = gates.frexp()
+    return torch.ldexp((mantissas * 2**_GATE_BITS).round(), exponents)
 
 
 def _by_choice(x_BTK: Tensor, groups: int) -> Tensor:

@@ -135,13 +135,20 @@ class Checkpointer:
         clean(self._folder)
         return generation
 
-    def save(self, step: int, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: dict[str, Tensor],
+        metadata: dict[str, Any],
+        before: Callable[[], None] | None = None,
+    ) -> None:
         """Waits for the last save, copies this rank's share of `state` to host memory, and returns; a thread writes it.
 
         `metadata` is a JSON object; rank 0's is stored. Where this step is what was loaded or saved last, its commit
-        stays as it is; a commit of the same step that another line left is replaced. An I/O error (a full disk) of the
-        last save has been reported, and this save is the retry; any other raises CommitError, and a newer generation
-        SupersededError.
+        stays as it is; a commit of the same step that another line left is replaced. `before`, of rank 0, is called in
+        that thread when all is written and before the commit appears; what it raises fails the save. An I/O error (a
+        full disk) of the last save has been reported, and this save is the retry; any other raises CommitError, and a
+        newer generation SupersededError.
         """
         last = self._settle()
         if last and last.failure:
@@ -153,7 +160,8 @@ class Checkpointer:
             # The thread copies on another stream than the one that may still be computing the state.
             torch.accelerator.synchronize()
         save = _Save(step, state)
-        writer = CommitWriter(self._folder, step, snapshot, save.copied.set, self._generation, self._head.digest)
+        line = self._generation, self._head.digest
+        writer = CommitWriter(self._folder, step, snapshot, save.copied.set, before, *line)
         self._start(save, writer)
         self._wait_for(save.copied)
 

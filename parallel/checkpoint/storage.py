@@ -4,6 +4,7 @@ A save: every rank plans, rank 0 removes duplicates, every rank copies its share
 of its own in the staging folder, rank 0 checks that nothing is missing, writes the manifest and renames the folder.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
@@ -50,9 +51,9 @@ class _Written:
 class CommitWriter(StorageWriter):
     """Writes one commit to `folder`/step-NNNNNNNNN, for one generation and as the child of another commit.
 
-    `copied` is called on each rank once its share lies in host memory and the caller may change its tensors again. The
-    writer keeps that copy and, used a second time, writes it again: no I/O comes before the copy, so that what I/O has
-    spoilt can be tried again with the values of the first time.
+    `copied` is called on each rank once its share lies in host memory and the caller may change its tensors again,
+    `before` on rank 0 before the commit appears. The writer keeps that copy and, used a second time, writes it again:
+    no I/O comes before the copy, so that what I/O has spoilt can be tried again with the values of the first time.
     After a failure, `staging` (rank 0) is the folder to remove; then the commit's `size` in bytes and its `digest` are
     known, on rank 0.
     """
@@ -63,6 +64,7 @@ class CommitWriter(StorageWriter):
         step: int,
         metadata: dict[str, Any],
         copied: Callable[[], None],
+        before: Callable[[], None] | None,
         generation: int,
         parent: str | None,
     ) -> None:
@@ -72,6 +74,7 @@ class CommitWriter(StorageWriter):
         self._generation = generation
         self._parent = parent
         self._copied = copied
+        self._before = before
         self._copies: dict[str, Tensor] | None = None
         self.staging: Path | None = None
         self.size = 0
@@ -132,6 +135,8 @@ class CommitWriter(StorageWriter):
         )
         try:
             self._check(manifest)
+            if self._before:
+                self._before()
             self.size = publish(self.staging, self._folder / commit_name(self._step), manifest)
         except (FileNotFoundError, UserError):
             check_newest(self._folder, self._generation)
@@ -161,6 +166,8 @@ class CommitWriter(StorageWriter):
 
     def _check(self, manifest: Manifest) -> None:
         assert self.staging
+        if not self.staging.is_dir():  # removed meanwhile: the next save makes it again
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.staging))
         for name, stored in manifest.tensors.items():
             if problem := coverage_problem(stored.shape, ((chunk.offsets, chunk.sizes) for chunk in stored.chunks)):
                 raise UserError(f"tensor {name!r}: {problem}")

@@ -96,7 +96,7 @@ def test_a_run_without_a_commit_has_nothing_to_answer_for(tmp_path: Path) -> Non
         (
             [BEGIN, event("commit", 4), event("resume", 2, position=8)],
             [{"resumed_from": 0, "generation": 2}, *trained(1)],
-            "resumed from step 2 at position 8, but it ended at 0",
+            "step 2 is committed, but metrics.jsonl has no line of it",
         ),
     ],
 )

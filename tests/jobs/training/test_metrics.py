@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,9 @@ from moray.parallel.gradients import ExpertLoad
 
 
 def write(run: Path, steps: range, generation: int = 1, **fields: object) -> None:
-    with closing(MetricsLog(run, steps.start - 1, generation)) as log:
-        for step in steps:
-            log.write({"step": step, "loss": 1 / step, **fields})
+    log = MetricsLog(run, steps.start - 1, generation)
+    for step in steps:
+        log.write({"step": step, "loss": 1 / step, **fields})
 
 
 def test_what_is_written_is_read_one_json_object_a_step(tmp_path: Path) -> None:
@@ -35,9 +34,8 @@ def test_what_is_written_is_read_one_json_object_a_step(tmp_path: Path) -> None:
 
 
 def test_a_row_is_visible_at_once(tmp_path: Path) -> None:
-    with closing(MetricsLog(tmp_path, 0, 1)) as log:
-        log.write({"step": 1, "loss": 2.0})
-        assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+    MetricsLog(tmp_path, 0, 1).write({"step": 1, "loss": 2.0})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
 def test_steps_above_the_one_resumed_from_no_longer_count(tmp_path: Path) -> None:

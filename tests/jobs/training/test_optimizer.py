@@ -1,14 +1,23 @@
 """AdamW as built here against torch's plain AdamW, and the promise that norms do not decay."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from law1 import BATCH, global_batch
+from pool import Pool
 from torch import Tensor, nn
 
 from moray.jobs.config.run import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer, set_learning_rate, training_state
 from moray.model import Decoder, ModelConfig, initialise
+from moray.parallel.checkpoint.checkpointer import Checkpointer
+from moray.parallel.checkpoint.commits import list_commits, read_tensors
+from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.parallel.layout import Layout
+from moray.parallel.shard import build_decoder, initialise_shards
 
 CONFIG = ModelConfig.preset(
     "demo-moe",
@@ -83,6 +92,49 @@ def test_the_state_exists_before_the_first_step_and_holds_all_a_commit_needs() -
         assert state[f"optimizer.{name}.step"] == 0
     assert "model.blocks.1.ffn.router.bias_E" in state
     assert not any("tokens_E" in name for name in state), "counts of a step begun belong to no commit"
+
+
+def test_a_tied_head_is_the_embedding_and_an_untied_one_itself() -> None:
+    for is_tied in (True, False):
+        module = Decoder(CONFIG.but(tied_embeddings=is_tied))
+        state = training_state(module, build_optimizer(module, OptimizerSection()))
+        heads = {"model.head.weight", *(f"optimizer.head.weight.{key}" for key in ("step", "exp_avg", "exp_avg_sq"))}
+        assert heads & state.keys() == (set() if is_tied else heads)
+        assert "model.embedding.weight" in state
+
+
+def taken_up(folder: Path, layout: Layout, until: int) -> None:
+    """Goes on from the newest commit, if there is one, to step `until`, and commits it."""
+    decoder = build_decoder(CONFIG, layout.meshes("cpu"), dtype=torch.float64, compute_dtype=torch.float64)
+    optimizer = build_optimizer(decoder, OptimizerSection(lr=1e-2))
+    checkpointer = Checkpointer(folder, keep=9, keep_every=None, on_event=lambda kind, fields: None)
+    state = training_state(decoder, optimizer)
+    commit = checkpointer.load(state)
+    if not commit:
+        initialise_shards(decoder, 0)
+    rank, lanes = (dist.get_rank() if dist.is_initialized() else 0), BATCH // layout.dp
+    held = slice(layout.dp_rank(rank) * lanes, (layout.dp_rank(rank) + 1) * lanes)
+    for step in range(commit.step if commit else 0, until):
+        tensors = [tensor[held] for tensor in global_batch(step).values()]
+        accumulate_gradients(decoder, [MicroBatch.of(*tensors, torch.device("cpu"))], layout.tp)
+        optimizer.step()
+        optimizer.zero_grad()
+    checkpointer.save(until, training_state(decoder, optimizer), {})
+    checkpointer.finish()
+
+
+def test_a_tied_model_goes_on_under_any_layout(pool: Pool, tmp_path: Path) -> None:
+    """Its weights and moments after three steps are those of one process that nobody interrupted."""
+    assert CONFIG.tied_embeddings
+    pool.run(taken_up, 1, tmp_path / "one", Layout(dp_shard=1), 3)
+    for until, layout in enumerate([Layout(dp_shard=1, tp=2), Layout(dp_shard=2, ep=2), Layout(dp_shard=1)], 1):
+        pool.run(taken_up, layout.world_size, tmp_path / "many", layout, until)
+    (*_, ours), (theirs,) = (list_commits(tmp_path / name) for name in ("many", "one"))
+    truth = dict(read_tensors(theirs))
+    assert ours.manifest.tensors.keys() == truth.keys()
+    assert "model.head.weight" not in truth
+    for name, tensor in read_tensors(ours):
+        torch.testing.assert_close(tensor, truth[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def moved(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

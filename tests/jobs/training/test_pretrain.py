@@ -30,6 +30,8 @@ from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder, initialise
+from moray.model.accounting.cost import training_state_bytes
+from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 
 STEPS, BATCH, SEQ_LEN = 8, 4, 64
@@ -300,6 +302,50 @@ def test_a_run_goes_on_under_other_layouts(dataset: Path, untouched: Path, tmp_p
     assert_close_history(run, untouched)
     resumes: list[dict[str, Any]] = [e for e in read_events(run / "events.jsonl") if e["kind"] == "resume"]
     assert [(event["step"], event["layout"][-4:]) for event in resumes] == [(4, "ep=2"), (6, "ep=1")]
+
+
+def test_a_commit_holds_each_weight_once_and_takes_the_room_that_its_disk_was_asked_for(untouched: Path) -> None:
+    """fp32 weights and two moments; beside them a count of steps a tensor, the routing bias, and the files' headers."""
+    config = load_config(str(untouched / "config.toml"), {})
+    assert config.model.tied_embeddings
+    weights = list(Decoder(config.model).parameters())
+    n_weights = sum(weight.numel() for weight in weights)
+    state = final_state(untouched)
+    assert "model.embedding.weight" in state
+    assert "model.head.weight" not in state
+    n_bytes = sum(tensor.nbytes for tensor in state.values())
+    assert n_bytes == 12 * n_weights + 4 * len(weights) + 4 * 8
+    files = list((untouched / "checkpoints" / "step-000000008").glob("*.safetensors"))
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
+    assert sum(path.stat().st_size for path in files) == n_bytes + headers
+    said = training_state_bytes(config.model)  # what a start asks its disk for
+    assert said.weights + said.optimizer == 12 * n_weights
+
+
+def test_a_commit_that_holds_a_tied_head_beside_its_embedding_is_read_alike(
+    dataset: Path, untouched: Path, tmp_path: Path
+) -> None:
+    """As commits did once: the run goes on from it, and what is generated from it and exported is the same."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(untouched, run)
+    forget(run, after=6)
+    shutil.copytree(run, other)
+    newest, state = list_commits(run / "checkpoints")[-1], final_state(run)
+    state["model.head.weight"] = state["model.embedding.weight"].clone()
+    shutil.rmtree(newest.path)
+    checkpointer = Checkpointer(run / "checkpoints", keep=9, keep_every=None, on_event=lambda kind, fields: None)
+    checkpointer.save(newest.step, state, newest.manifest.metadata)
+    checkpointer.finish()
+    with torch.no_grad():
+        ours, theirs = (load_run(folder, pytest.fail)[0](torch.arange(300, 340)[None]) for folder in (run, other))
+    assert torch.equal(ours, theirs)
+    exported = []
+    for folder in (run, other):
+        assert dispatch(["export", str(folder), "--out", f"{folder}-exported"]) == 0
+        exported.append({path.name: path.read_bytes() for path in Path(f"{folder}-exported").iterdir()})
+    assert exported[0] == exported[1]
+    assert dispatch(arguments(dataset, run)) == 0
+    assert_same_history(run, untouched)
 
 
 def test_a_damaged_commit_is_refused_loudly_and_the_one_before_it_taken(

@@ -118,6 +118,55 @@ def test_random_batches_in_a_loop(group_size: int, by: str) -> None:
     assert (taken & ~found).any()
 
 
+def with_noise(gates: Tensor, generator: torch.Generator) -> Tensor:
+    """Each gate, the one below it or the one above it."""
+    ends = torch.tensor([-torch.inf, torch.inf], dtype=gates.dtype)
+    choices = torch.stack([gates, *(torch.nextafter(gates, end) for end in ends)])
+    return choices.gather(0, torch.randint(3, (1, *gates.shape), generator=generator))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gate", [0.71731586225029687, 0.25, 1.0, 1 / 3, 1e-6])
+def test_gates_that_rounding_alone_tells_apart_are_kept_by_position(gate: float, dtype: torch.dtype) -> None:
+    """Eight tokens with one hidden state, and between them one with a larger gate and one with a smaller."""
+    generator = torch.Generator().manual_seed(0)
+    gates = torch.full((10, 1), gate, dtype=dtype)
+    gates[3], gates[6] = 1.001 * gate, 0.999 * gate
+    chosen = torch.zeros(1, 10, 1, dtype=torch.int64)
+    for _ in range(100):
+        noisy = with_noise(gates, generator)
+        kept = within_capacity(chosen, noisy[None], chosen == 0, torch.tensor([5]), "gate")
+        assert kept.int().flatten().tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_gates_that_differ_are_kept_by_size() -> None:
+    """Down to a part in two thousand, whatever their size; and gates of zero come last."""
+    factors = 1 + torch.arange(8) / 2**11
+    for size in (1e-30, 1e-6, 0.01, 0.51, 0.97):
+        gates = (size * factors)[None, :, None]
+        kept = within_capacity(torch.zeros_like(gates).long(), gates, gates > 0, torch.tensor([3]), "gate")
+        assert kept.flatten().tolist() == [False] * 5 + [True] * 3
+    gates = torch.tensor([0.0, 1e-20, 0.0, 1e-10])[None, :, None]
+    kept = within_capacity(torch.zeros_like(gates).long(), gates, gates >= 0, torch.tensor([3]), "gate")
+    assert kept.flatten().tolist() == [True, True, False, True]
+
+
+def test_dropping_by_gate_rounds_no_gradient() -> None:
+    """The rounded gates choose, and nothing else: what is kept counts with its gate in full."""
+    layer = layer_of(capacity_factor=0.5, drop_by="gate")
+    x, valid = hidden(3, 20, 24).requires_grad_(), torch.ones(3, 20, dtype=torch.bool)
+    out, _ = layer(x, context_of(valid))
+    routing = layer.router(x)
+    everything = torch.ones_like(routing.chosen_BTK, dtype=torch.bool)
+    room = capacity_of(layer.moe, valid.sum(1)).tolist()
+    expected = expected_output(layer, x, loop(routing.chosen_BTK, routing.gates_BTK, everything, room, "gate"))
+    direction = hidden(3, 20, 24)
+    ours = torch.autograd.grad((out * direction).sum(), [x, *layer.parameters()])
+    truth = torch.autograd.grad((expected * direction).sum(), [x, *layer.parameters()])
+    for found, wanted in zip((out, *ours), (expected, *truth), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
 def test_switch_drops_what_transformers_drops() -> None:
     """Capacity 3 of 20 tokens on 8 experts: a sequence is a routing group."""
     layer = layer_of(top_k=1, normalise_gates=False, capacity_factor=1.2)

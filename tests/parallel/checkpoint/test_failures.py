@@ -1,13 +1,14 @@
 """What breaks a checkpoint: damaged files, full disks, limits, SIGKILL. All of it is real."""
 
+import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -120,18 +121,6 @@ def test_a_run_that_fell_back_replaces_what_it_refused(pool: Pool, tmp_path: Pat
     # keep=1 counts 20, not the damaged 30 that only looks whole; then 30 is written anew.
     assert pool.run(fall_back_and_go_on, 2, tmp_path)[0] == [[20], [30]]
     assert verify(list_commits(tmp_path)[0]) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("may not mount a tmpfs here")
-    try:
-        yield tmp_path
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def fill_the_disk(folder: Path) -> tuple[Events, list[str]]:
@@ -259,6 +248,31 @@ def test_a_failed_write_is_tried_again_by_finish(tmp_path: Path) -> None:
     assert names == ["commit_failed", "commit"]
     assert names_in(tmp_path) == ["step-000000001"]
     assert torch.equal(dict(read_tensors(list_commits(tmp_path)[0]))["w"], torch.arange(2.0**18))
+
+
+def test_a_commit_appears_after_what_must_come_before_it_or_not_at_all(tmp_path: Path) -> None:
+    checkpointer, events = checkpointer_and_events(tmp_path)
+    seen: list[list[str]] = []
+
+    def before() -> None:
+        seen.append(names_in(tmp_path))
+        if len(seen) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", "rows.jsonl")
+        if len(seen) == 2:
+            shutil.rmtree(tmp_path)  # just before the rename
+
+    for step in (1, 2, 3):
+        checkpointer.save(step, {"w": torch.tensor([float(step)])}, {}, before)
+    checkpointer.finish()
+    assert [(name, fields["step"]) for name, fields in events] == [
+        ("commit_failed", 1),
+        ("commit_failed", 2),
+        ("commit", 3),
+    ]
+    assert "rows.jsonl" in events[0][1]["error"]
+    assert not any(name.startswith("step-") for names in seen for name in names)
+    (commit,) = list_commits(tmp_path)
+    assert (commit.step, verify(commit)) == (3, [])
 
 
 def test_whoever_waits_for_the_writing_thread_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""RUN/tensorboard/: the curves of a run, one record a step, in the file format of TensorBoard.
+
+torch's SummaryWriter would write them, but in a thread that ends, with a traceback, at the first write that fails; from
+then on each call raises. Here a full disk delays a record.
+"""
+
+import os
+import socket
+import time
+from io import BytesIO
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from moray.cluster.json_lines import NO_ROOM
+
+
+class Board:
+    """Appends to a file of its own in `folder`, which it makes where it is missing."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Shows nothing that earlier files hold of `first_step` and the steps after it."""
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / name
+        self._waiting = b""
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._add(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Appends one step, at once or once the disk has room. Raises OSError for anything else that goes wrong."""
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _add(self, event: Event) -> None:
+        record = BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._waiting += record.getvalue()
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with open(self._path, "ab", buffering=0) as file:
+                while self._waiting:
+                    self._waiting = self._waiting[file.write(self._waiting) :]
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
