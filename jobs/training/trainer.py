@@ -64,7 +64,7 @@ class Pulse:
 
     def again(self) -> None:
         # The same words: a driver that has not heard them yet must not miss the step's numbers.
-        self._context.heartbeat(**self._last, **self._told)
+        self._context.heartbeat(**(self._last | self._told))
 
     def tell(self, line: str) -> None:
         """A line for whoever watches, which goes with every beat from the next one on."""
