@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moray import UserError
-from moray.data.corpus import Document
+from moray.data.reading.documents import Document
 
 BUCKET_BYTES = 64 << 20
 FAN_OUT = 256  # a bucket is a value of one more byte of the digest
 MAX_DEPTH = 4  # 256^4 buckets of 64 MiB; deeper than that only equal texts can keep a bucket large
 
-_HEADER = struct.Struct("<16sQQQ")  # digest of the text, hash of the key, bytes of the key, bytes of the text
+_HEADER = struct.Struct("<16sQQQ")  # digest of the text, side of the split, bytes of the key, bytes of the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Record:
     """A document on its way through the shuffle."""
 
     digest: bytes  # 16 bytes, keyed by the seed: the document's place in the shuffle
-    key_hash: int  # 64 bits, not keyed: which side of the validation split
+    side: int  # 64 bits of key and text, not keyed by the seed: which side of the validation split
     key: bytes
     text: bytes
 
@@ -41,17 +41,17 @@ class ShuffledCorpus:
     n_documents: int
     n_duplicates: int
     n_bytes: int
-    key_hashes: tuple[int, int]  # the lowest and the highest
+    sides: tuple[int, int]  # the lowest and the highest
 
     def validation_limit(self, fraction: float) -> int:
-        """Documents whose key hash is below this are for validation: `fraction` of them, but at least one on each side.
+        """Documents whose `side` is below this are for validation: `fraction` of them, but at least one on each side.
 
-        Raises UserError if there are no two documents with different keys to tell apart.
+        Raises UserError if there are no two documents to tell apart.
         """
-        low, high = self.key_hashes
+        low, high = self.sides
         if low >= high:
             raise UserError(
-                f"the sources hold {self.n_documents} distinct document(s), and a validation split needs at least 2; "
+                f"the sources hold only {self.n_documents} distinct document, and a validation split needs at least 2; "
                 "give more, for example a .jsonl with one text a line"
             )
         return min(max(int(fraction * (1 << 64)), low + 1), high)
@@ -64,16 +64,15 @@ class ShuffledCorpus:
 def scatter(documents: Iterable[Document], folder: Path, seed: int) -> None:
     """Writes every document into its bucket, a file of `folder` (which is created)."""
     salt = (seed % (1 << 64)).to_bytes(8, "little")
-    records = (
-        Record(
-            hashlib.blake2b(text, digest_size=16, key=salt).digest(),
-            int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"),
-            key,
-            text,
-        )
-        for key, text in ((document.key.encode("utf-8", "replace"), document.text.encode()) for document in documents)
-    )
-    _scatter(records, folder, depth=0)
+    _scatter((_record(document, salt) for document in documents), folder, depth=0)
+
+
+def _record(document: Document, salt: bytes) -> Record:
+    key, text = document.key.encode("utf-8", "replace"), document.text.encode()
+    digest = hashlib.blake2b(text, digest_size=16, key=salt).digest()
+    # Of the text too: files may give one id to all their documents, which a hash of keys could not split.
+    side = hashlib.blake2b(text, digest_size=8, key=hashlib.blake2b(key).digest()).digest()
+    return Record(digest, int.from_bytes(side, "little"), key, text)
 
 
 def sort(folder: Path) -> Iterator[ShuffledCorpus]:
@@ -86,21 +85,21 @@ def sort(folder: Path) -> Iterator[ShuffledCorpus]:
             n_read += 1
             kept = distinct.setdefault(record.digest, record)
             # Which copy stays must not depend on reading order, or the split would.
-            if (record.key_hash, record.key) < (kept.key_hash, kept.key):
+            if (record.side, record.key) < (kept.side, kept.key):
                 distinct[record.digest] = record
         records = [distinct[digest] for digest in sorted(distinct)]
         with open(path, "wb") as file:
             for record in records:
                 _write(file, record)
-        low, high = done.key_hashes
+        low, high = done.sides
         done = ShuffledCorpus(
             (*done.files, path),
             done.n_documents + len(records),
             done.n_duplicates + n_read - len(records),
             done.n_bytes + sum(len(record.text) for record in records),
             (
-                min(low, *(record.key_hash for record in records)),
-                max(high, *(record.key_hash for record in records)),
+                min(low, *(record.side for record in records)),
+                max(high, *(record.side for record in records)),
             ),
         )
         yield done
@@ -133,7 +132,7 @@ def _scatter(records: Iterable[Record], folder: Path, depth: int) -> None:
 
 
 def _write(file: BinaryIO, record: Record) -> None:
-    file.write(_HEADER.pack(record.digest, record.key_hash, len(record.key), len(record.text)))
+    file.write(_HEADER.pack(record.digest, record.side, len(record.key), len(record.text)))
     file.write(record.key)
     file.write(record.text)
 
@@ -141,5 +140,5 @@ def _write(file: BinaryIO, record: Record) -> None:
 def _read(path: Path) -> Iterator[Record]:
     with open(path, "rb") as file:
         while header := file.read(_HEADER.size):
-            digest, key_hash, n_key, n_text = _HEADER.unpack(header)
-            yield Record(digest, key_hash, file.read(n_key), file.read(n_text))
+            digest, side, n_key, n_text = _HEADER.unpack(header)
+            yield Record(digest, side, file.read(n_key), file.read(n_text))

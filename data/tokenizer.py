@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from moray import UserError
+from moray.data.pieces import PIECE_CHARS, Cutter
 from moray.data.special_tokens import (
     BOS,
     EOS,
@@ -27,6 +28,10 @@ from moray.data.special_tokens import (
 )
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+BATCH_BYTES = 1 << 20
+# Training takes time in proportion to the length of words: 20,000 characters without a space or a stop are one.
+MAX_TRAINING_WORD = 256  # bytes
+MAX_TRAINING_PIECE = 2 * PIECE_CHARS
 
 # Everything that transformers.AutoTokenizer may look for beside tokenizer.json.
 _FILES = (
@@ -79,17 +84,54 @@ class Tokenizer:
         """The text, special tokens written out."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
-    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Start + ids + EOS of each text, on all cores.
 
         A special token written in a *document* is plain text: a page about `<|eos|>` must not end there.
+        Memory: about 260 bytes a token of 1 MiB of text, or of a longer text that cannot be cut (see `pieces`).
         """
+        parts = [np.array(self.document_start, self.dtype)]
+        for batch in _batches((piece, last) for text in texts for piece, last in _marked(self._cutter.pieces(text))):
+            for ids, (_, last) in zip(self._encode_plain([piece for piece, _ in batch]), batch, strict=True):
+                parts.append(np.array(ids, self.dtype))
+                if last:
+                    yield np.concatenate([*parts, np.array([self.eos_id], self.dtype)])
+                    del parts[1:]
+
+    @cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self.backend)
+
+    def _encode_plain(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each text, special tokens in it being plain text."""
         self.backend.encode_special_tokens = True
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         finally:
             self.backend.encode_special_tokens = False
-        return [np.array([*self.document_start, *encoding.ids, self.eos_id], self.dtype) for encoding in encodings]
+        return (encoding.ids for encoding in encodings)
+
+
+def _marked(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Each piece, and whether it is the last."""
+    piece = next(pieces)
+    for following in pieces:
+        yield piece, False
+        piece = following
+    yield piece, True
+
+
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0].encode())
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -103,11 +145,12 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
     """Trains a byte-level BPE of at most `vocab_size` entries and saves it in `folder`, with transformers' config.
 
     Deterministic in the texts and their order, whatever the number of threads. A small corpus gives fewer entries.
+    A word of more than 256 bytes counts as several while training.
     Raises UserError as `check_vocab_size` does.
     """
     check_vocab_size(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -115,7 +158,11 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    pieces = _training_pieces(Cutter(backend), texts)
+    short = pre_tokenizers.Split(Regex(f".{{{MAX_TRAINING_WORD}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, short])
+    backend.train_from_iterator(pieces, trainer)
+    backend.pre_tokenizer = words
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -127,6 +174,12 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> Toke
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     return load_tokenizer(folder)
+
+
+def _training_pieces(cutter: Cutter, texts: Iterable[str]) -> Iterator[str]:
+    """The texts in pieces of the same words, but for a text that is one endless word, which is cut anywhere."""
+    for piece in (piece for text in texts for piece in cutter.pieces(text)):
+        yield from (piece[start : start + MAX_TRAINING_PIECE] for start in range(0, len(piece), MAX_TRAINING_PIECE))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

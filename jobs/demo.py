@@ -1,28 +1,42 @@
 """`moray demo`: the whole road in minutes, on any machine: prepare, train, lose a worker, recover, generate."""
 
+import math
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from moray.cluster.events import read_events
 from moray.data.dataset import Dataset
+from moray.data.stream import Stream
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.metrics import read_metrics
+from moray.jobs.training.optimizer import build_optimizer
 from moray.jobs.training.pretrain import pretrain
+from moray.model import Decoder, initialise
+from moray.parallel.gradients import MicroBatch, accumulate_gradients
 
 PROMPT = "def read("
+SECONDS = 300.0
+"""How long the demo may take, on a machine that keeps the pace it has at the start."""
+STARTS_S = 45.0
+"""Of these, what is no training: workers that start, one that dies, text that is written."""
+TRIAL_STEPS = 4
+WORKERS_COST = 2.2
+"""How much slower four workers are than one process with as many threads as there are cores, on two cores."""
 
 
 def demo(folder: Path) -> int:
     """Runs the demo in `folder`; given again after an interruption, it goes on. Returns the training's exit code."""
+    began = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
     data, run = folder / "data", folder / "run"
     _phase(console, 1, "prepare", "the Python standard library becomes tokens in checked shards")
@@ -30,7 +44,7 @@ def demo(folder: Path) -> int:
         console.print(f"{data} is already there: {Dataset.open(data).splits['train'].n_tokens:,} training tokens")
     else:
         prepare(["stdlib"], data, console=console)
-    config = load_config("demo", {"data.path": str(data), "run.dir": str(run)})
+    config = _fitted(data, run, SECONDS - (time.monotonic() - began), console)
     _phase(console, 2, "train", _what(config))
     code = pretrain(config, console, Saboteur(config.train.steps // 2 + 10, console))
     if code:
@@ -52,6 +66,56 @@ def demo(folder: Path) -> int:
     ):
         console.print(f"  {folder / name!s:<32} {what}", markup=False)
     return 0
+
+
+def fitting_steps(seconds: float, seconds_a_step: float) -> int:
+    """The most steps, in twenties up to 200, that fit into so many seconds; 40 at least, or nothing would be learnt."""
+    return max(40, min(200, int(seconds / seconds_a_step) // 20 * 20))
+
+
+def _fitted(data: Path, run: Path, seconds: float, console: Console) -> RunConfig:
+    """The run, as long as this machine has time for; one that has begun keeps its length."""
+
+    def with_steps(steps: int) -> RunConfig:
+        parts = {"train.eval_every": steps // 2, "checkpoint.every": steps // 5, "train.steps": steps}
+        paths = {"data.path": str(data), "run.dir": str(run)}
+        return load_config("demo", paths | {name: str(value) for name, value in parts.items()})
+
+    if (run / "config.toml").exists():
+        return with_steps(load_config(str(run / "config.toml"), {}).train.steps)
+    seconds_a_step = WORKERS_COST * _seconds_alone(with_steps(200))
+    steps = fitting_steps(seconds - STARTS_S, seconds_a_step)
+    console.print(f"{steps} steps suit this machine: {(STARTS_S + steps * seconds_a_step) / 60:.1f} minutes from here")
+    return with_steps(steps)
+
+
+def _seconds_alone(config: RunConfig) -> float:
+    """The fastest of a few steps of the run's model and batch in this process."""
+    train, decoder = config.train, Decoder(config.model)
+    initialise(decoder, train.seed)
+    optimizer = build_optimizer(decoder, config.optimizer)
+    stream = Stream(
+        Dataset.open(config.data.path),
+        "train",
+        seq_len=train.seq_len,
+        global_batch=train.global_batch,
+        seed=train.seed,
+        lanes=range(train.global_batch),
+    )
+    fastest = math.inf
+    for number in range(TRIAL_STEPS):
+        batch, cpu = stream.batch(number), torch.device("cpu")
+        began = time.perf_counter()
+        pieces = [slice(at, at + train.micro_batch) for at in range(0, train.global_batch, train.micro_batch)]
+        micro_batches = [
+            MicroBatch.of(batch.tokens_BT[p], batch.targets_BT[p], batch.positions_BT[p], batch.documents_BT[p], cpu)
+            for p in pieces
+        ]
+        accumulate_gradients(decoder, micro_batches, tp=1)
+        optimizer.step()
+        optimizer.zero_grad()
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
 
 
 class Saboteur(Listener):

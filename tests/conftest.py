@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -13,17 +14,30 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from pool import Pool
 
+STARTING_RAY = (
+    "tests/cluster/ray/",
+    "tests/cluster/test_driver.py",
+    "tests/jobs/test_cut_off.py",
+    "tests/jobs/test_recovery.py",
+    "tests/jobs/training/test_stops.py",
+)
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a file stays on one worker, and all that starts a Ray on the same one.
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several pytest-xdist workers a file stays on one, and so do all that start a Ray, which come first.
 
     Two Rays that start at once slow each other down, and one has 15 seconds to start.
     """
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            meets_ray = "cluster" in item.path.parts or "ray_cluster" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("ray" if meets_ray else str(item.path)))
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class FileByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "ray" if path.startswith(STARTING_RAY) else path
+
+    config.option.loadscopereorder = False
+    return FileByFile(config, log)
 
 
 @pytest.fixture(scope="session")

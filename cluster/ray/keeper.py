@@ -55,7 +55,7 @@ def _start(slots: int) -> Node:
         RayParams(
             num_cpus=slots,
             include_dashboard=False,
-            include_log_monitor=False,  # type: ignore[arg-type] - Ray calls it a str
+            include_log_monitor=False,  # type: ignore[arg-type]
             no_monitor=True,
             object_store_memory=OBJECT_STORE_BYTES,
             temp_dir=temp_dir(),

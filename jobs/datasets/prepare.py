@@ -3,13 +3,13 @@
 All of it happens in `OUT.moray-unfinished`, which a killed run leaves and the next one clears; OUT appears whole.
 """
 
-import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moray import UserError
-from moray.data.corpus import Skipped, read_documents
 from moray.data.dataset import Dataset, write_index
+from moray.data.reading.account import Account
+from moray.data.reading.documents import read_documents
+from moray.data.reading.rules import Rules
 from moray.data.shards import SplitWriter
 from moray.data.shuffle import Record, ShuffledCorpus, scatter, sort
 from moray.data.staging import staged_folder
@@ -26,7 +28,6 @@ from moray.data.tokenizer import Tokenizer, check_vocab_size, copy_tokenizer, lo
 
 # The first documents of the shuffled training split are a random sample; more text than this moves few merges.
 TOKENIZER_SAMPLE_BYTES = 16 << 20
-ENCODE_BYTES_PER_CORE = 1 << 20  # tokenizers' results take about 150 bytes a token while they live
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class Summary:
     dataset: Dataset
     vocab_size: int  # of the tokenizer
     n_duplicates: int
-    skipped: Skipped
+    account: Account  # of what was read
     n_bytes: int  # of distinct text, UTF-8
     seconds: float
 
@@ -53,10 +54,7 @@ class Summary:
         ]
         lines.append(f"{'tokenizer':<10} {self.vocab_size:,} entries, {self.bytes_per_token:.2f} bytes a token")
         lines.append(f"{'dropped':<10} {self.n_duplicates:,} exact duplicates")
-        for reason, count in self.skipped.counts.items():
-            names = self.skipped.names[reason]
-            more = f" and {count - len(names):,} more" if count > len(names) else ""
-            lines.append(f"{'skipped':<10} {count:,} {reason}: {', '.join(names)}{more}")
+        lines += self.account.lines()
         lines.append(f"{'where':<10} {self.dataset.folder} ({self.seconds:.1f} s)")
         lines.append(f"{'identity':<10} {self.dataset.fingerprint}")
         return "\n".join(lines)
@@ -71,14 +69,14 @@ def prepare(
     validation: float = 0.01,
     seed: int = 0,
     overwrite: bool = False,
+    reading: Rules | None = None,
     console: Console | None = None,
 ) -> Summary:
-    """Prepares the sources (see `data.corpus.read_documents`) as a dataset in the folder `out`.
+    """Prepares the sources (see `data.reading`) as a dataset in the folder `out`.
 
     A tokenizer of `vocab_size` entries is trained on the training split, or taken from the folder `tokenizer`.
-    `validation` is the share of documents held out, by hash of their key. The same documents, seed and settings give
-    the same bytes. Memory: 64 MiB of text, the encoding of the largest document (about 150 bytes a token), and the
-    tokenizer's training on 16 MiB (0.2 GB; 1 GB for scripts without spaces); disk: twice the text.
+    `validation` is the share of documents held out, by hash of their key and text. The same documents, seed and
+    settings give the same bytes. Memory, whatever the sources: see docs/datasets.md; disk: twice the text.
     Raises UserError for a bad setting, source or folder, a damaged source, and a full disk.
     """
     started = time.monotonic()
@@ -91,14 +89,15 @@ def prepare(
     else:
         check_vocab_size(vocab_size)
     console = console or Console(stderr=True)
-    documents = read_documents(sources, skipped := Skipped())
+    account = Account(reading or Rules())
+    documents = read_documents(sources, account)
     with staged_folder(Path(out), overwrite=overwrite) as folder:
         with _progress(console) as progress:
             scratch = folder / "scratch"
             with _phase(progress, "reading", documents) as documents:
                 scatter(documents, scratch, seed)
             with _phase(progress, "shuffling", sort(scratch), unit="buckets") as sorting:
-                corpus = _last(sorting, skipped)
+                corpus = _last(sorting, account)
             limit = corpus.validation_limit(validation)
             with _phase(progress, "tokenizer", _tokenizer_sample(corpus, limit)) as texts:
                 words = train_tokenizer(texts, folder, vocab_size) if own is None else copy_tokenizer(own, folder)
@@ -106,15 +105,18 @@ def prepare(
                 _encode(records, words, folder, limit)
         shutil.rmtree(scratch)
     seconds = time.monotonic() - started
-    summary = Summary(Dataset.open(out), words.vocab_size, corpus.n_duplicates, skipped, corpus.n_bytes, seconds)
-    console.print(str(summary), highlight=False, soft_wrap=True)
+    summary = Summary(Dataset.open(out), words.vocab_size, corpus.n_duplicates, account, corpus.n_bytes, seconds)
+    console.print(str(summary), highlight=False, markup=False, soft_wrap=True)  # names may hold [brackets]
     return summary
 
 
-def _last(sorting: Iterator[ShuffledCorpus], skipped: Skipped) -> ShuffledCorpus:
+def _last(sorting: Iterator[ShuffledCorpus], account: Account) -> ShuffledCorpus:
     last = deque(sorting, maxlen=1)
     if not last:
-        raise UserError(f"the sources hold no usable document; skipped: {dict(skipped.counts)}")
+        left_out = ", ".join(
+            f"{count:,} {reason}: {account.named[reason][0]}" for reason, count in account.counts.items()
+        )
+        raise UserError(f"the sources hold no usable document; left out: {left_out}")
     return last[0]
 
 
@@ -123,7 +125,7 @@ def _tokenizer_sample(corpus: ShuffledCorpus, limit: int) -> Iterator[str]:
     for record in corpus:
         if n_bytes >= TOKENIZER_SAMPLE_BYTES:
             return
-        if record.key_hash >= limit:
+        if record.side >= limit:
             n_bytes += len(record.text)
             yield record.text.decode()
 
@@ -131,29 +133,15 @@ def _tokenizer_sample(corpus: ShuffledCorpus, limit: int) -> Iterator[str]:
 def _encode(records: Iterable[Record], tokenizer: Tokenizer, folder: Path, limit: int) -> None:
     """Writes the shards of both splits and, last, the index."""
     with closing(SplitWriter(folder, "train")) as train, closing(SplitWriter(folder, "validation")) as validation:
-        for group in _groups(records, ENCODE_BYTES_PER_CORE * (os.cpu_count() or 1)):
-            documents = tokenizer.encode_documents([record.text.decode() for record in group])
-            for record, tokens in zip(group, documents, strict=True):
-                writer = validation if record.key_hash < limit else train
-                writer.add(record.key.decode(), tokens)
+        records, again = tee(records)  # one of them is ahead by what is encoded at a time
+        for record, tokens in zip(records, tokenizer.encode_documents(r.text.decode() for r in again), strict=True):
+            writer = validation if record.side < limit else train
+            writer.add(record.key.decode(), tokens)
         splits = {"train": train.finish(), "validation": validation.finish()}
     # An embedding needs a row for what the data holds, whatever else the tokenizer knows; any token can pad.
     vocab_size = 1 + max(train.highest_id, validation.highest_id)
     pad_id = tokenizer.pad_id if tokenizer.pad_id < vocab_size else tokenizer.eos_id
     write_index(folder, vocab_size, pad_id, splits)
-
-
-def _groups(records: Iterable[Record], n_bytes: int) -> Iterator[list[Record]]:
-    group: list[Record] = []
-    size = 0
-    for record in records:
-        group.append(record)
-        size += len(record.text)
-        if size >= n_bytes:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _progress(console: Console) -> Progress:

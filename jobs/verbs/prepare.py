@@ -1,6 +1,7 @@
 """`moray prepare`."""
 
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -14,18 +15,29 @@ def prepare(
     validation: float = 0.01,
     seed: int = 0,
     overwrite: bool = False,
+    text_field: str = "text",
+    max_document_bytes: int = 16 << 20,
+    long_documents: Literal["cut", "drop"] = "cut",
+    max_bad: int = 100,
+    on_damage: Literal["stop", "skip"] = "stop",
 ) -> int:
     """Turn text into a dataset: tokenizer, shuffled WebDataset shards and their index.
 
     Args:
-        sources: stdlib, folders (.py .md .rst .txt), .txt, .jsonl[.gz|.zst], .parquet or WebDataset .tar files.
+        sources: stdlib, or files (.txt .md .rst .py .jsonl .json .tar, with .gz .zst .bz2 .xz; .parquet) and folders.
         out: The folder to make.
         vocab_size: Entries of the byte-level BPE that is trained.
         tokenizer: A folder with an existing tokenizer to use instead.
-        validation: Share of the documents held out for validation, by hash of their key.
+        validation: Share of the documents held out for validation, by hash of their key and text.
         seed: Decides on the documents' order.
         overwrite: Replace a finished dataset in `out`.
+        text_field: The field of JSON and parquet that holds the text; data.text is a field within a field.
+        max_document_bytes: A longer document is cut or dropped.
+        long_documents: What is done with one: cut (after a paragraph, a line or a word) or drop.
+        max_bad: Bad records (not UTF-8, not JSON, without a text) that are left out before it is an error.
+        on_damage: Stop at a damaged file, or skip the rest of it.
     """
+    from moray.data.reading.rules import Rules
     from moray.jobs.datasets.prepare import prepare as run
 
     run(
@@ -36,5 +48,6 @@ def prepare(
         validation=validation,
         seed=seed,
         overwrite=overwrite,
+        reading=Rules(text_field, max_document_bytes, long_documents, max_bad, on_damage),
     )
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moray.data import shuffle
-from moray.data.corpus import Document
+from moray.data.reading.documents import Document
 from moray.data.shuffle import ShuffledCorpus, scatter, sort
 
 DOCUMENTS = [Document(f"key-{n}", f"text number {n} " + "x" * (n % 50)) for n in range(500)]
@@ -56,12 +56,12 @@ def test_large_buckets_are_split_without_changing_the_order(tmp_path: Path, monk
     split = shuffled(documents, tmp_path / "split")
     assert any(path.parent.suffix == ".split" for path in split.files)
     assert content(split) == content(whole)
-    assert (split.n_duplicates, split.key_hashes) == (299, whole.key_hashes)
+    assert (split.n_duplicates, split.sides) == (299, whole.sides)
 
 
 def validation(corpus: ShuffledCorpus, fraction: float) -> set[str]:
     limit = corpus.validation_limit(fraction)
-    return {record.key.decode() for record in corpus if record.key_hash < limit}
+    return {record.key.decode() for record in corpus if record.side < limit}
 
 
 def test_the_split_stays_when_documents_are_added(tmp_path: Path) -> None:
@@ -78,7 +78,19 @@ def test_both_sides_of_the_split_get_a_document(tmp_path: Path, fraction: float)
         assert len(validation(corpus, fraction)) == 1
 
 
+@pytest.mark.parametrize("id", ["", "same"])
+def test_equal_ids_are_split_like_any_others(tmp_path: Path, id: str) -> None:
+    documents = [Document(id, document.text) for document in DOCUMENTS]
+    corpus = shuffled(documents, tmp_path / "a")
+    limit = corpus.validation_limit(0.1)
+    few = {record.text for record in corpus if record.side < limit}
+    assert 25 < len(few) < 75
+    more = shuffled([*documents, *(Document(id, f"more {n}") for n in range(300))], tmp_path / "b", seed=9)
+    limit = more.validation_limit(0.1)
+    assert {r.text for r in more if r.side < limit and not r.text.startswith(b"more")} == few
+
+
 def test_one_distinct_document_cannot_be_split(tmp_path: Path) -> None:
     corpus = shuffled([Document("a", "same"), Document("b", "same")], tmp_path / "a")
-    with pytest.raises(ValueError, match=r"hold 1 distinct document.* needs at least 2"):
+    with pytest.raises(ValueError, match=r"hold only 1 distinct document, .* needs at least 2"):
         corpus.validation_limit(0.01)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from moray.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
+from moray.data import pieces, tokenizer
+from moray.data.tokenizer import SPECIAL_TOKENS, Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [Path(__file__).read_text(), Path(os.__file__).read_text(), Path(json.__file__).read_text()]
 STRANGE = "naïve Ünïcödé 三月 🙂\t\x00\r\n  indent\n\n<|im_start|>user\nhi<|im_end|> <|eos|> "
@@ -45,6 +47,67 @@ def test_a_document_is_bos_text_eos_and_its_text_is_only_text(trained: tuple[Pat
         assert ids.dtype == np.uint16
         assert ours.decode(ids[1:-1]) == text
     assert ours.encode("<|eos|>") == [ours.eos_id], "outside of documents a special token is read as one"
+
+
+def test_long_documents_are_encoded_in_pieces_and_batches(
+    trained: tuple[Path, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 500)
+    monkeypatch.setattr(tokenizer, "BATCH_BYTES", 1200)
+    folder, ours = trained
+    theirs = AutoTokenizer.from_pretrained(folder)
+    texts = ["", "short", TEXTS[1], "x" * 3000, STRANGE, TEXTS[2] * 3, ""]
+    for text, ids in zip(texts, ours.encode_documents(texts), strict=True):
+        assert ids.tolist() == [ours.bos_id, *theirs(text, split_special_tokens=True).input_ids, ours.eos_id]
+
+
+# As in tests/data/reading/test_memory.py.
+LONG_DOCUMENT = """
+import random, sys
+from pathlib import Path
+from moray.data.tokenizer import load_tokenizer
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+tokenizer = load_tokenizer(sys.argv[1])
+text = " ".join(random.Random(0).choices(["quick", "brown", "foxes", "jump"], k=700_000))
+before = peak()
+(ids,) = tokenizer.encode_documents([text])
+print(len(ids), peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_a_documents_tokens(trained: tuple[Path, Tokenizer]) -> None:
+    command = [sys.executable, "-c", LONG_DOCUMENT, str(trained[0])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    n_tokens, growth = map(int, done.stdout.split())
+    assert n_tokens > 2_000_000
+    assert growth < 150 << 20, "at 260 bytes a token it would be 500 MiB and more"
+
+
+@pytest.mark.parametrize("word", ["abcdefgh", "三月人家山水風花", " ", "=-"])
+def test_training_on_endless_words_ends(tmp_path: Path, word: str) -> None:
+    """In time that grew with a word's length for each of its merges, these took many minutes."""
+    texts = ["".join(random.Random(0).choices(word, k=300_000)), *TEXTS]
+    ours = train_tokenizer(texts, tmp_path, 1000)
+    assert ours.vocab_size == 1000
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(texts[0][:2000]).input_ids == ours.encode(texts[0][:2000])
+    assert "Split" not in (tmp_path / "tokenizer.json").read_text(), "the tokenizer itself knows no such limit"
+
+
+def test_words_of_common_length_are_trained_on_whole(tmp_path: Path) -> None:
+    """Against a tokenizer that tokenizers alone trains, without any limit."""
+    texts = [*TEXTS, "x" * 256 + " " + "ab" * 100, *(" ".join(TEXTS) for _ in range(3))]
+    ours = train_tokenizer(texts, tmp_path, 800)
+    alone = tokenizers.Tokenizer(models.BPE())
+    alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = list(SPECIAL_TOKENS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=800, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    alone.train_from_iterator(texts, trainer)
+    assert json.loads(ours.backend.to_str())["model"] == json.loads(alone.to_str())["model"]
 
 
 def test_training_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
@@ -94,7 +157,7 @@ def test_an_imported_tokenizer(tmp_path: Path) -> None:
     ours = copy_tokenizer(source, tmp_path / "ours")
     text = "longer than four tokens"
     assert ours.encode(text) == AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False).input_ids
-    assert ours.encode_documents([text])[0].tolist() == [256, *ours.encode(text), 300]
+    assert next(ours.encode_documents([text])).tolist() == [256, *ours.encode(text), 300]
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (256, 300, 300, 301)
     assert AutoTokenizer.from_pretrained(tmp_path / "ours").bos_token_id == 256
 

@@ -60,7 +60,6 @@ class Nodes:
             process.wait()
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(120)
 def test_of_a_driver_that_was_cut_off_and_a_second_attempt_one_trains(dataset: Path, tmp_path: Path) -> None:
     """Ray itself leaves workers that are cut off a minute, in which they would commit beside their successors."""

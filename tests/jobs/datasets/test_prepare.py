@@ -18,9 +18,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from moray.data.dataset import Dataset
+from moray.data.reading.rules import Rules
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.datasets import prepare as preparing
 from moray.jobs.datasets.prepare import Summary, prepare
+from moray.jobs.verbs.prepare import prepare as verb
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SOURCES = [STDLIB / "json", STDLIB / "asyncio", STDLIB / "email"]
@@ -89,9 +91,42 @@ def test_the_summary_counts_duplicates_and_names_what_was_skipped(tmp_path: Path
     assert (summary.n_duplicates, sum(split.n_documents for split in summary.dataset.splits.values())) == (3, 3)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "3 exact duplicates" in printed
-    assert "1 empty: rows.jsonl.gz:7" in printed
-    assert "1 not UTF-8: rows.jsonl.gz:8" in printed
+    assert f"left out   empty: 1\n{'':<12}{tmp_path}/rows.jsonl.gz, line 7\n" in printed
+    assert f"left out   bad records: 1\n{'':<12}{tmp_path}/rows.jsonl.gz, line 8: not UTF-8" in printed
     assert str(tmp_path / "out") in printed
+
+
+def test_a_folder_as_people_have_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command's own options: what is read, what is told, and copies of one text known as such."""
+    folder = tmp_path / "corpus"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("a page\nabout it\n")
+    (folder / "copy.txt").write_bytes(b"a page\r\nabout it\r\n")
+    (folder / "bom.txt").write_bytes(b"\xef\xbb\xbfa page\nabout it\n")
+    (folder / "[").mkdir()
+    (folder / "[" / "draft].html").write_text("<p>")
+    rows = [json.dumps({"id": "same", "content": f"row {n}"}) for n in range(40)] + ["{", "[" * 8000]
+    (folder / "data" / "train.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    (folder / "data" / "crashed.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode())[:40])
+    (folder / "long.txt").write_text(" ".join(f"word{n}" for n in range(600)))
+    out = tmp_path / "out"
+    settings = {"text_field": "content", "max_document_bytes": 2048, "max_bad": 2, "on_damage": "skip"}
+    assert verb((str(folder),), out=out, vocab_size=300, validation=0.2, **settings) == 0
+    documents = [documents_of(Dataset.open(out), split) for split in ("train", "validation")]
+    assert {f"corpus/long.txt#{n}" for n in (1, 2, 3)} <= documents[0].keys() | documents[1].keys()
+    assert sum(split.n_documents for split in Dataset.open(out).splits.values()) == 40 + 1 + 3
+    assert all("corpus/data/train.jsonl.gz:same" in split for split in documents)
+    told = capsys.readouterr().err
+    for line in (
+        "dropped    2 exact duplicates",
+        "left out   not read: 1",
+        f"{folder}/[/draft].html",
+        "left out   damaged files: 1",
+        "left out   bad records: 2",
+        f"{folder}/data/train.jsonl.gz, line 42: nested too deeply",
+        f"{folder}/long.txt: into pieces of at most max_document_bytes=2,048",
+    ):
+        assert line in told
 
 
 def test_an_existing_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:
@@ -118,7 +153,7 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> No
     first = prepared(tmp_path / "out")
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n')
     with pytest.raises(ValueError, match="line 2: no field 'text'"):
-        prepared(tmp_path / "out", *SOURCES, tmp_path / "rows.jsonl", overwrite=True)
+        prepared(tmp_path / "out", *SOURCES, tmp_path / "rows.jsonl", overwrite=True, reading=Rules(max_bad=0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
     assert Dataset.open(tmp_path / "out").fingerprint == first.dataset.fingerprint
 

@@ -1,0 +1,48 @@
+"""The one place where what is left out is counted, named and limited."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moray import UserError
+from moray.data.reading.records import Loss, Reason
+from moray.data.reading.rules import Rules
+
+NAMED = 10
+
+
+@dataclass
+class Account:
+    """What reading left out: how many for each reason, and the first few by name (memory stays bounded)."""
+
+    rules: Rules
+    counts: Counter[Reason] = field(default_factory=Counter)
+    named: dict[Reason, list[Loss]] = field(default_factory=dict)
+
+    def note(self, loss: Loss) -> None:
+        """Counts a loss. Raises UserError for the bad record that is one too many."""
+        self.counts[loss.reason] += 1
+        named = self.named.setdefault(loss.reason, [])
+        if len(named) < NAMED:
+            named.append(loss)
+        if loss.reason is Reason.BAD and self.counts[loss.reason] > self.rules.max_bad:
+            first = f", {named[0].place} the first" if len(named) > 1 else ""
+            limit = f"more than max_bad={self.rules.max_bad} records are bad{first}"
+            raise UserError(f"{loss}; {limit}; mend them, or bear more by --max-bad")
+
+    def damaged(self, path: Path, why: str) -> None:
+        """Counts a file that cannot be read, or not to its end. Raises UserError unless such are to be skipped."""
+        loss = Loss(Reason.DAMAGED, str(path), why)
+        if self.rules.on_damage == "stop":
+            raise UserError(f"{loss}; mend or remove it, or go on without such files by --on-damage skip")
+        self.note(loss)
+
+    def lines(self) -> list[str]:
+        """What was left out and what was changed, in words."""
+        lines = []
+        for reason, count in self.counts.items():
+            named = self.named[reason]
+            lines.append(f"{'left out' if reason is not Reason.CUT else 'changed':<10} {reason}: {count:,}")
+            lines += [f"{'':<12}{loss}" for loss in named]
+            lines += [f"{'':<12}and {count - len(named):,} more"] if count > len(named) else []
+        return lines

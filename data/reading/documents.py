@@ -1,0 +1,151 @@
+"""Reads sources into documents: find the files, try each, read them one after another, and account for every loss."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from moray import UserError
+from moray.data.reading.account import Account
+from moray.data.reading.compression import decompressed
+from moray.data.reading.formats import Format
+from moray.data.reading.json_files import read_json, read_json_lines
+from moray.data.reading.parquet import read_parquet
+from moray.data.reading.records import BadRecord, Damage, Item, Loss, Reason, Record, damage_of
+from moray.data.reading.rules import Rules
+from moray.data.reading.sources import Source, SourceFile, find
+from moray.data.reading.tar import read_tar
+from moray.data.reading.texts import cut, read_text
+
+BOM = b"\xef\xbb\xbf"
+_NOTHING_VISIBLE = re.compile("[\\s\u200b-\u200d\u2060\ufeff]*")
+_READERS = {
+    "text": read_text,
+    "jsonl": read_json_lines,
+    "json": read_json,
+    "tar": read_tar,
+    "parquet": read_parquet,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and the key that names it. Keys may be equal: ids are the files' own."""
+
+    key: str
+    text: str
+
+
+def read_documents(sources: Sequence[str | Path], account: Account) -> Iterator[Document]:
+    """The documents of all sources (see `sources.find`), in a stable order, one in memory at a time.
+
+    What is left out is noted in `account`, whose rules say what is borne. Every file is tried before any is read: its
+    first record is looked at.
+    Raises UserError, then, for a source that cannot be read or holds nothing that can be, and for a damaged file; and
+    while reading, for what is found only there.
+    Memory: the largest record that the rules allow, five times over; of parquet, three times a page and 4 MiB of rows;
+    of zstd, the window that its writer chose (at most 8 MiB by default, 2 GiB with `--long=31`).
+    """
+    usable = [_tried(source, account) for source in find(sources)]
+    return (document for source in usable for document in _of_source(source, account))
+
+
+def _tried(source: Source, account: Account) -> Source:
+    """The source without those of its files that cannot be read at all."""
+    for loss in source.losses:
+        account.note(loss)
+    usable = []
+    for file in source.files:
+        try:
+            _try(file, account.rules)
+            usable.append(file)
+        except Exception as error:
+            _account_for(error, file, account)
+    return Source(source.given, tuple(usable))
+
+
+def _try(file: SourceFile, rules: Rules) -> None:
+    """Raises Damage, or the format's own error, for a file that cannot be opened or whose first records are all bad."""
+    if file.format == Format("text"):
+        return
+    bad = None
+    for item in islice(_items(file, rules), 1 + rules.max_bad):
+        if isinstance(item, Record):
+            next(iter(item.blocks), None)
+            return
+        if item.reason is Reason.BAD and item.place:  # one of several, as it has a place
+            bad = bad or item
+    if bad:
+        raise Damage(f"none of its first records can be read; {bad}")
+
+
+def _items(file: SourceFile, rules: Rules) -> Iterator[Item]:
+    with open(file.path, "rb") as packed:
+        if file.format.kind != "text" and not file.path.stat().st_size:
+            raise Damage("holds no documents: it is empty (0 bytes)")
+        # Parquet is read from its end.
+        content = decompressed(packed, file.format.compression) if file.format.kind != "parquet" else packed
+        yield from _READERS[file.format.kind](content, rules)
+
+
+def _of_source(source: Source, account: Account) -> Iterator[Document]:
+    any_record, first_loss = False, ""
+    for file in source.files:
+        path, n_documents = str(file.path), 0
+        try:
+            for item in _items(file, account.rules):
+                item = item.within(path, file.key)
+                any_record |= isinstance(item, Record)
+                first_loss = first_loss or (f"; {item.reason}: {item}" if isinstance(item, Loss) else "")
+                for document in _documents(item, account):
+                    yield document
+                    n_documents += 1
+        except Exception as error:
+            _account_for(error, file, account, f"after {n_documents:,} documents ")
+    if not any_record:
+        raise UserError(f"source {source.given!r} holds no documents{first_loss}")
+
+
+def _account_for(error: Exception, file: SourceFile, account: Account, progress: str = "") -> None:
+    """Notes a damaged file. Raises any error again that is not of a file."""
+    why = damage_of(error)
+    if why is None:
+        raise error
+    account.damaged(file.path, why if isinstance(error, Damage) else f"damaged or unreadable {progress}({why})")
+
+
+def _documents(item: Item, account: Account) -> Iterator[Document]:
+    if isinstance(item, Loss):
+        account.note(item)
+        return
+    limit = account.rules.max_document_bytes
+    pieces = cut(item.blocks, limit)
+    try:
+        first, second = next(pieces), next(pieces, None)
+        if second is None:
+            yield from _document(item.name, item.place, first, account)
+        elif account.rules.long_documents == "drop":
+            account.note(Loss(Reason.LONG, item.place, f"more than max_document_bytes={limit:,}"))
+        else:
+            account.note(Loss(Reason.CUT, item.place, f"into pieces of at most max_document_bytes={limit:,}"))
+            for number, piece in enumerate(chain((first, second), pieces), 1):
+                yield from _document(f"{item.name}#{number}", f"{item.place}, piece {number}", piece, account)
+    except BadRecord as error:
+        account.note(Loss(Reason.BAD, item.place, str(error)))
+
+
+def _document(key: str, place: str, raw: bytes, account: Account) -> Iterator[Document]:
+    """The text of some bytes, without BOM and without what a crash leaves behind a file's end; none if it is empty."""
+    if raw.endswith(b"\0"):
+        raw = raw.rstrip(b"\0")
+        account.note(Loss(Reason.CUT, place, "NUL bytes at its end, as a crash leaves them"))
+    try:
+        text = raw.removeprefix(BOM).decode()
+    except UnicodeDecodeError as error:
+        account.note(Loss(Reason.BAD, place, f"not UTF-8 ({error.reason}, byte {error.start + 1})"))
+        return
+    if _NOTHING_VISIBLE.fullmatch(text):
+        account.note(Loss(Reason.EMPTY, place))
+    else:
+        yield Document(key, text)
