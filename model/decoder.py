@@ -2,7 +2,7 @@
 
 # Shapes: B batch, T tokens, D model width, V vocabulary.
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +50,19 @@ class Decoder(nn.Module):
         is_post = config.norm.placement == "post"
         self.norm = nn.Identity() if is_post else build_norm(config.d_model, config.norm)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
-        if config.tied_embeddings:
-            self.head.weight = self.embedding.weight
         self.vocabulary = WholeVocabulary()
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes a tied head's weight the embedding's, after whatever has given the two modules new ones."""
+        if self.config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """As of any module, which gives each of its own a new tensor; a tied head stays tied."""
+        super().to_empty(device=device, recurse=recurse)
+        self.tie()
+        return self
 
     def forward(
         self,

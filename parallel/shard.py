@@ -32,9 +32,6 @@ def build_decoder(config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, co
     apply_expert_parallel(decoder, meshes)
     _shard(decoder, meshes, dtype, compute_dtype)
     decoder.to_empty(device=meshes.dense.device_type)
-    if config.tied_embeddings:
-        # to_empty gives every module a tensor of its own.
-        decoder.head.weight = decoder.embedding.weight
     for module in decoder.modules():
         if isinstance(module, MoE):
             module.tokens_E.zero_()

@@ -59,8 +59,7 @@ def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
     if decoder.position_embedding is not None:
         top["position_embedding"] = embedding
     parallelize_module(decoder, mesh, top | _norms_plan(decoder, "norm"))
-    if decoder.config.tied_embeddings:
-        decoder.head.weight = decoder.embedding.weight
+    decoder.tie()
     decoder.vocabulary = VocabularyShard(mesh, decoder.config.vocab_size)
     for block in decoder.blocks:
         assert isinstance(block, Block)

@@ -51,8 +51,6 @@ def load_run(folder: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, 
     with torch.device("meta"):
         decoder = Decoder(weights.config)
     decoder = decoder.to_empty(device="cuda" if torch.cuda.is_available() else "cpu").eval()
-    if decoder.config.tied_embeddings:
-        decoder.head.weight = decoder.embedding.weight
     state = decoder.state_dict()
     for name, shape in tensor_shapes(weights.config).items():
         state[name].copy_(weights.read(name, whole(shape)))

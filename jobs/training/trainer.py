@@ -56,7 +56,7 @@ class Pulse:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._last: dict[str, Any] = {"step": 0}
-        self._told: dict[str, str] = {}
+        self._told: dict[str, Any] = {}
 
     def beat(self, row: dict[str, Any]) -> None:
         self._last = row

@@ -11,7 +11,7 @@ from moray.model.hf.families import config_json, family_of
 from moray.model.hf.reader import HFWeights
 from moray.model.hf.writer import write_pretrained
 from moray.model.moe.router import Router
-from moray.model.tensors import Box
+from moray.model.tensors import Box, tensor_shapes
 
 
 def read_config(folder: Path | str) -> ModelConfig:
@@ -36,14 +36,11 @@ def load_pretrained(folder: Path | str, dtype: torch.dtype = torch.float32) -> D
             if isinstance(module, Router):
                 module.to(torch.promote_types(dtype, torch.float32))
     decoder.to_empty(device="cpu")
-    if config.tied_embeddings:
-        # to_empty gives every module a tensor of its own.
-        decoder.head.weight = decoder.embedding.weight
     for buffer in decoder.buffers():
         buffer.zero_()
-    for name, tensor in decoder.state_dict().items():
-        if name != "head.weight" or not config.tied_embeddings:
-            tensor.copy_(weights.read(name))
+    tensors = decoder.state_dict()
+    for name in tensor_shapes(config):
+        tensors[name].copy_(weights.read(name))
     return decoder.eval()
 
 

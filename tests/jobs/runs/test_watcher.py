@@ -108,6 +108,30 @@ def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
     assert Tail(path).read() == [], "what is old is not told again"
 
 
+def test_a_log_that_is_removed_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    tail = Tail(path)
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    assert tail.read() == [{"a": 1}, {"a": 2}]
+    path.unlink()
+    assert tail.read() == []
+    path.write_text('{"a": 3}\n')
+    assert tail.read() == [{"a": 3}]
+
+
+def test_what_came_by_heartbeat_is_told_once(tmp_path: Path) -> None:
+    failed = {"error": "step 8 was not committed: no room"}
+    log = Console(file=io.StringIO())
+    with watched(tmp_path, log) as watcher:
+        for step in (8, 9):
+            watcher.on_status(0, step, {**ROW, "told": describe("commit_failed", failed)})
+        EventLog(tmp_path / "events.jsonl").write("commit_failed", step=8, **failed)
+        EventLog(tmp_path / "events.jsonl").write("commit_failed", step=10, error="step 10 was not committed: no room")
+    assert isinstance(log.file, io.StringIO)
+    told = [line for line in log.file.getvalue().splitlines() if "committed" in line]
+    assert told == [f"step {step} was not committed: no room; the next commit tries again" for step in (8, 10)]
+
+
 def test_cpus_are_told_of_where_gpus_may_be_on_their_way() -> None:
     assert describe("device", {"device": "cuda"}) is None
     told = describe("device", {"device": "cpu"})

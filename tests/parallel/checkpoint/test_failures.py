@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from moray.parallel.checkpoint import storage
 from moray.parallel.checkpoint.checkpointer import Checkpointer, CommitError
 from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 
@@ -273,6 +274,22 @@ def test_a_commit_appears_after_what_must_come_before_it_or_not_at_all(tmp_path:
     assert not any(name.startswith("step-") for names in seen for name in names)
     (commit,) = list_commits(tmp_path)
     assert (commit.step, verify(commit)) == (3, [])
+
+
+def test_what_is_removed_while_it_is_written_is_no_loss_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole folder goes between the last byte of the commit and its manifest."""
+    checkpointer, events = checkpointer_and_events(tmp_path / "checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "flush_folder", lambda path: shutil.rmtree(tmp_path / "checkpoints"))
+        checkpointer.save(1, {"w": torch.zeros(4)}, {})
+        checkpointer.save(2, {"w": torch.zeros(4)}, {})
+    checkpointer.finish()
+    assert [name for name, _ in events] in (["commit_failed", "commit"], ["commit_failed", "commit_failed", "commit"])
+    assert "No such file or directory" in events[0][1]["error"]
+    (commit,) = list_commits(tmp_path / "checkpoints")
+    assert (commit.step, verify(commit)) == (2, [])
 
 
 def test_whoever_waits_for_the_writing_thread_says_so(tmp_path: Path) -> None:
