@@ -30,7 +30,7 @@ SECONDS = 300.0
 STARTS_S = 45.0
 """Of these, what is no training: workers that start, one that dies, text that is written."""
 TRIAL_STEPS = 4
-WORKERS_COST = 2.2
+WORKERS_COST = 1.6
 """How much slower four workers are than one process with as many threads as there are cores, on two cores."""
 
 

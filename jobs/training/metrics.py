@@ -1,6 +1,7 @@
 """What a run tells of itself: metrics.jsonl and TensorBoard, one entry a step."""
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             continue
         newest = generation
     return [rows[step] for step in sorted(rows)]
+
+
+def worker_peak(device: torch.device, dtype: torch.dtype, local_workers: int) -> float:
+    """A worker's part of its node's peak: of a CPU, less than `matmul_peak` where workers share cores."""
+    peak = matmul_peak(device, dtype)
+    if device.type == "cuda":
+        return peak
+    return peak * min(1.0, (os.cpu_count() or 1) / (local_workers * torch.get_num_threads()))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

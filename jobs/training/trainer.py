@@ -27,7 +27,7 @@ from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.watcher import describe
 from moray.jobs.training.dtype import choose_dtype
-from moray.jobs.training.metrics import MetricsLog, expert_metrics, matmul_peak
+from moray.jobs.training.metrics import MetricsLog, expert_metrics, worker_peak
 from moray.jobs.training.optimizer import build_optimizer, set_learning_rate, training_state
 from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder, Randomness
@@ -182,7 +182,11 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         dtype=torch.float32,
         compute_dtype=compute_dtype,
     )
-    peak = context.once(f"peak {context.device.type} {dtype}", lambda: matmul_peak(context.device, compute_dtype))
+    # Of each rank its own, for what one measures while others are busy is lower: a restart must not change the MFU.
+    peak = context.once(
+        f"peak of {context.device} in {dtype}, rank {context.local_rank}",
+        lambda: worker_peak(context.device, compute_dtype, context.local_world_size),
+    )
     share = config.train.global_batch // layout.dp
     dp_rank = layout.dp_rank(context.rank)
     events = EventLog(Path(config.run.dir) / "events.jsonl")

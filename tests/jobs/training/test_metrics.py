@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moray.jobs.training import metrics
 from moray.jobs.training.metrics import (
     MetricsLog,
     expert_balance,
@@ -15,6 +17,7 @@ from moray.jobs.training.metrics import (
     expert_metrics,
     matmul_peak,
     read_metrics,
+    worker_peak,
 )
 from moray.parallel.gradients import ExpertLoad
 
@@ -103,6 +106,18 @@ def test_a_step_tells_the_share_of_choices_that_found_their_expert_full() -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_is_a_machines(dtype: torch.dtype) -> None:
     assert 1e9 < matmul_peak(torch.device("cpu"), dtype, seconds=0.01) < 1e15
+
+
+def test_workers_that_share_cores_have_their_part_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cores = torch.device("cpu"), os.cpu_count() or 1
+    monkeypatch.setattr(metrics, "matmul_peak", lambda device, dtype: 60.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert worker_peak(cpu, torch.float32, cores) == 60.0
+        assert 4 * cores * worker_peak(cpu, torch.float32, 4 * cores) == pytest.approx(cores * 60.0)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_an_older_generation_still_writes_does_not_count(tmp_path: Path) -> None:
