@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from moray.cluster.devices import Device, check_health, pick_device
 from moray.cluster.events import OnEvent
+from moray.cluster.exit_codes import EXIT_DONE
 from moray.cluster.group import Hooks
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
+from moray.cluster.worker import WorkerContext, WorkerFunction
 
 
 def run_local(function: WorkerFunction, argument: Any, device: Device, hooks: Hooks) -> int:

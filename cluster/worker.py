@@ -9,10 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-EXIT_DONE = 0
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, the same command resumes
-EXIT_SUPERSEDED = 76  # another attempt took over, and this one has written nothing since
-
 
 class WorkerError(RuntimeError):
     """The group failed and is not started again.
@@ -99,4 +95,4 @@ def count_up(previous: int | None) -> int:
 
 
 WorkerFunction = Callable[[WorkerContext, Any], int | None]
-"""Runs on every rank with the same argument; returns EXIT_DONE (or None), EXIT_INTERRUPTED or EXIT_SUPERSEDED."""
+"""Runs on every rank with the same argument; returns an exit code of `exit_codes`, or None: done."""

@@ -22,6 +22,7 @@ from typing import Any
 import tyro
 
 from moray import UserError
+from moray.cluster.exit_codes import EXIT_FAILED, EXIT_KILLED_BY_KEYBOARD, EXIT_MISTAKE
 from moray.cluster.signals import hold_sigterm, release_sigterm
 from moray.jobs.completion import SHELLS, completion
 from moray.jobs.config.nearest import nearest
@@ -33,9 +34,9 @@ from moray.jobs.verbs.inspect import inspect
 from moray.jobs.verbs.prepare import prepare
 from moray.jobs.verbs.pretrain import pretrain
 from moray.jobs.verbs.say import complain
+from moray.jobs.verbs.status import status
 from moray.jobs.verbs.upcycle import upcycle
 
-EXIT_FAILED, EXIT_MISTAKE, EXIT_KILLED_BY_KEYBOARD = 1, 2, 130  # and 75, 76: moray.cluster.worker
 RANK_0_TELLS_S = 5.0
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 """What a system answers for a path that this user cannot read or write."""
@@ -43,7 +44,7 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 """What a network file system answers while its server is away, or of what was replaced."""
 
 VERBS: dict[str, Callable[..., int]] = {
-    verb.__name__: verb for verb in (prepare, pretrain, generate, checkpoints, inspect, export, upcycle, demo)
+    verb.__name__: verb for verb in (prepare, pretrain, status, generate, checkpoints, inspect, export, upcycle, demo)
 }
 
 

@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from moray import UserError
 from moray.cluster.devices import check_health, pick_device
+from moray.cluster.exit_codes import EXIT_DONE
 from moray.cluster.network import use_interface_of
 from moray.cluster.parent import die_with_parent
 from moray.cluster.ray.messages import Assignment, Failure, Note
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import EXIT_DONE, WorkerContext, WorkerFunction
+from moray.cluster.worker import WorkerContext, WorkerFunction
 
 
 def work(

@@ -9,13 +9,14 @@ from typing import Any
 from ray.exceptions import RayError
 
 from moray import UserError
+from moray.cluster.exit_codes import EXIT_INTERRUPTED
 from moray.cluster.group import SILENT, Group, Hooks
 from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.generation import Fault, Generation, Watch
 from moray.cluster.ray.nodes import Gang
 from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import EXIT_INTERRUPTED, WorkerError, WorkerFunction
+from moray.cluster.worker import WorkerError, WorkerFunction
 
 
 def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hooks = SILENT) -> int:

@@ -64,7 +64,7 @@ def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) ->
         _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=bool(commits))
         if config.weights_from:
             copy_stops(tokenizer_of(Path(config.weights_from)), folder / "tokenizer")
-        _replace_file(folder / "config.toml", to_toml(config))
+        replace_file(folder / "config.toml", to_toml(config))
         yield True
 
 
@@ -188,11 +188,15 @@ def _tokenizer_bytes(folder: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _replace_file(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, whatever happens on the way."""
+def replace_file(path: Path, text: str) -> None:
+    """The file holds the old text or the new one, whatever happens on the way. Raises OSError."""
     partial = _partial(path)
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -10,15 +10,17 @@ from rich.console import Console
 
 from moray import UserError
 from moray.cluster.events import read_events
+from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED
 from moray.cluster.group import Hooks
 from moray.cluster.launch import launch
-from moray.cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerError
+from moray.cluster.worker import WorkerError
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import same_vocabulary
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import tokenizer_of
 from moray.jobs.runs.folder import claimed
 from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.reporter import Reporter
 from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.trainer import checkpoints_of, train
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
@@ -43,7 +45,9 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
         for problem in ledger_problems(Path(config.run.dir)) if is_first else []:
             tell(f"run.dir={config.run.dir}: {problem}; this changes nothing in what the run computes")
         try:
-            code = _launch(config, console, listener or Listener())
+            listener = listener or Listener()
+            with Reporter(config, listener) if is_first else nullcontext(listener) as listener:
+                code = _launch(config, console, listener)
         except SupersededError as error:
             tell(f"{error}; this one has written nothing since, and ends")
             return EXIT_SUPERSEDED

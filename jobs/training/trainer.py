@@ -19,7 +19,8 @@ import torch.distributed as dist
 from moray import UserError
 from moray.cluster.devices import peak_memory_bytes
 from moray.cluster.events import EventLog
-from moray.cluster.worker import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED, WorkerContext
+from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED
+from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.data.stream import Batch, Stream, evaluation_batches
 from moray.jobs.config.run import RunConfig

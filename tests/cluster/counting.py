@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from moray import UserError
 from moray.cluster.events import EventLog, read_events
+from moray.cluster.exit_codes import EXIT_INTERRUPTED
 from moray.cluster.group import Group, Hooks
 from moray.cluster.launch import launch
-from moray.cluster.worker import EXIT_INTERRUPTED, TakeGeneration, WorkerContext
+from moray.cluster.worker import TakeGeneration, WorkerContext
 
 TROUBLES = {kind.__name__: kind for kind in (RuntimeError, ValueError, UserError)}
 

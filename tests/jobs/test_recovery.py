@@ -18,6 +18,7 @@ from moray.cluster.group import Group
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.status import status_of
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain
@@ -56,6 +57,11 @@ def ledger_is_whole(run: Path) -> None:
             assert event["step"] * 8 > committed
             committed = event["step"] * 8
     assert committed == STEPS * 8
+
+
+def rows_written(run: Path) -> int:
+    """How often a step was computed, be it undone or not."""
+    return (run / "metrics.jsonl").read_text().count('{"step"')
 
 
 def computed(run: Path) -> list[tuple[Any, ...]]:
@@ -97,6 +103,14 @@ def test_a_killed_worker_changes_no_later_step(untouched: Path, dataset: Path, t
     assert computed(run) == computed(untouched)
     ledger_is_whole(run)
     ledger_is_whole(untouched)
+    found = status_of(run)
+    (recovered,) = (event for event in events if event["kind"] == "recovered")
+    assert (found.state, found.launcher, found.workers, found.generation) == ("done", "ray", 4, 2)
+    assert (found.faults, found.fault_seconds, found.steps_again) == (
+        1,
+        recovered["seconds"],
+        rows_written(run) - STEPS,
+    )
 
 
 def test_a_killed_driver_and_the_same_command_again(untouched: Path, dataset: Path, tmp_path: Path) -> None:
@@ -113,10 +127,14 @@ def test_a_killed_driver_and_the_same_command_again(untouched: Path, dataset: Pa
         driver.kill()
         driver.communicate()
     assert len(read_metrics(run)) < STEPS
+    found = status_of(run)
+    assert (found.state, found.pid, found.exit_code) == ("lost", driver.pid, 75)
     again = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert again.returncode == 0, again.stderr
     assert computed(run) == computed(untouched)
     ledger_is_whole(run)
+    found = status_of(run)
+    assert (found.state, found.faults, found.steps_again) == ("done", 0, rows_written(run) - STEPS)
 
 
 def test_another_layout_resumes_and_computes_the_same(untouched: Path, dataset: Path, tmp_path: Path) -> None:
@@ -170,5 +188,8 @@ def test_a_loss_that_is_never_finite_ends_in_one_line(
     assert "FloatingPointError: step " in last
     assert last.endswith(f"; the traceback is in {run}/events.jsonl")
     faults = [event for event in read_events(run / "events.jsonl") if event["kind"] == "fault"]
+    found = status_of(run)
+    assert (found.state, found.exit_code) == ("failed", 1)
+    assert f"moray: {found.why}" == last
     assert len(faults) == 2, "one retry is justified: a GPU may flip a bit"
     assert all("check_finite" in fault["traceback"] for fault in faults)

@@ -27,6 +27,7 @@ from moray.jobs.cli import dispatch
 from moray.jobs.config.run import load_config
 from moray.jobs.generation.generate import load_run
 from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.status import status_of
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder, initialise
@@ -276,6 +277,8 @@ def test_two_processes_compute_what_one_does(dataset: Path, untouched: Path, tmp
     torchrun(arguments(dataset, tmp_path, cluster__launcher="torchrun"))
     assert_close_history(tmp_path, untouched)
     assert {row["layout"] for row in read_metrics(tmp_path)} == {"dp_replicate=1 dp_shard=2 tp=1 ep=1"}
+    found = status_of(tmp_path)
+    assert (found.state, found.launcher, found.workers, found.step) == ("done", "torchrun", 2, STEPS)
 
 
 def forget(run: Path, after: int) -> None:
