@@ -1,8 +1,6 @@
 """What a person sees of a run while it goes on: the newest step, and every event that matters."""
 
-import json
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from rich.text import Text
 
 from moray.cluster.events import EventLog
 from moray.jobs.config.run import RunConfig
+from moray.jobs.runs.files import Tail
 
 PLAIN_EVERY_S = 10.0  # between two lines where no terminal can show one that changes
 
@@ -100,28 +99,6 @@ class StepDisplay:
         self.live.update(Group(self._bar, *map(Text, numbers(row))))
 
 
-class Tail:
-    """Reads what is appended to an event log from now on, a whole line at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """The events since the last call."""
-        if not self._path.exists():
-            return []
-        with open(self._path, "rb") as file:
-            file.seek(self._offset)
-            whole, end, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole + end)
-        events = []
-        for line in whole.splitlines():
-            with suppress(json.JSONDecodeError):  # a worker's crash may have cut it short
-                events.append(json.loads(line))
-        return events
-
-
 def numbers(row: dict[str, Any]) -> list[str]:
     """A step's row of metrics.jsonl for the eye: a line that fits 80 columns, and one of the experts' balance."""
     parts = [
@@ -161,6 +138,9 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         return f"removed the commits of steps {fields.get('steps')}: another attempt's, not of this history"
     if kind == "commit_failed":
         return f"{fields.get('error')}; the next commit tries again"
+    if kind == "tracker_failed":
+        failed = f"{fields.get('tracker')} failed: {fields.get('error')}"
+        return f"{failed}; the run goes on without it, and the next start sends what it lacks"
     if kind == "wait":
         return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
     if kind == "device" and fields.get("device") == "cpu":

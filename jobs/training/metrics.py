@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl and TensorBoard, one entry a step."""
+"""What a run tells of itself: metrics.jsonl, one line a step."""
 
 import json
 import math
@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from moray.parallel.gradients import ExpertLoad
 
 
 class MetricsLog:
-    """Appends to RUN/metrics.jsonl and RUN/tensorboard/. Steps that a fault undid stay in the file, superseded.
+    """Appends to RUN/metrics.jsonl. Steps that a fault undid stay in the file, superseded.
 
     Where there are such, a line `{"resumed_from": STEP, "generation": G}` says that those above STEP no longer count.
     """
@@ -31,17 +30,10 @@ class MetricsLog:
         undone = any(row["step"] > step for row in read_metrics(run))
         self._file = open(self._path, "a")  # noqa: SIM115 - it lives as long as the log
         if undone:
-            self._append({"resumed_from": step, "generation": generation})
-        self._board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+            self.write({"resumed_from": step, "generation": generation})
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one step; a reader sees the line at once, whole."""
-        self._append(row)
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, row["step"])
-
-    def _append(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -51,7 +43,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
