@@ -161,6 +161,13 @@ def _default(section: type[Section], name: str) -> int:
 class RunSection(Section):
     dir: AnyPath = ""
     """The folder that the run lives in; the same command resumes what it holds."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Who else gets every step's numbers, separated by commas; none: nobody but metrics.jsonl."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return () if value is None else tuple(dict.fromkeys(value.split(","))) if isinstance(value, str) else value
 
 
 class RunConfig(Section):

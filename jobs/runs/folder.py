@@ -17,6 +17,7 @@ from moray.data.tokenizer import copy_tokenizer
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig, flatten
 from moray.jobs.models.weights import tokenizer_of
+from moray.jobs.runs.files import partial_path, replace_file
 from moray.model import ModelConfig
 from moray.model.accounting.cost import training_state_bytes
 from moray.parallel.checkpoint.commits import Commit, list_commits, verify
@@ -158,7 +159,7 @@ def _put_tokenizer(data: Path, folder: Path, *, is_bound: bool) -> None:
         if is_bound:
             raise UserError(f"{folder} is not the tokenizer of data.path={data}, the run's data; move it away")
         shutil.rmtree(folder)
-    partial = _partial(folder)
+    partial = partial_path(folder)
     partial.mkdir()
     copy_tokenizer(data, partial)
     try:
@@ -167,11 +168,6 @@ def _put_tokenizer(data: Path, folder: Path, *, is_bound: bool) -> None:
         shutil.rmtree(partial)
         if _tokenizer_bytes(folder) != _tokenizer_bytes(data):
             raise
-
-
-def _partial(path: Path) -> Path:
-    """Where this process makes what `path` shall hold."""
-    return path.with_name(f"{path.stem}.{os.getpid()}.partial")
 
 
 def _remove_partials(folder: Path) -> None:
@@ -186,17 +182,3 @@ def _remove_partials(folder: Path) -> None:
 def _tokenizer_bytes(folder: Path) -> bytes | None:
     path = folder / "tokenizer.json"
     return path.read_bytes() if path.is_file() else None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, whatever happens on the way. Raises OSError."""
-    partial = _partial(path)
-    try:
-        with open(partial, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -20,7 +20,7 @@ from moray.cluster.exit_codes import (
 )
 from moray.cluster.process import Process
 from moray.jobs.config.run import RunConfig
-from moray.jobs.runs.folder import replace_file
+from moray.jobs.runs.files import replace_file
 from moray.jobs.runs.status import BEAT_EVERY_S, FILE, Beat, read_beat
 from moray.jobs.runs.watcher import Listener
 from moray.parallel.checkpoint.generations import SupersededError

@@ -1,6 +1,5 @@
 """What a person sees of a run while it goes on: the newest step, and every event that matters."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from moray.cluster.events import EventLog, is_event
-from moray.cluster.json_lines import parse_line
 from moray.jobs.config.run import RunConfig
+from moray.jobs.runs.files import Tail
 
 PLAIN_EVERY_S = 10.0  # between two lines where no terminal can show one that changes
 
@@ -106,27 +105,6 @@ class StepDisplay:
         self.live.update(Group(self._bar, *map(Text, numbers(row))))
 
 
-class Tail:
-    """Reads what is appended to an event log from now on, a whole line at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """The events since the last call."""
-        if not self._path.exists():
-            return []
-        with open(self._path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < self._offset:
-                self._offset = 0  # somebody removed the log, and it begins anew
-            file.seek(self._offset)
-            whole, end, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole + end)
-        found = (parse_line(line) for line in whole.splitlines())
-        return [event for event in found if event is not None]
-
-
 def numbers(row: dict[str, Any]) -> list[str]:
     """A step's row of metrics.jsonl for the eye: a line that fits 80 columns, and one of the experts' balance."""
     parts = [
@@ -166,6 +144,9 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         return f"removed the commits of steps {fields.get('steps')}: another attempt's, not of this history"
     if kind == "commit_failed":
         return f"{fields.get('error')}; the next commit tries again"
+    if kind == "tracker_failed":
+        failed = f"{fields.get('tracker')} failed: {fields.get('error')}"
+        return f"{failed}; the run goes on without it, and the next start sends what it lacks"
     if kind == "wait":
         return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
     if kind == "device" and fields.get("device") == "cpu":

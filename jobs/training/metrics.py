@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl and TensorBoard, one entry a step."""
+"""What a run tells of itself: metrics.jsonl, one line a step."""
 
 import math
 import os
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from moray import UserError
 from moray.cluster.json_lines import JsonLines, read_lines
-from moray.jobs.training.board import Board
 from moray.parallel.gradients import ExpertLoad
 
 
 class MetricsLog:
-    """Appends to RUN/metrics.jsonl and RUN/tensorboard/. Steps that a fault undid stay in the file, superseded.
+    """Appends to RUN/metrics.jsonl. Steps that a fault undid stay in the file, superseded.
 
     Where there are such, a line `{"resumed_from": STEP, "generation": G}` says that those above STEP no longer count.
     """
@@ -27,17 +26,14 @@ class MetricsLog:
         self._rows = JsonLines(run / "metrics.jsonl")
         if any(row["step"] > step for row in read_metrics(run)):
             self._rows.append({"resumed_from": step, "generation": generation})
-        self._board = Board(run / "tensorboard", step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one step; a reader sees the line at once, whole, or when a full disk has room again.
 
         Raises UserError where the run's folder is gone.
         """
-        scalars = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         try:
             self._rows.append(row)
-            self._board.write(row["step"], scalars)
         except FileNotFoundError:
             raise UserError(
                 f"run.dir={self._run} was removed, or its disk unmounted, while the run was writing to it: with its "

@@ -1,7 +1,7 @@
 """`moray pretrain`: checks everything that can be wrong, then launches the workers and shows how they get on."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,13 @@ from moray.cluster.launch import launch
 from moray.cluster.worker import WorkerError
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import same_vocabulary
-from moray.jobs.config.run import RunConfig
+from moray.jobs.config.run import RunConfig, flatten
 from moray.jobs.models.weights import tokenizer_of
 from moray.jobs.runs.folder import claimed
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.reporter import Reporter
+from moray.jobs.runs.trackers import check_trackers
+from moray.jobs.runs.tracking import tracked
 from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.trainer import checkpoints_of, train
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
@@ -38,6 +40,7 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     if config.weights_from:
         check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
     dataset.check_vocabulary(config.model.vocab_size)
+    check_trackers(config.run.trackers)
     with claimed(config, dataset, tell) if is_first else nullcontext(True) as has_steps:
         # The other ranks of torchrun wait for this one, to find out the same.
         if not has_steps and config.cluster.launcher != "torchrun":
@@ -47,7 +50,7 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
         try:
             listener = listener or Listener()
             with Reporter(config, listener) if is_first else nullcontext(listener) as listener:
-                code = _launch(config, console, listener)
+                code = _launch(config, console, listener, config.run.trackers if is_first else ())
         except SupersededError as error:
             tell(f"{error}; this one has written nothing since, and ends")
             return EXIT_SUPERSEDED
@@ -73,7 +76,7 @@ def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[s
         )
 
 
-def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
+def _launch(config: RunConfig, console: Console, listener: Listener, trackers: Sequence[str]) -> int:
     events, generation = Path(config.run.dir) / "events.jsonl", None
 
     def take(previous: int | None) -> int:
@@ -81,7 +84,8 @@ def _launch(config: RunConfig, console: Console, listener: Listener) -> int:
         generation = take_generation(checkpoints_of(config), previous, at_least=next_generation(events))
         return generation
 
-    with Watcher(config, console, listener) as watcher:
+    settings = dict(flatten(config.model_dump()))
+    with Watcher(config, console, listener) as watcher, tracked(Path(config.run.dir), trackers, settings):
         try:
             hooks = Hooks(watcher.on_event, watcher.on_status, take, partial(check_newest, checkpoints_of(config)))
             code = launch(train, config, config.cluster.launcher, config.cluster.group, hooks)

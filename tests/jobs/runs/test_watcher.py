@@ -12,7 +12,8 @@ from tiny import TINY
 from moray.cluster.events import EventLog
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.runs import watcher as watching
-from moray.jobs.runs.watcher import Listener, Tail, Watcher, describe, numbers
+from moray.jobs.runs.files import Tail
+from moray.jobs.runs.watcher import Listener, Watcher, describe, numbers
 
 ROW: dict[str, Any] = {
     "loss": 10.123456,

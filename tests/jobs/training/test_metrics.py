@@ -1,4 +1,4 @@
-"""metrics.jsonl after crashes and restarts, TensorBoard, and the numbers derived for them."""
+"""metrics.jsonl after crashes and restarts, and the numbers derived for them."""
 
 import json
 import math
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moray.jobs.training import metrics
 from moray.jobs.training.metrics import (
@@ -73,15 +72,6 @@ def test_half_a_last_line_is_passed_over_and_does_not_spoil_the_next(tmp_path: P
 
 def test_a_run_that_has_not_begun_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-
-
-def test_tensorboard_shows_the_curves_without_the_steps_that_were_undone(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 6), tokens=7, layout="text")
-    write(tmp_path, range(4, 6), tokens=9)
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5]
-    assert [event.value for event in board.Scalars("tokens")] == [7, 7, 7, 9, 9]
-    assert set(board.Tags()["scalars"]) == {"loss", "tokens"}
 
 
 def test_expert_balance_is_the_busiest_over_the_mean() -> None:

@@ -7,6 +7,7 @@ then on each call raises. Here a full disk delays a record.
 import os
 import socket
 import time
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -28,15 +29,24 @@ class Board:
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._add(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one step, at once or once the disk has room. Raises OSError for anything else that goes wrong."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        """Raises OSError while the disk has no room for all that was written."""
+        self._append()
+        if self._waiting:
+            raise OSError(NO_ROOM[0], os.strerror(NO_ROOM[0]), str(self._path))
 
     def _add(self, event: Event) -> None:
         record = BytesIO()
         RecordWriter(record).write(event.SerializeToString())
         self._waiting += record.getvalue()
+        self._append()
+
+    def _append(self) -> None:
         try:
             self._path.parent.mkdir(exist_ok=True)
             with open(self._path, "ab", buffering=0) as file:

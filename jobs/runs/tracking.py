@@ -1,0 +1,151 @@
+"""Sends metrics.jsonl to a tracker, line by line as it grows: a process a tracker, beside the driver.
+
+The driver's environment has the keys. No step waits for a tracker, and nothing that its library does (fail, hang, wait
+at exit for a server) is the run's. RUN/trackers/NAME.json says how far it has come, and the next attempt goes on there.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moray.cluster.events import EventLog
+from moray.cluster.json_lines import NO_ROOM
+from moray.cluster.parent import die_with_parent
+from moray.jobs.runs.files import Tail, replace_file
+from moray.jobs.runs.trackers import Tracker, open_tracker
+
+LOOK_EVERY_S = 1.0
+FAREWELL_S = 10.0
+
+
+class Position(BaseModel):
+    """How far a tracker has come: bytes of metrics.jsonl, the last step it has, the newest generation seen."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str | None = None
+    offset: int = 0
+    step: int = 0
+    generation: int = 0
+
+
+@contextmanager
+def tracked(run: Path, names: Sequence[str], settings: Mapping[str, Any]) -> Iterator[None]:
+    """These trackers follow the run until the block ends, and then for some seconds at most.
+
+    One that fails says so in events.jsonl. `settings` are shown beside the curves.
+    """
+    processes = {name: _start(run, name, settings) for name in names}
+    try:
+        yield
+    finally:
+        for process in processes.values():
+            assert process.stdin
+            with suppress(OSError):
+                process.stdin.close()
+        until = time.monotonic() + FAREWELL_S
+        for name, process in processes.items():
+            why = f"ended with code {process.returncode}"
+            try:
+                process.wait(max(until - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                why = f"has not taken all within {FAREWELL_S:g} s of the end"
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.returncode:
+                _tell(run, name, why)
+
+
+def _start(run: Path, name: str, settings: Mapping[str, Any]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moray.jobs.runs.tracking", name, str(run)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdin
+    with suppress(OSError):
+        process.stdin.write(json.dumps(settings) + "\n")
+        process.stdin.flush()
+    return process
+
+
+def main() -> None:
+    """Follows until standard input ends: the driver wants to leave. Where it was killed, this one is, too."""
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):  # they ask the run to stop, whose last steps are still to come
+        signal.signal(number, signal.SIG_IGN)
+    name, run = sys.argv[1], Path(sys.argv[2])
+    try:
+        _follow(run, name, json.loads(sys.stdin.readline()))
+    except Exception as error:  # whatever a network or a library has
+        _tell(run, name, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _tell(run: Path, name: str, why: str) -> None:
+    with suppress(OSError):
+        EventLog(run / "events.jsonl").write("tracker_failed", tracker=name, error=why)
+
+
+def _follow(run: Path, name: str, settings: Mapping[str, Any]) -> None:
+    path = run / "trackers" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    position = _read(path)
+    tracker = open_tracker(name, run, settings, position.id, position.step)
+    tail = Tail(run / "metrics.jsonl", position.offset)
+    generation = position.generation
+
+    def save() -> None:
+        now = Position(id=tracker.id, offset=tail.offset, step=tracker.step, generation=generation)
+        try:
+            tracker.flush()
+            replace_file(path, now.model_dump_json())
+        except OSError as error:
+            if error.errno not in NO_ROOM:  # with room again, the next one says as much
+                raise
+
+    save()  # of new curves, the id
+    is_last = False
+    while not is_last:
+        is_last = bool(select.select([sys.stdin], [], [], LOOK_EVERY_S)[0])
+        while rows := tail.read():
+            for row in rows:
+                # An attempt that was overtaken may still write a row.
+                if row.get("generation", generation) >= generation:
+                    generation = row.get("generation", generation)
+                    _send(tracker, row)
+            save()
+    tracker.close()
+
+
+def _send(tracker: Tracker, row: dict[str, Any]) -> None:
+    if "resumed_from" in row:
+        tracker.undo(row["resumed_from"])
+    elif row.get("step", 0) > tracker.step:
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        tracker.write(row["step"], numbers)
+
+
+def _read(path: Path) -> Position:
+    try:
+        return Position.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return Position()
+
+
+if __name__ == "__main__":
+    main()
