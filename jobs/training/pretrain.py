@@ -24,7 +24,8 @@ from moray.jobs.runs.reporter import Reporter
 from moray.jobs.runs.trackers import check_trackers
 from moray.jobs.runs.tracking import tracked
 from moray.jobs.runs.watcher import Listener, Watcher
-from moray.jobs.training.trainer import checkpoints_of, train
+from moray.jobs.training.begin import checkpoints_of
+from moray.jobs.training.trainer import train
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
 
 

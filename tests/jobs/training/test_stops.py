@@ -38,17 +38,17 @@ main()
 """
 WHILE_LOADING = """
 import os, signal
-import moray.jobs.training.trainer
+import moray.jobs.training.begin
 from moray.jobs.cli import main
 
-resume = moray.jobs.training.trainer.resume
+resume = moray.jobs.training.begin.resume
 
 def resume_and_be_signalled(*arguments):
     resume(*arguments)
     if os.environ.get("RANK", "0") == "0":
         os.kill(os.getpid(), signal.SIGTERM)
 
-moray.jobs.training.trainer.resume = resume_and_be_signalled
+moray.jobs.training.begin.resume = resume_and_be_signalled
 main()
 """
 

@@ -18,9 +18,10 @@ from moray.data.stream import evaluation_batches
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.runs.watcher import Listener
+from moray.jobs.training.commit import versions
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain
-from moray.jobs.training.trainer import check_finite, is_due, train, versions
+from moray.jobs.training.trainer import check_finite, is_due, train
 from moray.parallel.checkpoint.commits import list_commits, verify
 from moray.parallel.gradients import GlobalLosses
 

@@ -1,0 +1,46 @@
+"""What a commit of a training run holds beside the tensors, and what is said where it cannot be written."""
+
+import platform
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from moray import UserError
+from moray.jobs.training.begin import Training
+from moray.jobs.training.metrics import MetricsLog
+from moray.jobs.training.optimizer import training_state
+from moray.parallel.checkpoint.checkpointer import DiskFullError
+
+
+def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> None:
+    """Commits weights, optimizer, routing bias, data position and all else a resume needs, as one."""
+    config = training.config
+    metadata = {
+        "config": config.model_dump(),
+        "layout": training.layout.model_dump(),
+        "data": {"position": training.step * config.train.global_batch, "fingerprint": training.dataset.fingerprint},
+        "schedule": {"step": training.step, "lr": row["lr"]},
+        # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
+        "rng": {"seed": config.train.seed},
+        "loss": row["loss"],
+        "versions": versions(),
+    }
+    state = training_state(training.decoder, training.optimizer)
+    training.checkpointer.save(training.step, state, metadata, before=log.flush_to_disk if log else None)
+
+
+def finish_commits(training: Training) -> None:
+    """Waits for the last commit. Raises UserError if the disk is full: to start again would not help."""
+    try:
+        training.checkpointer.finish()
+    except DiskFullError as error:
+        run = training.config.run.dir
+        raise UserError(
+            f"run.dir={run}: the disk is full: {error}; free space and give the same command again"
+        ) from None
+
+
+def versions() -> dict[str, str]:
+    """The libraries that made a commit; torchrun does without Ray."""
+    installed = {name: version(name) for name in ("torch", "safetensors", "numpy", "ray") if find_spec(name)}
+    return {"python": platform.python_version(), **installed}
