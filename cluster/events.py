@@ -9,8 +9,8 @@ from typing import Any
 from moray.cluster.json_lines import JsonLines, read_lines
 
 OnEvent = Callable[[str, dict[str, Any]], None]
-"""on_event(kind, fields). Kinds: start, ready, fault, recovered, stop, end; on Ray also wait (for slots), and device
-(which kind of them, where a cluster decided it)."""
+"""on_event(kind, fields). Kinds: start, ready, fault, recovered, stop, end; on Ray also unprotected (a Ray that asks
+for no token), wait (for slots), and device (which kind of them, where a cluster decided it)."""
 
 OnStatus = Callable[[int, int, dict[str, Any]], None]
 """on_status(rank, step, status): the newest heartbeat of a rank."""

@@ -85,7 +85,14 @@ class BlockReader:
         tokens_npy, ends_npy = (self._member(shard, sample, extent) for extent in (sample.tokens, sample.ends))
         if zlib.crc32(ends_npy, zlib.crc32(tokens_npy)) != sample.crc32:
             raise self._damage(shard, sample, sample.tokens.offset, "the checksum differs from the index")
-        tokens, ends = (np.load(io.BytesIO(npy), allow_pickle=False) for npy in (tokens_npy, ends_npy))
+        try:
+            tokens, ends = (
+                np.lib.format.read_array(io.BytesIO(npy), allow_pickle=False) for npy in (tokens_npy, ends_npy)
+            )
+        except ValueError as error:
+            raise self._damage(shard, sample, sample.tokens.offset, f"no array of numbers ({error})") from None
+        if (tokens.shape, ends.shape) != ((sample.n_tokens,), (sample.n_documents,)):
+            raise self._damage(shard, sample, sample.tokens.offset, "arrays of other shapes than the index says")
         first = np.zeros(len(tokens), dtype=bool)
         first[0] = True
         first[ends[:-1]] = True

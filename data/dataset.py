@@ -105,8 +105,12 @@ class Dataset:
             raise UserError(f"{folder}/{INDEX} has version {version}, this moray reads version {VERSION}; {_REMEDY}")
         if fingerprint != fingerprint_of(index):
             raise UserError(f"{folder}/{INDEX} is damaged: its content does not match its fingerprint; {_REMEDY}")
-        splits = {name: Split(tuple(map(_shard, shards))) for name, shards in index["splits"].items()}
-        dataset = cls(folder, fingerprint, index["vocab_size"], index["pad_id"], splits)
+        try:
+            splits = {name: Split(tuple(map(_shard, shards))) for name, shards in index["splits"].items()}
+            dataset = cls(folder, fingerprint, index["vocab_size"], index["pad_id"], splits)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}/{INDEX} is no index of version {VERSION} ({error!r}); {_REMEDY}") from None
+        dataset._check_names()
         dataset._check_sizes()
         return dataset
 
@@ -126,6 +130,14 @@ class Dataset:
                 f"data.path={self.folder} has fingerprint {self.fingerprint}, but this run was trained on {expected}; "
                 "point data.path at that data or start a new run"
             )
+
+    def _check_names(self) -> None:
+        for shard in (shard for split in self.splits.values() for shard in split.shards):
+            path = Path(self.folder, shard.name)
+            if "/" in shard.name or shard.name in ("", ".", ".."):
+                raise UserError(f"{self.folder}/{INDEX} names {shard.name!r}, which is no file of its own folder")
+            if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+                raise UserError(f"{path} is a link out of its folder, to {path.readlink()}; put the file itself there")
 
     def _check_sizes(self) -> None:
         fs, root = url_to_fs(self.folder)

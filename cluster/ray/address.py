@@ -69,6 +69,16 @@ def ask(address: str, timeout_s: float) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
+def is_open(address: str) -> bool:
+    """Whether the Ray at HOST:PORT answers who has no token: whoever reaches it can run code as its user."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=ANSWER_S)
+        except grpc.RpcError:
+            return False
+    return True
+
+
 def _problem(address: str) -> str | None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:

@@ -32,6 +32,8 @@ class Connection(Protocol):
     is_local: bool
     """Whether this Ray is the driver's own, on this machine alone."""
 
+    address: str
+
     def check(self) -> None:
         """Raises RayLostError where this Ray is lost: what one asks it from then on, it may never answer.
 
@@ -74,7 +76,8 @@ class _Own:
     def renew(self) -> None:
         self._ray = LocalRay(self._slots)
         try:
-            _join(self._ray.address)
+            self.address = self._ray.address
+            _join(self.address)
         except BaseException:
             self._ray.close()
             raise
@@ -98,7 +101,7 @@ class _Cluster:
                 _join(address)
             except (RuntimeError, OSError, ValueError) as error:
                 raise UserError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}") from error
-        self._address, self._is_ours = address, is_ours
+        self.address, self._is_ours = address, is_ours
         self._loss = f"the head of the Ray cluster at {address} does not answer any more"
         self._missed = 0
         self._is_closed = threading.Event()
@@ -106,7 +109,7 @@ class _Cluster:
 
     def _feel_pulse(self) -> None:
         while not self._is_closed.wait(PULSE_S):
-            is_there = ask(self._address, PULSE_TIMEOUT_S) == grpc.StatusCode.OK
+            is_there = ask(self.address, PULSE_TIMEOUT_S) == grpc.StatusCode.OK
             self._missed = 0 if is_there else self._missed + 1
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_INTERRUPTED
 from moray.cluster.group import SILENT, Group, Hooks
+from moray.cluster.ray.address import is_open
 from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.generation import Fault, Generation, Watch
 from moray.cluster.ray.nodes import Gang
@@ -36,6 +37,8 @@ def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hook
     if group.workers < 1:
         raise UserError(f"cluster.workers={group.workers} must be at least 1")
     with stop_on_signals(impatient=True) as should_stop, connected(group.workers) as connection:
+        if is_open(connection.address):
+            hooks.on_event("unprotected", {"address": connection.address})
         patience = Patience(group.startup_timeout_s, group.heartbeat_timeout_s, group.lease_timeout_s)
         watch = Watch(patience, hooks.on_event, hooks.on_status, should_stop, connection.check)
         gang = Gang(task, group, connection, hooks.on_event)

@@ -35,6 +35,9 @@ def _of_sample(
     has_text, descriptions = False, []
     for member in members:
         format = format_of(member.name)
+        if member.name.startswith("/") or ".." in PurePath(member.name).parts:
+            yield Loss(Reason.BAD, f"member {member.name}", "its path leads out of the archive")
+            continue
         if format is None or format.kind not in _READERS or not member.isfile() or _is_hidden(member):
             yield Loss(Reason.UNREAD, f"member {member.name}")
             continue

@@ -6,6 +6,7 @@ at exit for a server) is the run's. RUN/trackers/NAME.json says how far it has c
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -97,6 +98,7 @@ def main() -> None:
 
 
 def _tell(run: Path, name: str, why: str) -> None:
+    why = re.sub(r"//[^/@\s]+@", "//", why)  # a server's address may hold a password
     with suppress(OSError):
         EventLog(run / "events.jsonl").write("tracker_failed", tracker=name, error=why)
 

@@ -147,6 +147,11 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
     if kind == "tracker_failed":
         failed = f"{fields.get('tracker')} failed: {fields.get('error')}"
         return f"{failed}; the run goes on without it, and the next start sends what it lacks"
+    if kind == "unprotected":
+        return (
+            f"the Ray at {fields.get('address')} asks for no token: whoever reaches it can run code as you; start it "
+            "with RAY_AUTH_MODE=token"
+        )
     if kind == "wait":
         return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
     if kind == "device" and fields.get("device") == "cpu":

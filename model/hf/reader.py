@@ -113,7 +113,10 @@ def _files(folder: Path) -> list[str]:
     shards = json_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise UserError(f"{folder / INDEX} must hold a weight_map, which names each tensor's file")
-    return sorted(set(shards.values()))
+    names = sorted(set(shards.values()))
+    if elsewhere := [name for name in names if "/" in name or name in ("", ".", "..")]:
+        raise UserError(f"{folder / INDEX} names {elsewhere[0]!r}, which is no file of its own folder")
+    return names
 
 
 def _open_file(path: Path) -> Any:

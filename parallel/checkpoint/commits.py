@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moray import UserError
@@ -136,9 +136,12 @@ class ChunkReader:
         self._open: dict[str, safe_open] = {}
 
     def read(self, file: str, key: str) -> Tensor:
-        if file not in self._open:
-            self._open[file] = safe_open(self._path / file, framework="pt")
-        return self._open[file].get_tensor(key)
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self._path / file, framework="pt")
+            return self._open[file].get_tensor(key)
+        except SafetensorError as error:
+            raise DamagedError(f"{self._path / file}: is not the safetensors file that it should be: {error}") from None
 
 
 def prune(folder: Path, step: int, keep: int, keep_every: int | None) -> list[int]:
@@ -215,6 +218,8 @@ def _file_problems(commit: Commit, names: Iterable[str]) -> list[str]:
 
 
 def _size_problem(path: Path, file: StoredFile) -> str | None:
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        return f"{path}: is a link out of its folder, to {path.readlink()}"
     try:
         size = patiently(lambda: path.stat().st_size)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -93,9 +93,16 @@ class Manifest:
             raise DamagedError(f"altered since it was written: its sha256 is {_digest(body)}, it claims {claimed}")
         if (version := body.pop("format")) not in (1, FORMAT):  # format 1 had no generations and no parents
             raise DamagedError(f"of format {version}, not {FORMAT}: a newer version wrote it")
-        files = {name: StoredFile(**entry) for name, entry in body.pop("files").items()}
-        tensors = {name: _stored_tensor(entry) for name, entry in body.pop("tensors").items()}
-        return cls(**body, files=files, tensors=tensors)
+        try:
+            files = {name: StoredFile(**entry) for name, entry in body.pop("files").items()}
+            tensors = {name: _stored_tensor(entry) for name, entry in body.pop("tensors").items()}
+            manifest = cls(**body, files=files, tensors=tensors)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise DamagedError(f"not a manifest of format {FORMAT} ({error!r})") from error
+        named = {*files, *(chunk.file for stored in tensors.values() for chunk in stored.chunks)}
+        if elsewhere := sorted(name for name in named if "/" in name or name in ("", ".", "..")):
+            raise DamagedError(f"names {elsewhere[0]!r}, which is no file of its own folder")
+        return manifest
 
 
 def coverage_problem(shape: Sequence[int], boxes: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:

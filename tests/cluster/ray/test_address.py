@@ -11,15 +11,22 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import pytest
 from processes import marked_processes
+from ray.core.generated.gcs_service_pb2 import GetClusterIdReply
+from ray.core.generated.gcs_service_pb2_grpc import (
+    NodeInfoGcsServiceServicer,
+    add_NodeInfoGcsServiceServicer_to_server,
+)
 
 import moray.cluster.ray.address
 from moray import UserError
-from moray.cluster.ray.address import find_address
+from moray.cluster.ray.address import find_address, is_open
 
 
 @pytest.fixture
@@ -93,6 +100,25 @@ def test_a_cluster_with_another_token(ray_cluster: str, token: str | None, tmp_p
         "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as they are on the cluster"
     )
     assert "rpc_client" not in done.stderr
+
+
+def test_whether_a_ray_asks_for_a_token(ray_cluster: str) -> None:
+    """Of one that does not, the smallest part that is asked stands in: its GCS, as ray start would run it."""
+    assert not is_open(ray_cluster)
+    assert not is_open(f"127.0.0.1:{free_ports(1)[0]}")
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_NodeInfoGcsServiceServicer_to_server(AnswersAnybody(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert is_open(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None).wait()
+
+
+class AnswersAnybody(NodeInfoGcsServiceServicer):
+    def GetClusterId(self, request: object, context: object) -> GetClusterIdReply:  # noqa: N802 - gRPC's name
+        return GetClusterIdReply()
 
 
 def test_other_drivers_local_rays_are_no_cluster(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:

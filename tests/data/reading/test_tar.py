@@ -60,6 +60,7 @@ def test_members_of_every_kind(tmp_path: Path, read: Read) -> None:
         "g.parquet": b"PAR1",
         ".h.txt": b"hidden",
         "../../etc/i.txt": b"outside",
+        "/etc/i2.txt": b"outside",
         "j.tar": b"",
         "k": b"",
         "z.jsonl": b"",
@@ -74,10 +75,9 @@ def test_members_of_every_kind(tmp_path: Path, read: Read) -> None:
         "d": "page",
         "pkg/e.py": "code",
         "pkg/e.md": "about it",
-        "../../etc/i": "outside",
     }
     bad = [loss.place.removeprefix(f"{path}, member ") for loss in outcome.account.named["bad records"]]
-    assert bad == ["b/rows.jsonl, line 2", "c.json, element 2", "c2.json", "f.txt.gz"]
+    assert bad == ["b/rows.jsonl, line 2", "c.json, element 2", "c2.json", "f.txt.gz", "../../etc/i.txt", "/etc/i2.txt"]
     unread = [loss.place.removeprefix(f"{path}, member ") for loss in outcome.account.named["not read"]]
     assert unread == ["g.parquet", ".h.txt", "j.tar", "k"]
 
