@@ -103,6 +103,8 @@ def test_a_killed_worker_changes_no_later_step(untouched: Path, dataset: Path, t
     assert computed(run) == computed(untouched)
     ledger_is_whole(run)
     ledger_is_whole(untouched)
+    token = os.environ["RAY_AUTH_TOKEN"].encode()
+    assert [path for path in run.rglob("*") if path.is_file() and token in path.read_bytes()] == []
     found = status_of(run)
     (recovered,) = (event for event in events if event["kind"] == "recovered")
     assert (found.state, found.launcher, found.workers, found.generation) == ("done", "ray", 4, 2)

@@ -149,3 +149,13 @@ def test_a_fault_of_a_node_has_no_rank() -> None:
 def test_a_fault_of_ray_is_nobodys() -> None:
     reason = "the local Ray was lost: its raylet was killed by SIGKILL"
     assert describe("fault", {"rank": None, "pid": None, "node": None, "reason": reason}) == f"fault: {reason}"
+
+
+def test_what_costs_nothing_but_a_line() -> None:
+    told = describe("tracker_failed", {"tracker": "wandb", "error": "no route"})
+    assert told == "wandb failed: no route; the run goes on without it, and the next start sends what it lacks"
+    told = describe("unprotected", {"address": "head:6379"})
+    assert told == (
+        "the Ray at head:6379 asks for no token: whoever reaches it can run code as you; "
+        "start it with RAY_AUTH_MODE=token"
+    )
