@@ -9,23 +9,15 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
-from functools import partial, wraps
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from inspect import signature
-from io import StringIO
-from itertools import takewhile
 from textwrap import wrap
-from typing import Any
-
-import tyro
 
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_FAILED, EXIT_KILLED_BY_KEYBOARD, EXIT_MISTAKE
 from moray.cluster.signals import hold_sigterm, release_sigterm
 from moray.jobs.completion import SHELLS, completion
-from moray.jobs.config.nearest import nearest
+from moray.jobs.options import bind
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
 from moray.jobs.verbs.export import export
@@ -35,6 +27,7 @@ from moray.jobs.verbs.prepare import prepare
 from moray.jobs.verbs.pretrain import pretrain
 from moray.jobs.verbs.say import complain
 from moray.jobs.verbs.status import status
+from moray.jobs.verbs.submit import submit
 from moray.jobs.verbs.upcycle import upcycle
 
 RANK_0_TELLS_S = 5.0
@@ -44,8 +37,10 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 """What a network file system answers while its server is away, or of what was replaced."""
 
 VERBS: dict[str, Callable[..., int]] = {
-    verb.__name__: verb for verb in (prepare, pretrain, status, generate, checkpoints, inspect, export, upcycle, demo)
+    verb.__name__: verb
+    for verb in (prepare, pretrain, submit, status, generate, checkpoints, inspect, export, upcycle, demo)
 }
+READ_THEIR_OWN_WORDS = ("pretrain", "submit")
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -62,9 +57,9 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     if name not in VERBS:
         raise UserError(f"{name} is not a verb of moray; there are {', '.join(VERBS)}")
-    if name == "pretrain":
-        return pretrain(rest)
-    return bind(name, rest)()
+    if name in READ_THEIR_OWN_WORDS:
+        return VERBS[name](rest)
+    return bind(VERBS[name], f"moray {name}", rest)()
 
 
 def _usage(width: int) -> str:
@@ -80,71 +75,6 @@ def _version() -> str:
         return version("moray-train")
     except PackageNotFoundError:
         return "of a folder that is not installed"
-
-
-def bind(name: str, arguments: list[str]) -> Callable[[], int]:
-    """A verb with its arguments, ready to be called. Raises UserError of one line where they do not fit."""
-    verb = VERBS[name]
-    words = _join_values(name, arguments)
-
-    @wraps(verb)
-    def keep(*values: Any, **options: Any) -> Callable[[], int]:
-        return partial(verb, *values, **options)
-
-    if {"-h", "--help"} & {*words}:
-        tyro.cli(keep, args=["--help"], prog=f"moray {name}")
-    with redirect_stderr(StringIO()) as said, _endless_lines(), suppress(SystemExit):
-        return tyro.cli(keep, args=words, prog=f"moray {name}")
-    raise UserError(f"{_condense(said.getvalue())}; `moray {name} --help` says more")
-
-
-def _join_values(verb: str, arguments: list[str]) -> list[str]:
-    """`--option VALUE` as `--option=VALUE`: a value may look like an option, if it is none of this verb's.
-
-    Raises UserError for an option that the verb does not have.
-    """
-    kinds = signature(VERBS[verb]).parameters.values()
-    known = {f"--{kind.name.replace('_', '-')}": kind for kind in kinds if kind.kind is kind.KEYWORD_ONLY}
-    switches = {name for name, kind in known.items() if isinstance(kind.default, bool)}
-    switches |= {f"--no-{name[2:]}" for name in switches} | {"--help"}
-    words, rest = list[str](), list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word.startswith("--"):
-            option, equals, value = _split(word)
-            if option not in {*known, *switches}:
-                raise UserError(f"{option} is not an option of moray {verb}; {nearest(option, list(known))}")
-            if not equals and option not in switches and rest and _split(rest[0])[0] not in {*known, *switches}:
-                equals, value = "=", rest.pop(0)
-            word = option + equals + value
-        words.append(word)
-    return words
-
-
-def _split(word: str) -> tuple[str, str, str]:
-    """`--some_option=value` is ("--some-option", "=", "value")."""
-    option, equals, value = word.partition("=")
-    return option.replace("_", "-"), equals, value
-
-
-@contextmanager
-def _endless_lines() -> Iterator[None]:
-    """tyro would break what it says, paths too, to fit the terminal."""
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100000"
-    try:
-        yield
-    finally:
-        del os.environ["COLUMNS"]
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
-
-
-def _condense(box: str) -> str:
-    """What is wrong, out of the box of several lines in which tyro says it: all above the first rule, but for help."""
-    lines = [line[2:-2].rstrip() for line in box.splitlines() if line.startswith("│")]
-    told = takewhile(lambda line: not line.startswith("─"), lines)
-    return " ".join(line.strip() for line in told if not line.startswith(" " * 8)).rstrip(".")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
 from dataclasses import make_dataclass
+from inspect import signature
 from io import StringIO
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -24,12 +25,24 @@ def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
     known |= {name: field.annotation for name, field in settings(RunConfig)}
     with redirect_stdout(StringIO()) as written, suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(
-            {**verbs, "pretrain": _options(known)}, prog="moray", args=["--tyro-print-completion", shell]
+            {**verbs, "pretrain": _options(known), "submit": _options(_of_targets())},
+            prog="moray",
+            args=["--tyro-print-completion", shell],
         )
     script = written.getvalue()
     for name in known:  # tyro would have dashes in all options, or in none
         script = script.replace(f"'--{name.replace('_', '-')}'", f"'--{name}'")
     return script
+
+
+def _of_targets() -> dict[str, Any]:
+    """The options of `moray submit`: those of all its targets."""
+    from moray.jobs.verbs.submit import targets
+
+    known: dict[str, Any] = {"to": Literal[tuple(targets())]}
+    for target in targets().values():
+        known |= {kind.name.replace("_", "-"): kind.annotation for kind in signature(target).parameters.values()}
+    return known
 
 
 def _options(known: Mapping[str, Any]) -> type:

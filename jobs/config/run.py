@@ -121,7 +121,7 @@ class ClusterSection(Section):
     launcher: Literal["ray", "torchrun", "local"] = Field(default_factory=_default_launcher)
     """ray starts and watches the workers; under torchrun this process is one of them; local is this process alone."""
     workers: int = Field(1, ge=1)
-    """Worker processes under ray: one for each GPU or CPU slot."""
+    """Worker processes under ray, one for each GPU or CPU slot; torchrun says itself how many it has started."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What workers compute on. auto: GPUs, if the cluster has any when the run starts; cuda waits for them."""
     max_restarts: int = Field(3, ge=0)
@@ -149,7 +149,7 @@ class ClusterSection(Section):
     @property
     def world_size(self) -> int:
         if self.launcher == "torchrun":
-            return int(os.environ.get("WORLD_SIZE", "1"))
+            return int(os.environ.get("WORLD_SIZE", self.workers))
         return 1 if self.launcher == "local" else self.workers
 
 

@@ -31,16 +31,14 @@ _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) -> Iterator[bool]:
     """Makes the run's folder, or checks that it may go on; no other driver can claim it until the block ends.
 
-    Yields whether any step is left to do; tells of a run where none is, and of settings that change at a resume.
-    Writes config.toml and tokenizer/, if so. Until something is committed, the folder is bound to nothing.
+    Yields whether any step is left to do, and writes config.toml and tokenizer/, if so. Until something is committed,
+    the folder is bound to nothing.
     The lock is flock's, a courtesy: some network file systems keep it to one host, or have none, of which this tells.
     What holds everywhere are the generations of `moray.parallel.checkpoint.generations`.
-    Raises UserError naming the holder of a folder in use, what differs in one that holds another run, and the room
-    that a commit needs where the disk has none.
+    Raises UserError as `check_folder` does, and naming the holder of a folder in use.
     """
     folder = Path(config.run.dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.dir={folder} is a file; name a folder")
+    _check_no_file(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -52,21 +50,39 @@ def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) ->
     with _locked(folder, tell) as is_alone:
         if is_alone:
             _remove_partials(folder)
-        commits = list_commits(folder / "checkpoints")
-        if commits:
-            check_same_run(commits[-1], config, dataset)
-            if (done := commits[-1].step) >= config.train.steps and not verify(commits[-1]):
-                tell(f"run.dir={folder} has committed step {done} of train.steps={config.train.steps}: nothing to do")
-                yield False
-                return
-            if changes := _changes(commits[-1], config):
-                tell(f"going on from step {done} with {', '.join(changes)}")
-        _check_space(config.model, folder)
-        _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=bool(commits))
+        if not check_folder(config, dataset, tell):
+            yield False
+            return
+        is_bound = bool(list_commits(folder / "checkpoints"))
+        _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=is_bound)
         if config.weights_from:
             copy_stops(tokenizer_of(Path(config.weights_from)), folder / "tokenizer")
         replace_file(folder / "config.toml", to_toml(config))
         yield True
+
+
+def check_folder(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) -> bool:
+    """Whether any step is left to do; tells of a run where none is, and of settings that change at a resume.
+
+    Writes nothing. Raises UserError naming what differs in a folder that holds another run, and the room that a commit
+    needs where the disk has none.
+    """
+    folder = Path(config.run.dir)
+    _check_no_file(folder)
+    if commits := list_commits(folder / "checkpoints"):
+        check_same_run(commits[-1], config, dataset)
+        if (done := commits[-1].step) >= config.train.steps and not verify(commits[-1]):
+            tell(f"run.dir={folder} has committed step {done} of train.steps={config.train.steps}: nothing to do")
+            return False
+        if changes := _changes(commits[-1], config):
+            tell(f"going on from step {done} with {', '.join(changes)}")
+    _check_space(config.model, folder)
+    return True
+
+
+def _check_no_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir={folder} is a file; name a folder")
 
 
 def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
@@ -143,7 +159,8 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[bool]:
 
 def _check_space(model: ModelConfig, folder: Path) -> None:
     state = training_state_bytes(model)
-    needed, free = state.weights + state.optimizer, shutil.disk_usage(folder).free
+    needed = state.weights + state.optimizer
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise UserError(
             f"run.dir={folder}: a commit takes at least {needed / 2**20:,.1f} MiB, but its disk has "

@@ -1,6 +1,5 @@
 """`moray pretrain`: checks everything that can be wrong, then launches the workers and shows how they get on."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -13,6 +12,7 @@ from moray.cluster.events import read_events
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED
 from moray.cluster.group import Hooks
 from moray.cluster.launch import launch
+from moray.cluster.launchers import own_rank
 from moray.cluster.worker import WorkerError
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import same_vocabulary
@@ -34,17 +34,14 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
 
     Raises UserError for a user's mistake, WorkerError of one line where the workers failed for good.
     """
-    dataset = Dataset.open(config.data.path)
-    is_first = os.environ.get("RANK", "0") == "0" or config.cluster.launcher != "torchrun"
+    rank = own_rank(config.cluster.launcher)
+    is_first = not rank
     console = console or Console(stderr=True, quiet=not is_first)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    if config.weights_from:
-        check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
-    dataset.check_vocabulary(config.model.vocab_size)
-    check_trackers(config.run.trackers)
+    dataset = check(config, tell)
     with claimed(config, dataset, tell) if is_first else nullcontext(True) as has_steps:
-        # The other ranks of torchrun wait for this one, to find out the same.
-        if not has_steps and config.cluster.launcher != "torchrun":
+        # The other ranks wait for this one, to find out the same.
+        if not has_steps and rank is None:
             return EXIT_DONE
         for problem in ledger_problems(Path(config.run.dir)) if is_first else []:
             tell(f"run.dir={config.run.dir}: {problem}; this changes nothing in what the run computes")
@@ -58,6 +55,16 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     if code == EXIT_INTERRUPTED:
         tell("stopped on request; what was done is committed, and the same command resumes")
     return code
+
+
+def check(config: RunConfig, tell: Callable[[str], None]) -> Dataset:
+    """The dataset, and all that can be checked without workers and without the run's folder. Raises UserError."""
+    dataset = Dataset.open(config.data.path)
+    if config.weights_from:
+        check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
+    dataset.check_vocabulary(config.model.vocab_size)
+    check_trackers(config.run.trackers)
+    return dataset
 
 
 def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[str], None]) -> None:

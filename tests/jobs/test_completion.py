@@ -26,6 +26,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("moray pretrain --optimizer.schedule ", ["cosine", "wsd"]),
         ("moray pretrain --model.preset deepseek-v2", ["deepseek-v2-lite", "deepseek-v2"]),
         ("moray pretrain --model.tied_embeddings ", ["true", "false"]),
+        ("moray submit --fol", ["--follow"]),
     ],
 )
 def test_bash_completes(script: Path, line: str, offered: list[str]) -> None:
