@@ -30,6 +30,10 @@ class SmallNode:
         enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--uts", "--mount", "--pid", "--fork"]
         return [*enter, "--kill-child", "--mount-proc", "bash", "-c", INSIDE, self.name, str(self.hosts), *words]
 
+    def beside(self, *words: str) -> list[str]:
+        """Runs a program on this node's network, with the name and the files of the machine that all nodes share."""
+        return ["nsenter", f"--net=/run/netns/{self.namespace}", *words]
+
     def unplug(self) -> None:
         _ip("-n", self.namespace, "link", "set", "eth0", "down")
 
