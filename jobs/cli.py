@@ -28,6 +28,7 @@ from moray.jobs.completion import SHELLS, completion
 from moray.jobs.config.nearest import nearest
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
+from moray.jobs.verbs.doctor import doctor
 from moray.jobs.verbs.export import export
 from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
@@ -44,7 +45,8 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 """What a network file system answers while its server is away, or of what was replaced."""
 
 VERBS: dict[str, Callable[..., int]] = {
-    verb.__name__: verb for verb in (prepare, pretrain, status, generate, checkpoints, inspect, export, upcycle, demo)
+    verb.__name__: verb
+    for verb in (doctor, prepare, pretrain, status, generate, checkpoints, inspect, export, upcycle, demo)
 }
 
 
