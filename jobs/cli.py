@@ -20,6 +20,7 @@ from moray.jobs.completion import SHELLS, completion
 from moray.jobs.options import bind
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
+from moray.jobs.verbs.doctor import doctor
 from moray.jobs.verbs.export import export
 from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
@@ -38,7 +39,7 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb
-    for verb in (prepare, pretrain, submit, status, generate, checkpoints, inspect, export, upcycle, demo)
+    for verb in (doctor, prepare, pretrain, submit, status, generate, checkpoints, inspect, export, upcycle, demo)
 }
 READ_THEIR_OWN_WORDS = ("pretrain", "submit")
 
