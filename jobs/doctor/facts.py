@@ -3,19 +3,17 @@
 import fcntl
 import hashlib
 import os
-import platform
 import resource
 import shutil
 import socket
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-import moray
 from moray.cluster.nvml import Gpu, read_gpus
+from moray.cluster.versions import versions
 from moray.jobs.training.metrics import matmul_peak
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -100,21 +98,6 @@ def look(question: Question, device: torch.device) -> Facts:
         device=device.type,
         peak_flops=matmul_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32),
     )
-
-
-def versions() -> dict[str, str]:
-    """What must agree; moray by its source, too: two checkouts may bear one number."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name, package in (("moray", "moray-train"), ("ray", "ray")):
-        with suppress(PackageNotFoundError):
-            found[name] = version(package)
-    root = Path(moray.__file__).parent
-    digest = hashlib.sha256()
-    for room in ("cluster", "data", "jobs", "model", "parallel"):
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    found["moray"] = f"{found.get('moray', 'not installed')} (source {digest.hexdigest()[:8]})"
-    return found
 
 
 def mark_of(folder: Path, question_id: str, rank: int) -> Path:
