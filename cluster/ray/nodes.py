@@ -189,7 +189,7 @@ class Gang:
             strategy="STRICT_PACK",
             bundle_label_selector=[{"ray.io/node-id": node_id}],
         )
-        actor = (
+        actor: Any = (
             ray.remote(AgentActor)
             .options(
                 num_cpus=slots if self._resource == "CPU" else 0,

@@ -62,7 +62,7 @@ def _ask_nodes(question: Question) -> tuple[Cluster, list[Facts]]:
         failure = None
         try:
             launch(examine, question, "ray", group, Hooks(on_status=on_status))
-        except WorkerError as error:
+        except (WorkerError, UserError) as error:  # another moray on a node is a mistake to launch, and here a finding
             failure = str(error).partition("\n")[0]
         cluster = Cluster(address=nodes.address, is_open=nodes.is_open, busy=nodes.busy, failure=failure)
     return cluster, [heard[rank] for rank in sorted(heard)]

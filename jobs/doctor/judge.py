@@ -51,7 +51,7 @@ def judge(nodes: Sequence[Facts], folders: Mapping[str, str], cluster: Cluster |
 
 def _cluster(nodes: Sequence[Facts], cluster: Cluster) -> Findings:
     if cluster.failure:
-        yield "bad", f"the workers failed: {cluster.failure}"
+        yield "bad", f"the nodes could not be looked at: {cluster.failure}"
     if cluster.busy:
         yield "note", f"{listed(cluster.busy)}: no slot is free there, so nobody has looked; ask again when one is"
     if cluster.is_open:

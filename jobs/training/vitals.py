@@ -85,7 +85,7 @@ def stragglers(readings: Sequence[Sequence[float]], before: Sequence[int] = ()) 
         for reading in readings[-PERSISTS:]
     ]
     always = set.intersection(*slow) if len(slow) == PERSISTS else set[int]()
-    return sorted(always | (set(before) & set.union(*slow)))
+    return sorted(always | (set(before) & set[int]().union(*slow)))
 
 
 def summary(everyone: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ MARKS = {"ok": "OK", "note": "NOTE", "bad": "BAD"}
 def doctor(
     *, cluster: bool = False, run_dir: Path | None = None, data_path: Path | None = None, json: bool = False
 ) -> int:
-    """Tell whether this machine, or every node of a cluster, is fit for a run, and what to do.
+    """Tell whether this machine, or a whole cluster, is fit, and what to do if not.
 
     Exits with 1 if something is to be mended first.
 

@@ -28,7 +28,7 @@ def test_a_machine_that_is_fit(moray: Callable[..., Any], dataset: Path, tmp_pat
     assert outcome.code == 0, outcome.out
     lines = {line[6:20].strip(): line for line in outcome.out.splitlines()}
     assert lines.keys() >= {"versions", "run.dir", "data.path", "open files", "gpus", "matmul"}
-    assert f"python {sys.version.split()[0]}, torch {torch.__version__}, moray " in lines["versions"]
+    assert f", python {sys.version.split()[0]}, torch {torch.__version__}, ray " in lines["versions"]
     assert not any(line.startswith("BAD") for line in lines.values())
     assert not (tmp_path / "runs").exists(), "what was made is taken away"
     assert not [path for path in dataset.iterdir() if path.name.startswith(".moray-doctor")]

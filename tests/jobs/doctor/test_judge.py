@@ -210,7 +210,7 @@ def test_what_is_wrong_is_named_once_with_what_to_do(case: str) -> None:
             "the Ray at 10.0.0.1:6379 asks for no token: whoever reaches it can run code as you",
         ),
         ({"busy": ("10.0.0.4",)}, "note", "10.0.0.4: no slot is free there, so nobody has looked"),
-        ({"failure": "node n1: lost"}, "bad", "the workers failed: node n1: lost"),
+        ({"failure": "node n1: lost"}, "bad", "the nodes could not be looked at: node n1: lost"),
     ],
 )
 def test_the_cluster_itself(changes: dict[str, Any], level: str, says: str) -> None:

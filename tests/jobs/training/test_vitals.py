@@ -19,6 +19,7 @@ from moray.jobs.runs.watcher import describe
 from moray.jobs.training import trainer, vitals
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.vitals import stragglers, summary
+from moray.parallel.checkpoint.generations import take_generation
 
 EVEN = [1.0, 1.1, 0.9, 1.0]
 THIRD_IS_SLOW = [1.0, 1.1, 2.0, 1.0]
@@ -79,6 +80,7 @@ def train_with_a_slow_rank(arguments: list[str], slow: int, until: int) -> None:
 
 def test_a_run_names_its_straggler_once_and_again_when_it_is_none(dataset: Path, tmp_path: Path, pool: Pool) -> None:
     changes = {"train__steps": 12, "train__eval_every": 0, "cluster__workers": 2, "cluster__launcher": "ray"}
+    assert take_generation(tmp_path / "checkpoints") == 1
     pool.run(train_with_a_slow_rank, 2, tiny(dataset, tmp_path, **changes), 1, 6)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if "own_seconds" in row] == [2, 4, 6, 8, 10, 12]
