@@ -9,6 +9,7 @@ import tempfile
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 from moray import UserError
+from moray.cluster.cores import usable_cores
 from moray.cluster.ray.keeper import ANNOUNCEMENT, MARK, describe_end, end_all
 from moray.cluster.worker import WorkerError
 
@@ -22,7 +23,7 @@ def slots_for(workers: int) -> int:
 
     Raises UserError where this machine is far too small.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if workers > MAX_WORKERS_PER_CORE * cores:
         raise UserError(
             f"cluster.workers={workers} is too many for a local Ray on {cores} cores; "

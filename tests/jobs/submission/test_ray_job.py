@@ -18,6 +18,7 @@ from nodes_of_one import SmallNode, two_nodes
 from tiny import tiny
 
 import moray
+from moray.cluster.cores import usable_cores
 from moray.cluster.events import read_events
 from moray.cluster.versions import versions
 from moray.jobs.runs.status import status_of
@@ -155,7 +156,7 @@ def test_a_job_that_is_stopped_goes_on_where_it_was(cluster: Cluster, dataset: P
     assert resume["step"] == status.commit_step
     # Alone on its node, a worker computes with all cores; the order of its sums follows from their number.
     of_torchrun = f"torchrun --nproc-per-node 2 -m moray {pretrain(dataset, untouched, 'torchrun')}"
-    reference = cluster.run(of_torchrun, OMP_NUM_THREADS=str(os.cpu_count()))
+    reference = cluster.run(of_torchrun, OMP_NUM_THREADS=str(usable_cores()))
     assert reference.returncode == 0, reference.stderr
     assert losses(run) == losses(untouched)
     assert len(losses(run)) == STEPS
