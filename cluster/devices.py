@@ -1,5 +1,6 @@
 """The device of a worker, whether it is fit to be used, and how much of its memory is."""
 
+import os
 import resource
 import sys
 from typing import Literal
@@ -29,6 +30,12 @@ def pick_device(local_rank: int, wanted: Device) -> torch.device:
             f"local rank {local_rank} has no GPU: this machine shows {n_devices}; start at most {n_devices}"
         )
     return torch.device("cuda", local_rank)
+
+
+def usable_cores() -> int:
+    """The cores of this machine that this process is to use: those it is bound to, no more than Slurm gave its job."""
+    bound = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(bound, int(os.environ.get("SLURM_CPUS_ON_NODE", bound)))
 
 
 def check_health(device: torch.device) -> None:
