@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from moray import UserError
-from moray.cluster.exit_codes import EXIT_FAILED
+from moray.cluster.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from moray.cluster.slurm.script import BatchJob
 from moray.jobs.submission.target import RECIPE, Job, Target
 from moray.model.accounting.cost import training_state_bytes
@@ -20,8 +20,10 @@ START_S = 120
 # A slow start of the last step, and the least that a disk which many share takes.
 STOP_S, COMMIT_BYTES_PER_S = 120, 500e6
 MOST_STOP_S = 65535  # what sbatch --signal takes
-POLL_S = 1.0
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+POLL_S = 2.0
+ENDED = {"COMPLETED": EXIT_DONE, "FAILED": EXIT_FAILED, "OUT_OF_MEMORY": EXIT_FAILED}
+# Ended by Slurm, and no word of the run's own: its commits stand, and the same command goes on from them.
+ENDED |= dict.fromkeys(("CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"), EXIT_INTERRUPTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,17 @@ class Slurm(Target):
         ).script()
 
     def submit(self, job: Job) -> str:
-        return _ask("sbatch", "--parsable", str(job.folder / SCRIPT)).partition(";")[0]
+        command = ["sbatch", "--parsable", str(job.folder / SCRIPT)]
+        try:
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise UserError(
+                "sbatch is not here; submit where Slurm's commands are (Debian: apt install slurm-client), or --print "
+                "shows what would be submitted"
+            ) from None
+        except subprocess.CalledProcessError as error:
+            raise UserError(f"`{shlex.join(command)}`: {' '.join(error.stderr.split())}") from None
+        return done.stdout.strip().partition(";")[0]
 
     def tell(self, job: Job, job_id: str) -> str:
         return (
@@ -131,7 +143,7 @@ class Slurm(Target):
             state, code = _state(job_id)
             shown = _copy(log, shown)
             if state in ENDED:
-                return code or (0 if state == "COMPLETED" else EXIT_FAILED)
+                return code or ENDED[state]
             clock.sleep(POLL_S)
 
 
@@ -156,9 +168,12 @@ def _seconds(limit: str) -> int | None:
 
 
 def _state(job_id: str) -> tuple[str, int]:
-    """The job's state and the exit code of its script, as Slurm's controller tells it."""
-    told = _ask("scontrol", "--oneliner", "show", "job", job_id)
-    fields = dict(re.findall(r"(\w+)=(\S*)", told))
+    """The job's state and the exit code of its script; no state while Slurm's controller is away."""
+    command = ["scontrol", "--oneliner", "show", "job", job_id]
+    told = subprocess.run(command, capture_output=True, text=True)
+    if "Invalid job id" in told.stderr:
+        raise UserError(f"Slurm has forgotten job {job_id}; `moray status` of its run tells how it ended")
+    fields = dict(re.findall(r"(\w+)=(\S*)", told.stdout))
     return fields.get("JobState", ""), int(fields.get("ExitCode", "0:0").partition(":")[0])
 
 
@@ -171,15 +186,3 @@ def _copy(log: Path, shown: int) -> int:
         text = file.read()
     print(text.decode(errors="replace"), end="", flush=True)
     return shown + len(text)
-
-
-def _ask(*command: str) -> str:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        raise UserError(
-            f"{command[0]} is not here; submit where Slurm's commands are (Debian: apt install slurm-client), or "
-            "--print shows what would be submitted"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"`{shlex.join(command)}`: {' '.join(error.stderr.split())}") from None

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,27 +114,29 @@ def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, 
     """It commits, stays stopped and leaves nothing behind; the other's Ray, beside its own, does not notice."""
     first, second = tmp_path / "first", tmp_path / "second"
     endless = {"train__steps": 100_000, "train__eval_every": 0, "checkpoint__every": 100_000}
-    for run in (first, second):
-        settings = tiny(dataset, run, **endless, cluster__launcher="ray")
-        words = ["submit", "--to", "slurm", "--sbatch", f"--nodelist={node.name}", "--", "pretrain", *settings]
-        ask(node, sys.executable, "-m", "moray", *words)
-        wait_until(partial(has_rows, run, 5), run)
-    (token,) = (first / "submit").glob(".token-*")
-    assert (token.stat().st_mode & 0o777, len(token.read_text())) == (0o600, 64)
+    with ExitStack() as following:
+        jobs = []
+        for run in (first, second):
+            settings = tiny(dataset, run, **endless, cluster__launcher="ray")
+            words = ["--sbatch", f"--nodelist={node.name}", "--", "pretrain", *settings]
+            jobs.append(following.enter_context(followed(node, *words)))
+            wait_until(partial(has_rows, run, 5), run)
+        (token,) = (first / "submit").glob(".token-*")
+        assert (token.stat().st_mode & 0o777, len(token.read_text())) == (0o600, 64)
 
-    ask(node, "scancel", job_of(first))
-    wait_until(lambda: ask(node, "squeue", "--noheader", "--format=%i") == job_of(second), first)
-    assert status_of(first).exit_code == 75
-    (commit,) = list_commits(first / "checkpoints")
-    assert commit.step == len(read_metrics(first))
-    assert not token.exists()
-    wait_until(partial(has_rows, second, len(read_metrics(second)) + 5), second)
-    places = ask(node, "srun", "--overlap", f"--jobid={job_of(second)}", "ls", "/tmp/ray").split()
-    assert [place for place in places if place.startswith("moray")] == [f"moray-{job_of(second)}"]
+        ask(node, "scancel", job_of(first))
+        assert jobs[0].wait(WAIT_S) == 75
+        assert ask(node, "squeue", "--noheader", "--format=%i") == job_of(second)
+        (commit,) = list_commits(first / "checkpoints")
+        assert commit.step == len(read_metrics(first))
+        assert not token.exists()
+        wait_until(partial(has_rows, second, len(read_metrics(second)) + 5), second)
+        places = ask(node, "srun", "--overlap", f"--jobid={job_of(second)}", "ls", "/tmp/ray").split()
+        assert [place for place in places if place.startswith("moray")] == [f"moray-{job_of(second)}"]
 
-    ask(node, "scancel", job_of(second))
-    wait_until(lambda: ask(node, "squeue", "--noheader") == "", second)
-    assert status_of(second).exit_code == 75
+        ask(node, "scancel", job_of(second))
+        assert jobs[1].wait(WAIT_S) == 75
+        assert [status_of(run).exit_code for run in (first, second)] == [75, 75]
 
 
 def test_tasks_that_are_not_the_workers(node: SmallNode, dataset: Path, tmp_path: Path) -> None:
