@@ -1,6 +1,5 @@
 """Two nodes on one machine: each has a network, a name, a hosts file and process ids of its own (Linux, root)."""
 
-import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-CLONE_NEWNET = 0x40000000  # linux/sched.h
 INSIDE = """
 hostname "$0" && mount --bind "$1" /etc/hosts && ip link set lo up && mkdir -p /tmp/ray || exit
 mount -t tmpfs tmpfs /tmp/ray && mount -t tmpfs tmpfs /dev/shm || exit
@@ -32,16 +30,9 @@ class SmallNode:
         enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--uts", "--mount", "--pid", "--fork"]
         return [*enter, "--kill-child", "--mount-proc", "bash", "-c", INSIDE, self.name, str(self.hosts), *words]
 
-    @contextmanager
-    def network(self) -> Iterator[None]:
-        """Has this thread, and what it starts, see the node's network and nothing else of it."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{self.namespace}") as here:
-            assert libc.setns(here.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-            try:
-                yield
-            finally:
-                assert libc.setns(before.fileno(), CLONE_NEWNET) == 0
+    def beside(self, *words: str) -> list[str]:
+        """Runs a program on this node's network, with the name and the files of the machine that all nodes share."""
+        return ["nsenter", f"--net=/run/netns/{self.namespace}", *words]
 
     def unplug(self) -> None:
         _ip("-n", self.namespace, "link", "set", "eth0", "down")

@@ -70,7 +70,8 @@ def slurm(folder: Path) -> Iterator[SmallNode]:
         for node in nodes:
             _start(running, folder, *node.command("slurmd", "-D", "-N", node.name))
         deadline = time.monotonic() + START_S
-        while _ask(nodes[0], "sinfo", "--noheader", "--format=%T %D") != "idle 2":
+        ask = nodes[0].beside("sinfo", "--noheader", "--format=%T %D")
+        while subprocess.run(ask, capture_output=True, text=True).stdout.strip() != "idle 2":
             assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()
             time.sleep(0.2)
         yield nodes[0]
@@ -80,8 +81,3 @@ def _start(running: ExitStack, folder: Path, *command: str) -> None:
     with (folder / "daemons.log").open("a") as log:
         process = running.enter_context(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
     running.callback(process.kill)
-
-
-def _ask(node: SmallNode, *command: str) -> str:
-    with node.network():
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -38,13 +39,21 @@ class RayJob(Target):
     def check(self, job: Job, *, is_here: bool) -> None:
         if job.config.cluster.launcher != "ray":
             raise UserError(f"cluster.launcher={job.config.cluster.launcher} must be ray in a job of Ray")
-        parts = urlsplit(self._url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            is_address = urlsplit(self._url).scheme in ("http", "https") and self._host_and_port[0] != ""
+        except ValueError:  # a port that is no number
+            is_address = False
+        if not is_address:
             raise UserError(f"--address {self._url} must be http://HOST:PORT of the job server; the port is often 8265")
 
     @property
     def _url(self) -> str:
         return (self.address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS).rstrip("/")
+
+    @property
+    def _host_and_port(self) -> tuple[str, int]:
+        parts = urlsplit(self._url)
+        return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
     def files(self, job: Job) -> dict[str, str]:
         return {RECIPE: job.recipe, "ray-job.json": json.dumps({"address": self._url, **_request(job)}, indent=1)}
@@ -94,16 +103,15 @@ class RayJob(Target):
     @contextmanager
     def _client(self) -> "Iterator[JobSubmissionClient]":
         """Raises UserError where no job server answers, or where it wants another token."""
-        parts = urlsplit(self._url)
         try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname or "", port), ANSWER_S).close()
-        except (OSError, ValueError) as error:
+            socket.create_connection(self._host_and_port, ANSWER_S).close()
+        except OSError as error:
             raise UserError(
                 f"no job server answers at {self._url} ({error}): give --address, start Ray with "
                 "`ray start --head` there, or open a tunnel to it"
             ) from None
         os.environ[ADDRESS_VARIABLE] = self._url  # which Ray's client takes before any argument
+        logging.disable(logging.INFO)  # it tells of every upload
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
@@ -120,7 +128,7 @@ class RayJob(Target):
     def _check_version(self, client: "JobSubmissionClient") -> None:
         import ray
 
-        theirs = client.get_version()
+        theirs = client._server_ray_version
         if theirs != ray.__version__:
             raise UserError(f"Ray is {theirs} at {self._url}, but {ray.__version__} here; install the same on both")
 

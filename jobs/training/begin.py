@@ -1,5 +1,6 @@
 """What a worker works on, and from where it goes on: built once, before its first step."""
 
+import socket
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moray import UserError
 from moray.cluster.events import EventLog
 from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
@@ -20,6 +22,7 @@ from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import Decoder
 from moray.model.accounting.work import Work
 from moray.parallel.checkpoint.checkpointer import Checkpointer
+from moray.parallel.checkpoint.generations import SEEN_WITHIN_S, sees_generation
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
@@ -71,7 +74,7 @@ class Training:
 def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
     layout = config.layout.resolve(context.world_size)
-    dataset = Dataset.open(config.data.path)
+    dataset = _open_storage(context, config)
     dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
     compute_dtype = getattr(torch, dtype)
     decoder = build_decoder(
@@ -111,6 +114,20 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     )
     resume(training, events)
     return training
+
+
+def _open_storage(context: WorkerContext, config: RunConfig) -> Dataset:
+    """Raises UserError naming this machine where it does not see the run or the data that the others see."""
+    here = socket.gethostname()
+    if not sees_generation(checkpoints_of(config), context.generation):
+        raise UserError(
+            f"on {here}: run.dir={config.run.dir} is not the folder that this run was started in, or shows more than "
+            f"{SEEN_WITHIN_S:g} s late what others write; it must lie on storage that all nodes share"
+        )
+    try:
+        return Dataset.open(config.data.path)
+    except UserError as error:
+        raise UserError(f"on {here}: {error}") from None
 
 
 def resume(training: Training, events: EventLog) -> None:

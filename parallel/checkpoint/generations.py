@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,9 @@ from pathlib import Path
 from moray.parallel.checkpoint.commits import discard
 
 OWNER = "owner.json"
+# A network file system may show a new name a minute late.
+SEEN_WITHIN_S = 75.0
+LOOK_EVERY_S = 0.2
 _GENERATION = re.compile(r"\.generation-(\d{6,})")
 
 
@@ -76,6 +80,19 @@ def check_newest(folder: Path, number: int) -> None:
     newest = newest_generation(folder)
     if newest > number:
         raise SupersededError(f"generation {number} was taken over by generation {_describe(folder, newest)}")
+
+
+def sees_generation(folder: Path, number: int, within_s: float = SEEN_WITHIN_S) -> bool:
+    """Whether this machine sees that `number`, or a newer one, was taken in `folder`.
+
+    If not, its `folder` is another one than that of the machine that took it.
+    """
+    deadline = time.monotonic() + within_s
+    while newest_generation(folder) < number:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_EVERY_S)
+    return True
 
 
 def prepare_staging(folder: Path, number: int) -> None:

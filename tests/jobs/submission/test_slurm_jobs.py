@@ -53,9 +53,8 @@ def computed(run: Path) -> list[Any]:
 @contextmanager
 def followed(node: SmallNode, *words: str) -> Iterator[subprocess.Popen[str]]:
     """`moray submit --to slurm --follow …` on the node."""
-    command = [sys.executable, "-m", "moray", "submit", "--to", "slurm", "--follow", *words]
-    with node.network():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = node.beside(sys.executable, "-m", "moray", "submit", "--to", "slurm", "--follow", *words)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
     finally:
@@ -64,8 +63,7 @@ def followed(node: SmallNode, *words: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def ask(node: SmallNode, *command: str) -> str:
-    with node.network():
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(node.beside(*command), check=True, capture_output=True, text=True).stdout.strip()
 
 
 def wait_until(holds: Callable[[], bool], run: Path) -> None:
@@ -141,17 +139,16 @@ def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, 
 
 def test_tasks_that_are_not_the_workers(node: SmallNode, dataset: Path, tmp_path: Path) -> None:
     settings = tiny(dataset, tmp_path / "run", cluster__launcher="slurm", cluster__workers=2)
-    with node.network():
-        done = subprocess.run(
-            ["srun", "--ntasks=1", sys.executable, "-m", "moray", "pretrain", *settings], capture_output=True, text=True
-        )
+    command = node.beside("srun", "--ntasks=1", sys.executable, "-m", "moray", "pretrain", *settings)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "moray: cluster.workers=2 must be the number of srun's tasks, which is 1\n" in done.stderr
 
 
-def test_what_sbatch_refuses(node: SmallNode, dataset: Path, tmp_path: Path, moray: Callable[..., Any]) -> None:
+def test_what_sbatch_refuses(node: SmallNode, dataset: Path, tmp_path: Path) -> None:
     settings = tiny(dataset, tmp_path / "run", cluster__launcher="ray")
-    with node.network():
-        outcome = moray("submit", "--to", "slurm", "--partition", "nowhere", "--", "pretrain", *settings)
-    assert outcome.code == 2
-    assert "sbatch: error: Batch job submission failed: Invalid partition name specified" in outcome.err
+    with followed(node, "--partition", "nowhere", "--", "pretrain", *settings) as job:
+        said, _ = job.communicate(timeout=WAIT_S)
+    assert job.returncode == 2
+    assert said.count("\n") == 1
+    assert "sbatch: error: Batch job submission failed: Invalid partition name specified" in said

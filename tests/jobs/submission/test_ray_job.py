@@ -1,0 +1,176 @@
+"""`moray submit --to ray`: against a real cluster of two nodes with a token, as docs/launching/ray.md has it."""
+
+import os
+import secrets
+import shlex
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from nodes_of_one import SmallNode, two_nodes
+from tiny import tiny
+
+from moray.cluster.events import read_events
+from moray.jobs.runs.status import status_of
+from moray.jobs.training.metrics import read_metrics
+
+PAGE = (Path(__file__).parents[3] / "docs" / "launching" / "ray.md").read_text()
+SCRIPTS = sysconfig.get_path("scripts")
+STEPS = 80
+
+
+def command_of_page(begin: str) -> str:
+    """The line of the page that begins so, without its comment."""
+    (line,) = {line.strip() for line in PAGE.splitlines() if line.strip().startswith(begin)}
+    return line.partition(" #")[0].strip()
+
+
+@dataclass
+class Cluster:
+    """Two nodes; the second one does not see what is in the folder `hidden`, but has another one there."""
+
+    nodes: tuple[SmallNode, SmallNode]
+    folder: Path
+    environment: dict[str, str]
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, node: SmallNode, words: str) -> None:
+        with (self.folder / f"{node.name}.log").open("a") as log:
+            command = node.command("bash", "-c", words)
+            self.started.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+
+    def begin(self, words: str, **changed: str) -> subprocess.Popen[str]:
+        """A shell's line, on a machine beside the nodes."""
+        return subprocess.Popen(
+            self.nodes[0].beside("bash", "-c", words),
+            env=self.environment | changed,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, words: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        process = self.begin(words, **changed)
+        out, err = process.communicate(timeout=100)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def close(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "hidden").mkdir()
+    head, member = (command_of_page(f"ray start --{word}") for word in ("head", "address"))
+    options = "--num-cpus 1 --disable-usage-stats --block"
+    with two_nodes(folder) as nodes:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "HEAD": nodes[0].address,
+            "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
+        }
+        made = Cluster(nodes, folder, environment)
+        try:
+            made.start(nodes[0], f"{head} {options} --node-ip-address $HEAD")
+            hide = f"mount -t tmpfs tmpfs {folder / 'hidden'}"
+            join = f"{member} {options} --node-ip-address {nodes[1].address}"
+            made.start(nodes[1], f"{hide} && until {join}; do sleep 1; done")
+            wait_until(lambda: made.run("ray list nodes --limit 9 | grep -c ALIVE").stdout.strip() == "2", made)
+            yield made
+        finally:
+            made.close()
+
+
+def wait_until(holds: Callable[[], bool], cluster: Cluster) -> None:
+    until = time.monotonic() + 60
+    while not holds():
+        logs = [path.read_text() for path in cluster.folder.glob("*.log")]
+        assert all(process.poll() is None for process in cluster.started), logs
+        assert time.monotonic() < until, logs
+        time.sleep(0.2)
+
+
+def submit(data: Path, run: Path, options: str = "--follow") -> str:
+    """The page's command with a tiny model, as many workers as the cluster has slots, and paths of the test."""
+    before, _, _ = command_of_page("moray submit").partition(" -- ")
+    return before.replace("--follow", options) + " -- " + pretrain(data, run)
+
+
+def pretrain(data: Path, run: Path, launcher: str = "ray") -> str:
+    changed = {"cluster__launcher": launcher, "cluster__workers": 2, "train__steps": STEPS, "train__eval_every": 0}
+    return shlex.join(["pretrain", *tiny(data, run, **changed)])
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(run)] if (run / "metrics.jsonl").exists() else []
+
+
+@pytest.mark.timeout(180)
+def test_a_job_that_is_stopped_goes_on_where_it_was(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """And the losses are those of a job that nobody stopped."""
+    run, untouched = tmp_path / "first", tmp_path / "untouched"
+    following = cluster.begin(submit(dataset, run))
+    assert following.stderr
+    assert "Ray job first-1: `ray job logs --follow" in following.stderr.readline()
+    second = cluster.run(submit(dataset, run, options=""))
+    assert second.returncode == 2
+    assert "job first-1 of the same name has not ended: `ray job stop" in second.stderr
+
+    wait_until(lambda: len(losses(run)) >= 1, cluster)
+    stopped = cluster.run(command_of_page("ray job stop"))
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    out, err = following.communicate(timeout=30)
+    assert following.returncode == 75, out + err
+    assert "stopped on request; what was done is committed" in out
+    status = status_of(run)
+    assert (status.exit_code, status.job, status.launcher) == (75, {"ray": "first-1"}, "ray")
+    assert {*status.nodes} == {node.address for node in cluster.nodes}
+    assert status.commit_step == len(losses(run)) < STEPS
+
+    done = cluster.run(submit(dataset, run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (resume,) = [event for event in read_events(run / "events.jsonl") if event["kind"] == "resume"]
+    assert resume["step"] == status.commit_step
+    # Alone on its node, a worker computes with all cores; the order of its sums follows from their number.
+    of_torchrun = f"torchrun --nproc-per-node 2 -m moray {pretrain(dataset, untouched, 'torchrun')}"
+    reference = cluster.run(of_torchrun, OMP_NUM_THREADS=str(os.cpu_count()))
+    assert reference.returncode == 0, reference.stderr
+    assert losses(run) == losses(untouched)
+    assert len(losses(run)) == STEPS
+
+
+def test_ray_s_own_command(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    before = command_of_page("ray job submit").partition(" moray pretrain")[0]
+    settings = shlex.join(tiny(dataset, tmp_path / "run", cluster__launcher="ray", cluster__workers=2, train__steps=2))
+    done = cluster.run(f"{before} moray pretrain {settings}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_data_that_another_node_does_not_see(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """Of two workers one is there; the job ends with the mistake's code, which following passes on."""
+    data = cluster.folder / "hidden" / "data"
+    data.symlink_to(dataset)
+    done = cluster.run(submit(data, tmp_path / "run"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"moray: on n2: data.path={data} does not exist" in done.stdout
+
+
+def test_a_token_that_is_not_the_clusters(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    done = cluster.run(submit(dataset, tmp_path / "run"), RAY_AUTH_TOKEN=secrets.token_hex(32))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    url = f"http://{cluster.nodes[0].address}:8265"
+    assert line == (
+        f"moray: the Ray at {url} wants another token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as they are on the "
+        "cluster"
+    )
