@@ -1,4 +1,4 @@
-"""How many cores are this process's: those it may run on, as far as its container's quota lets it use them."""
+"""How many cores are this process's: those it is bound to, no more than its container's quota or its Slurm job has."""
 
 import math
 import os
@@ -11,7 +11,8 @@ CGROUP = Path("/sys/fs/cgroup")
 def usable_cores(cgroup: Path = CGROUP) -> int:
     """At least one. `cgroup`: where a container finds its own limits, of version 2 or 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(allowed, _quota(cgroup))))
+    of_job = int(os.environ.get("SLURM_CPUS_ON_NODE", allowed))  # Slurm need not bind what it counts
+    return max(1, math.ceil(min(allowed, of_job, _quota(cgroup))))
 
 
 def _quota(cgroup: Path) -> float:

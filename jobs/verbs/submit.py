@@ -19,8 +19,9 @@ that was stopped. Targets, with options of their own:
 def targets() -> dict[str, Callable[..., Any]]:
     """What a run can be submitted to, by the name that --to gives it."""
     from moray.jobs.submission.ray_job import RayJob
+    from moray.jobs.submission.slurm import Slurm
 
-    return {"ray": RayJob}
+    return {"ray": RayJob, "slurm": Slurm}
 
 
 def submit(arguments: list[str]) -> int:

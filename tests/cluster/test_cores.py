@@ -34,3 +34,10 @@ def test_a_container_has_what_its_quota_leaves(tmp_path: Path, files: dict[str, 
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert usable_cores(tmp_path) == min(cores, len(os.sched_getaffinity(0)))
+
+
+def test_a_job_of_slurm_has_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = usable_cores()
+    for given, used in (("1", 1), ("100000", cores)):
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", given)
+        assert usable_cores() == used
