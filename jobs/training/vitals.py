@@ -78,7 +78,7 @@ def stragglers(readings: Sequence[Sequence[float]], before: Sequence[int] = ()) 
 
     readings: own seconds a rank, oldest first. Who was one `before` is so until no reading is left that says so.
     """
-    slow = [
+    slow: list[set[int]] = [
         {
             rank
             for rank, seconds in enumerate(reading)
@@ -87,7 +87,7 @@ def stragglers(readings: Sequence[Sequence[float]], before: Sequence[int] = ()) 
         for reading in readings[-PERSISTS:]
     ]
     always = set.intersection(*slow) if len(slow) == PERSISTS else set[int]()
-    return sorted(always | (set(before) & set.union(*slow)))
+    return sorted(always | (set(before) & set[int]().union(*slow)))
 
 
 def summary(everyone: Sequence[dict[str, Any]]) -> dict[str, Any]:
