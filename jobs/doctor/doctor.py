@@ -1,7 +1,8 @@
 """`moray doctor`: looks at this machine, or at every node of a cluster, and says what to do."""
 
 import secrets
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from moray.cluster.devices import pick_device
 from moray.cluster.group import Group, Hooks
 from moray.cluster.launch import launch
 from moray.cluster.worker import WorkerError
-from moray.jobs.doctor.facts import Facts, Frozen, Question, look
+from moray.jobs.doctor.facts import MARK, Facts, Frozen, Question, look
 from moray.jobs.doctor.judge import Cluster, judge
 from moray.jobs.doctor.meeting import examine
 from moray.jobs.doctor.verdict import Verdict
 
 PATIENT = 300.0
 """Seconds: the nodes measure at different speeds, and a folder may be slow."""
+FORGOTTEN_S = 3600.0
+"""No doctor takes so long: a mark that is older was left by one that was killed."""
 
 
 class Report(Frozen):
@@ -37,7 +40,7 @@ def examine_all(folders: Mapping[str, Path], *, in_cluster: bool) -> Report:
     """
     paths = {setting: str(path.absolute()) for setting, path in folders.items()}
     question = Question(id=secrets.token_hex(4), folders=paths)
-    with _existing(folders.get("run.dir")):
+    with _existing(folders.get("run.dir")), _tidied(folders.values(), question.id):
         if in_cluster:
             cluster, nodes = _ask_nodes(question)
         else:
@@ -66,6 +69,19 @@ def _ask_nodes(question: Question) -> tuple[Cluster, list[Facts]]:
             failure = str(error).partition("\n")[0]
         cluster = Cluster(address=nodes.address, is_open=nodes.is_open, busy=nodes.busy, failure=failure)
     return cluster, [heard[rank] for rank in sorted(heard)]
+
+
+@contextmanager
+def _tidied(folders: Iterable[Path], question_id: str) -> Iterator[None]:
+    """Leaves no file of this doctor's, though its workers die; nor of an old one's that was killed itself."""
+    old = time.time() - FORGOTTEN_S
+    try:
+        yield
+    finally:
+        for mark in (mark for folder in folders for mark in folder.glob(f"{MARK}*")):
+            with suppress(OSError):
+                if mark.name.startswith(f"{MARK}{question_id}-") or mark.stat().st_mtime < old:
+                    mark.unlink()
 
 
 @contextmanager

