@@ -114,9 +114,10 @@ def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, 
     endless = {"train__steps": 100_000, "train__eval_every": 0, "checkpoint__every": 100_000}
     with ExitStack() as following:
         jobs = []
+        name = 'it\'s "100%" of #1'
         for run in (first, second):
             settings = tiny(dataset, run, **endless, cluster__launcher="ray")
-            words = ["--sbatch", f"--nodelist={node.name}", "--", "pretrain", *settings]
+            words = ["--name", name, "--sbatch", f"--nodelist={node.name}", "--", "pretrain", *settings]
             jobs.append(following.enter_context(followed(node, *words)))
             wait_until(partial(has_rows, run, 5), run)
         (token,) = (first / "submit").glob(".token-*")
@@ -124,7 +125,7 @@ def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, 
 
         ask(node, "scancel", job_of(first))
         assert jobs[0].wait(WAIT_S) == 75
-        assert ask(node, "squeue", "--noheader", "--format=%i") == job_of(second)
+        assert ask(node, "squeue", "--noheader", "--format=%i %j") == f"{job_of(second)} {name}"
         (commit,) = list_commits(first / "checkpoints")
         assert commit.step == len(read_metrics(first))
         assert not token.exists()
