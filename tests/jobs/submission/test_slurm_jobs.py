@@ -26,7 +26,7 @@ from moray.parallel.checkpoint.commits import list_commits
 STEPS = 50
 # Nothing is committed but at a stop and at the end.
 ON_TWO = {"cluster__workers": 2, "train__steps": STEPS, "train__eval_every": 0, "checkpoint__every": STEPS}
-WAIT_S = 60
+WAIT_S = 100
 
 
 @pytest.fixture(scope="module")
