@@ -11,8 +11,8 @@ from typing import Literal
 class BatchJob:
     """`command` is the driver of a Ray on the job's nodes, or (`way` srun) every task's. `log` and `token` are files.
 
-    `options` are sbatch's, those with a value of None left out. `stop_s` is how long before its time limit a job is
-    told.
+    `options` are sbatch's and win over those that stand here; those with a value of None are left out. `stop_s` is how
+    long before its time limit a job is told.
     """
 
     what: str
@@ -25,12 +25,12 @@ class BatchJob:
 
     def script(self) -> str:
         options = {
-            **self.options,
             # One log for all attempts; % would begin one of Slurm's own patterns.
             "--output": str(self.log).replace("%", "%%"),
             "--open-mode": "append",
             "--requeue": "",
             "--signal": f"B:TERM@{self.stop_s}",
+            **self.options,
         }
         lines = [f"#SBATCH {_option(name, value)}" for name, value in options.items() if value is not None]
         start = _RAY if self.way == "ray" else _SRUN
@@ -44,9 +44,11 @@ class BatchJob:
 
 
 def _option(name: str, value: object) -> str:
-    # sbatch knows quotation marks within a line of a script, and no other way to have a space there.
+    """As sbatch reads it in a script, which is not as a shell does."""
     text = str(value)
-    return name + (f'="{text}"' if {" ", "#"} & set(text) else f"={text}" if text else "")
+    if {*" '\"#\\"} & {*text}:
+        text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"{name}={text}" if text else name
 
 
 _HEAD = """\
@@ -74,7 +76,7 @@ _SRUN = """\
 srun --kill-on-bad-exit=1 --mpi=none --cpus-per-task="$SLURM_CPUS_PER_TASK" {command} &
 driver=$!
 # The tasks are told, and not srun, which would end them at once.
-stop() {{ stopping=yes; scancel --signal=TERM "$SLURM_JOB_ID"; }}
+stop() {{ stopping=yes; scancel --quiet --signal=TERM "$SLURM_JOB_ID"; }}
 """
 
 _END = """\

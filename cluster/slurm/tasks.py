@@ -1,6 +1,9 @@
 """One worker among the tasks that srun started: a rank without Ray and without torchrun."""
 
 import os
+import signal
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,13 +11,16 @@ import torch
 import torch.distributed as dist
 
 from moray import UserError
+from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED
 from moray.cluster.group import Group, Hooks
 from moray.cluster.ranks import Place, run_rank
+from moray.cluster.signals import hold_sigterm, leave_on_sigterm
 from moray.cluster.slurm.allocation import Allocation
 from moray.cluster.worker import WorkerFunction
 
 # Below those that kernels give to whoever asks for any (32768 on Linux).
 FIRST_PORT, N_PORTS = 12000, 20000
+LOOK_EVERY_S = 0.2
 
 
 def run_task(function: WorkerFunction, argument: Any, group: Group, hooks: Hooks) -> int:
@@ -37,16 +43,34 @@ def run_task(function: WorkerFunction, argument: Any, group: Group, hooks: Hooks
     port = port_of(os.environ["SLURM_JOB_ID"], os.environ["SLURM_STEP_ID"])
 
     def open_store() -> dist.Store:
-        is_first = place.rank == 0
+        if place.rank:
+            _wait_for_rank_0(place.host, port, group.startup_timeout_s)
+            return dist.TCPStore(place.host, port, place.world_size, wait_for_workers=False)
         try:
-            return dist.TCPStore(place.host, port, place.world_size, is_master=is_first, wait_for_workers=False)
+            return dist.TCPStore(place.host, port, place.world_size, is_master=True, wait_for_workers=False)
         except dist.DistNetworkError as error:
-            if is_first:
-                taken = f"port {port}, which follows from the job's id, cannot be used on {place.host}"
-                raise UserError(f"{taken}: {str(error).splitlines()[0]}; submit the job again") from None
-            raise
+            taken = f"port {port}, which follows from the job's id, cannot be used on {place.host}"
+            raise UserError(f"{taken}: {str(error).splitlines()[0]}; submit the job again") from None
 
+    if signal.SIGTERM in signal.sigpending():
+        return EXIT_INTERRUPTED  # held since this process began: the ranks have not met yet
     return run_rank(function, argument, place, open_store, group.device, hooks)
+
+
+def _wait_for_rank_0(host: str, port: int, patience_s: float) -> None:
+    """Which may never come: it alone finds some mistakes. Until then SIGTERM ends this task, and rank 0's code stands.
+
+    srun ends with the highest code of its tasks.
+    """
+    leave_on_sigterm(EXIT_DONE)
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), LOOK_EVERY_S).close()
+            break
+        except OSError:
+            time.sleep(LOOK_EVERY_S)
+    hold_sigterm()
 
 
 def place_of(environment: Mapping[str, str], host: str) -> Place:

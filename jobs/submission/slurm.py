@@ -49,7 +49,7 @@ class Slurm(Target):
     """Cores for each worker."""
 
     sbatch: str = ""
-    """More options of sbatch, as they would stand in its command: "--qos=long --mem=64G"."""
+    """More options of sbatch, as they would stand in its command: "--qos=long --mem=64G". They win over moray's."""
 
     def check(self, job: Job, *, is_here: bool) -> None:
         cluster = job.config.cluster
@@ -77,11 +77,23 @@ class Slurm(Target):
                 f"--gpus-per-node {self.gpus_per_node} must be at least {cluster.workers // self.nodes}, the workers "
                 f"on a node: cluster.workers={cluster.workers} on --nodes {self.nodes}"
             )
+        self._more()
         limit_s, needed_s = _seconds(self.time), START_S + _stop_s(job)
         if limit_s is not None and limit_s < needed_s:
             raise UserError(
                 f"--time {self.time} is too short: to start and to commit, this run needs {-(-needed_s // 60)} minutes"
             )
+
+    def _more(self) -> dict[str, str]:
+        """What --sbatch says. Raises UserError where that is not a list of --name=value."""
+        try:
+            words = shlex.split(self.sbatch)
+        except ValueError as error:
+            raise UserError(f"--sbatch {self.sbatch}: {error}") from None
+        for word in words:
+            if not re.match("--[a-z]", word):
+                raise UserError(f"--sbatch {self.sbatch}: {word} is no option; write each as --name=value")
+        return {name: value for name, _, value in (word.partition("=") for word in words)}
 
     def files(self, job: Job) -> dict[str, str]:
         return {RECIPE: job.recipe, SCRIPT: self._script(job)}
@@ -104,13 +116,10 @@ class Slurm(Target):
             "--partition": self.partition or None,
             "--account": self.account or None,
         }
-        for word in shlex.split(self.sbatch):
-            name, _, value = word.partition("=")
-            options[name] = value
         return BatchJob(
             what=f"{job.verb} of {job.config.run.dir}",
             way=way,
-            options=options,
+            options=options | self._more(),
             stop_s=_stop_s(job),
             log=folder / LOG,
             token=folder / TOKEN,

@@ -61,9 +61,10 @@ def test_a_script_for_tasks_of_srun(show: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("launcher", ["ray", "slurm"])
 def test_a_script_is_one_of_bash(show: Callable[..., Any], tmp_path: Path, launcher: str) -> None:
     """In a folder whose name has what shells and sbatch read as something else."""
-    outcome = show(cluster__launcher=launcher, run__dir=tmp_path / "it's 100% #1 $run")
+    outcome = show(cluster__launcher=launcher, run__dir=tmp_path / 'it\'s "100%" #1 $run')
     script = outcome.out[outcome.out.index("#!/bin/bash") :]
-    assert options_of(script)["--output"] == f'"{tmp_path}/it\'s 100%% #1 $run/submit/slurm.log"'
+    log = f'{tmp_path}/it\'s \\"100%%\\" #1 $run/submit/slurm.log'
+    assert options_of(script)["--output"] == f'"{log}"'
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -87,6 +88,8 @@ def test_a_large_model_is_told_early(show: Callable[..., Any]) -> None:
         (["--time", "3"], {}, "--time 3 is too short: to start and to commit, this run needs 4 minutes"),
         (["--time", "3:59"], {}, "--time 3:59 is too short"),
         (["--time", "0:3:59"], {}, "--time 0:3:59 is too short"),
+        (["--sbatch", "--qos long"], {}, "--sbatch --qos long: long is no option; write each as --name=value"),
+        (["--sbatch", "--comment='x"], {}, "--sbatch --comment='x: No closing quotation"),
         (["--time", "tomorrow"], {}, "--time tomorrow is no time limit; choose minutes, hours:minutes:seconds"),
     ],
 )

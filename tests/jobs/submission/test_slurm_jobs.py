@@ -26,7 +26,7 @@ from moray.parallel.checkpoint.commits import list_commits
 STEPS = 50
 # Nothing is committed but at a stop and at the end.
 ON_TWO = {"cluster__workers": 2, "train__steps": STEPS, "train__eval_every": 0, "checkpoint__every": STEPS}
-WAIT_S = 60
+WAIT_S = 100
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,10 @@ def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, 
     endless = {"train__steps": 100_000, "train__eval_every": 0, "checkpoint__every": 100_000}
     with ExitStack() as following:
         jobs = []
+        name = 'it\'s "100%" of #1'
         for run in (first, second):
             settings = tiny(dataset, run, **endless, cluster__launcher="ray")
-            words = ["--sbatch", f"--nodelist={node.name}", "--", "pretrain", *settings]
+            words = ["--name", name, "--sbatch", f"--nodelist={node.name}", "--", "pretrain", *settings]
             jobs.append(following.enter_context(followed(node, *words)))
             wait_until(partial(has_rows, run, 5), run)
         (token,) = (first / "submit").glob(".token-*")
@@ -124,7 +125,7 @@ def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, 
 
         ask(node, "scancel", job_of(first))
         assert jobs[0].wait(WAIT_S) == 75
-        assert ask(node, "squeue", "--noheader", "--format=%i") == job_of(second)
+        assert ask(node, "squeue", "--noheader", "--format=%i %j") == f"{job_of(second)} {name}"
         (commit,) = list_commits(first / "checkpoints")
         assert commit.step == len(read_metrics(first))
         assert not token.exists()
@@ -137,12 +138,23 @@ def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, 
         assert [status_of(run).exit_code for run in (first, second)] == [75, 75]
 
 
-def test_tasks_that_are_not_the_workers(node: SmallNode, dataset: Path, tmp_path: Path) -> None:
-    settings = tiny(dataset, tmp_path / "run", cluster__launcher="slurm", cluster__workers=2)
-    command = node.beside("srun", "--ntasks=1", sys.executable, "-m", "moray", "pretrain", *settings)
+@pytest.mark.parametrize(
+    ("n_tasks", "mistake"),
+    [(1, "cluster.workers=2 must be the number of srun's tasks, which is 1"), (2, "is a file; name a folder")],
+    ids=["of all tasks", "of the first task"],
+)
+def test_a_mistake_among_tasks(node: SmallNode, dataset: Path, tmp_path: Path, n_tasks: int, mistake: str) -> None:
+    """It is told once, and nobody waits for a task that is not to come."""
+    run = tmp_path / "run"
+    if n_tasks == 2:
+        run.touch()
+    settings = tiny(dataset, run, cluster__launcher="slurm", cluster__workers=2)
+    tasks = ["srun", f"--ntasks={n_tasks}", f"--nodes={n_tasks}", "--kill-on-bad-exit=1"]
+    command = node.beside(*tasks, sys.executable, "-m", "moray", "pretrain", *settings)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "moray: cluster.workers=2 must be the number of srun's tasks, which is 1\n" in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("moray:") and line.endswith(mistake)]
+    assert done.stderr.count("moray: ") == 1
 
 
 def test_what_sbatch_refuses(node: SmallNode, dataset: Path, tmp_path: Path) -> None:
