@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time as clock
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,11 @@ from typing import Literal
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from moray.cluster.slurm.script import BatchJob
+from moray.jobs.runs.files import replace_file
 from moray.jobs.submission.target import RECIPE, Job, Target
 from moray.model.accounting.cost import training_state_bytes
 
-SCRIPT, LOG, TOKEN = "slurm.sh", "slurm.log", ".token"
+SCRIPT, LOG, TOKEN, ID = "slurm.sh", "slurm.log", ".token", "slurm.job"
 START_S = 120
 # A slow start of the last step, and the least that a disk which many share takes.
 STOP_S, COMMIT_BYTES_PER_S = 120, 500e6
@@ -127,6 +129,11 @@ class Slurm(Target):
         ).script()
 
     def submit(self, job: Job) -> str:
+        if before := _living(job.folder / ID):
+            raise UserError(
+                f"Slurm job {before} of this run has not ended: `scancel {before}` has it commit and stop, and then "
+                "this command goes on"
+            )
         command = ["sbatch", "--parsable", str(job.folder / SCRIPT)]
         try:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -137,7 +144,9 @@ class Slurm(Target):
             ) from None
         except subprocess.CalledProcessError as error:
             raise UserError(f"`{shlex.join(command)}`: {' '.join(error.stderr.split())}") from None
-        return done.stdout.strip().partition(";")[0]
+        job_id = done.stdout.strip().partition(";")[0]
+        replace_file(job.folder / ID, job_id)
+        return job_id
 
     def tell(self, job: Job, job_id: str) -> str:
         return (
@@ -174,6 +183,18 @@ def _seconds(limit: str) -> int | None:
         numbers = [0, *numbers[:2]]  # minutes, and their seconds
     hours, minutes, seconds = numbers
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _living(file: Path) -> str | None:
+    """The job whose id stands in the file, if Slurm still has it in its queue."""
+    if not file.exists():
+        return None
+    job_id = file.read_text().strip()
+    with suppress(FileNotFoundError):  # without Slurm's commands nothing will be submitted, either
+        told = subprocess.run(["squeue", "--noheader", "--format=%T", "--jobs", job_id], capture_output=True, text=True)
+        if told.stdout.strip() not in ("", *ENDED):  # of one that it has forgotten it says nothing there
+            return job_id
+    return None
 
 
 def _state(job_id: str) -> tuple[str, int]:

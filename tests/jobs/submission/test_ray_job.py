@@ -128,7 +128,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(run)] if (run / "metrics.jsonl").exists() else []
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_job_that_is_stopped_goes_on_where_it_was(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     """And the losses are those of a job that nobody stopped."""
     run, untouched = tmp_path / "first", tmp_path / "untouched"

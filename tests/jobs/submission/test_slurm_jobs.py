@@ -85,6 +85,7 @@ def job_of(run: Path) -> str:
     return status_of(run).job["slurm"]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("launcher", ["ray", "slurm"])
 def test_a_job_that_is_told_of_its_end_commits_and_goes_on(
     node: SmallNode, dataset: Path, tmp_path: Path, untouched: list[Any], launcher: str
@@ -108,6 +109,7 @@ def test_a_job_that_is_told_of_its_end_commits_and_goes_on(
     assert log.count("stopped on request; what was done is committed") == log.count(f"step {STEPS}/{STEPS} ") == 1
 
 
+@pytest.mark.timeout(300)
 def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, tmp_path: Path) -> None:
     """It commits, stays stopped and leaves nothing behind; the other's Ray, beside its own, does not notice."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -132,6 +134,11 @@ def test_of_two_jobs_on_a_node_one_is_cancelled(node: SmallNode, dataset: Path, 
         wait_until(partial(has_rows, second, len(read_metrics(second)) + 5), second)
         places = ask(node, "srun", "--overlap", f"--jobid={job_of(second)}", "ls", "/tmp/ray").split()
         assert [place for place in places if place.startswith("moray")] == [f"moray-{job_of(second)}"]
+
+        again = [sys.executable, "-m", "moray", "submit", "--to", "slurm", *words]
+        refused = subprocess.run(node.beside(*again), capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert f"Slurm job {job_of(second)} of this run has not ended: `scancel" in refused.stderr
 
         ask(node, "scancel", job_of(second))
         assert jobs[1].wait(WAIT_S) == 75

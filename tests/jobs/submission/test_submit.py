@@ -1,8 +1,11 @@
 """What `moray submit` refuses here, and what it writes: no scheduler is asked."""
 
 import json
+import threading
 import tomllib
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,29 @@ def test_a_server_that_is_not_there(moray: Moray, dataset: Path, tmp_path: Path)
     (line,) = outcome.err.splitlines()
     assert line.startswith(f"moray: no job server answers at {NOWHERE} (")
     assert line.endswith("give --address, start Ray with `ray start --head` there, or open a tunnel to it")
+
+
+class OldServer(BaseHTTPRequestHandler):
+    """What the job server of another Ray says of itself."""
+
+    def do_GET(self) -> None:
+        told = {"version": "4", "ray_version": "2.49.1", "ray_commit": "", "session_name": ""}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(told).encode())
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_another_ray_on_the_other_side(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), OldServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        outcome = moray("submit", "--to", "ray", "--address", url, *words(dataset, tmp_path / "run"))
+        server.shutdown()
+    assert outcome.code == 2
+    assert f"moray: Ray is 2.49.1 at {url}, but {version('ray')} here; install the same on both\n" in outcome.err
 
 
 @pytest.mark.parametrize("address", ["head:8265", "ftp://head", "http://:8265", "http://head:port", "10.0.0.1:6379"])
