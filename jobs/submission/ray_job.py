@@ -122,6 +122,8 @@ class RayJob(Target):
                 f"the Ray at {self._url} wants another token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as they are "
                 "on the cluster"
             ) from None
+        except UserError:
+            raise
         except (RuntimeError, ConnectionError, ValueError) as error:
             raise UserError(f"the job server at {self._url}: {' '.join(str(error).split())}") from None
 
