@@ -1,4 +1,4 @@
-"""What `moray submit --to kubernetes` refuses, and what it writes: held against KubeRay's and Kubernetes' own schemas."""
+"""What `moray submit --to kubernetes` refuses, and what it writes, held against the schema that KubeRay has."""
 
 import json
 import lzma
@@ -111,18 +111,17 @@ def test_a_ray_job_is_one_that_kuberay_knows(moray: Moray, schema: dict[str, Any
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
-    (group,) = cluster["workerGroupSpecs"]
+    (workers,) = cluster["workerGroupSpecs"]
     slots = {"num-gpus": "2"} if own else {"num-cpus": "4"}
-    assert (group["replicas"], group["rayStartParams"]) == (2 if own else 1, slots)
-    for group in (cluster["headGroupSpec"], group):
+    assert (workers["replicas"], workers["rayStartParams"]) == (2 if own else 1, slots)
+    for group in (cluster["headGroupSpec"], workers):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert pod["terminationGracePeriodSeconds"] == 300
         assert container["lifecycle"]["preStop"]["exec"]["command"][-1] == "/shared/runs/first"
         mounts = {entry["mountPath"]: entry["name"] for entry in container["volumeMounts"]}
-        assert set(mounts) == {"/shared", "/etc/moray", "/dev/shm"} and set(mounts.values()) == {
-            volume["name"] for volume in pod["volumes"]
-        }
+        assert set(mounts) == {"/shared", "/etc/moray", "/dev/shm"}
+        assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
         assert container.get("envFrom") == ([{"secretRef": {"name": "keys"}}] if own else None)
     if own:
         assert container["resources"]["limits"] == {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": "2"}
@@ -145,7 +144,7 @@ def test_the_schema_finds_what_the_operator_would_overlook(moray: Moray, schema:
 
 @pytest.mark.parametrize("own", [[], ALL])
 def test_a_plain_job_is_one_that_kubernetes_knows(moray: Moray, schema: dict[str, Any], own: list[str]) -> None:
-    recipe, service, job = printed(moray, *own, cluster__launcher="torchrun", cluster__max_restarts=5)
+    _, service, job = printed(moray, *own, cluster__launcher="torchrun", cluster__max_restarts=5)
     nodes = 2 if own else 1
     spec = job["spec"]
     pod = spec.pop("template")["spec"]
@@ -229,9 +228,7 @@ def test_kubectl_is_not_here(moray: Moray, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_kubectl_refuses(moray: Moray, kubectl: Callable[..., None]) -> None:
-    Path("refusal").write_text(
-        'error: resource mapping not found: no matches for kind "RayJob"\nensure CRDs are there\n'
-    )
+    Path("refusal").write_text('error: resource mapping not found: no matches for kind "RayJob"\nensure CRDs\n')
     outcome = moray(*words(*OPTIONS))
     assert outcome.code == 2
     said = outcome.err.splitlines()[-1]
