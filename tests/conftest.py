@@ -19,6 +19,7 @@ STARTING_RAY = (
     "tests/cluster/test_driver.py",
     "tests/jobs/test_cut_off.py",
     "tests/jobs/submission/test_ray_job.py",
+    "tests/jobs/submission/test_rayjob.py",
     "tests/jobs/test_recovery.py",
     "tests/jobs/training/test_stops.py",
 )

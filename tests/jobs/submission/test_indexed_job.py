@@ -17,7 +17,7 @@ from moray.jobs.submission.manifests import GRACE_S, Manifest
 from moray.jobs.submission.submit import as_job
 from moray.jobs.training.metrics import read_metrics
 
-STEPS = 100
+STEPS = 80
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def steps(run: Path) -> list[int]:
 
 
 @pytest.mark.timeout(180)
-def test_pods_are_stopped_lost_and_go_on_to_the_end(here: Containers) -> None:
+def test_pods_that_are_stopped_go_on_to_the_end(here: Containers) -> None:
     run = here.storage / "runs/first"
     recipe, _, job = manifests("--nodes", "2")
     pods = start(here, recipe, job)
@@ -83,14 +83,6 @@ def test_pods_are_stopped_lost_and_go_on_to_the_end(here: Containers) -> None:
     assert [here.exit_code(pod) for pod in pods] == [75, 75], [here.log(pod) for pod in pods]
     stopped = status_of(run)
     assert (stopped.state, stopped.launcher, stopped.commit_step) == ("stopped", "torchrun", len(steps(run)))
-    assert len(steps(run)) < STEPS
-
-    remove(here, job)
-    pods = start(here, recipe, job)
-    wait_for_steps(here, pods, run, len(steps(run)) + 3)
-    here.kill(pods[1])
-    # The other one fails as well, and so all of them begin anew.
-    assert here.exit_code(pods[0]) not in (0, 75), here.log(pods[0])
     assert len(steps(run)) < STEPS
 
     remove(here, job)

@@ -23,7 +23,7 @@ from moray.jobs.submission.manifests import Manifest
 from moray.jobs.submission.submit import as_job
 from moray.jobs.training.metrics import read_metrics
 
-STEPS = 150
+STEPS = 40
 HEAD = 10
 
 
@@ -129,7 +129,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Iterato
         cluster__workers=2,
         train__steps=STEPS,
         train__eval_every=0,
-        checkpoint__every=5,
+        checkpoint__every=2,
     )
     recipe, job = target.manifests(as_job(target, ["pretrain", *words]))
     with containers(tmp_path_factory.mktemp("pods"), subnet=72) as here:
@@ -144,9 +144,9 @@ def wait_until(holds: Callable[[], bool], operator: Operator) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.timeout(300)
-def test_a_head_that_is_lost_and_a_run_that_is_stopped(operator: Operator) -> None:
-    """The next cluster goes on from the newest commit; a stop is committed; and then the run is done."""
+@pytest.mark.timeout(240)
+def test_a_head_that_is_lost(operator: Operator) -> None:
+    """The next cluster goes on from the newest commit, to the end of the run."""
     run = operator.here.storage / "run"
 
     def commit() -> int:
@@ -154,27 +154,19 @@ def test_a_head_that_is_lost_and_a_run_that_is_stopped(operator: Operator) -> No
 
     operator.begin_cluster()
     operator.submit()
-    wait_until(lambda: commit() >= 5, operator)
+    wait_until(lambda: commit() >= 2, operator)
     operator.here.kill(operator.head)
     operator.end_cluster()
     lost_at = commit()
     assert lost_at < STEPS
 
     operator.begin_cluster()
-    operator.submit()
-    wait_until(lambda: commit() > lost_at, operator)
-    operator.prepare_to_end()
-    stopped = status_of(run)
-    assert (stopped.state, stopped.exit_code) == ("stopped", 75), stopped
-    assert stopped.commit_step == stopped.step
-    assert lost_at < (stopped.commit_step or 0) < STEPS
-    wait_until(lambda: "FAILED" in operator.job_status(), operator)
-
     submitter = operator.submit()
-    assert operator.here.exit_code(submitter) == 0
-    assert "SUCCEEDED" in operator.job_status()
+    assert operator.here.exit_code(submitter) == 0, operator.here.log(submitter)
+    assert "succeeded" in operator.job_status()
+    operator.prepare_to_end()
     assert [row["step"] for row in read_metrics(run)] == list(range(1, STEPS + 1))
     assert ledger_problems(run) == []
-    resumes = [event["step"] for event in read_events(run / "events.jsonl") if event["kind"] == "resume"]
-    assert resumes == [lost_at, stopped.commit_step]
-    operator.end_cluster()
+    (resume,) = [event for event in read_events(run / "events.jsonl") if event["kind"] == "resume"]
+    assert resume["step"] == lost_at
+    assert status_of(run).state == "done"
