@@ -38,16 +38,10 @@ def check_health(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    import pynvml
+    from moray.cluster.nvml import find_gpu, uncorrected_errors
 
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        n_errors = pynvml.nvmlDeviceGetTotalEccErrors(
-            handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
-        )
-    except pynvml.NVMLError:
-        return  # no ECC memory, a slice of a GPU, no NVML: nothing is known against this one
+    handle = find_gpu(str(torch.cuda.get_device_properties(device).uuid))
+    n_errors = uncorrected_errors(handle) if handle else None
     if n_errors:
         raise RuntimeError(f"{device} has {n_errors} uncorrected memory errors (ECC): reset or replace this GPU")
 

@@ -3,8 +3,8 @@
 import os
 from typing import Literal
 
-Launcher = Literal["ray", "torchrun", "local"]
-RANK_VARIABLES: dict[Launcher, str] = {"torchrun": "RANK"}
+Launcher = Literal["ray", "torchrun", "slurm", "local"]
+RANK_VARIABLES: dict[Launcher, str] = {"torchrun": "RANK", "slurm": "SLURM_PROCID"}
 """Under these every worker is a process of the same command, and this tells its rank."""
 
 

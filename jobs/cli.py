@@ -5,7 +5,6 @@ took the run over; 130: cut off by Ctrl-C.
 """
 
 import errno
-import os
 import shutil
 import sys
 import time
@@ -15,11 +14,13 @@ from textwrap import wrap
 
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_FAILED, EXIT_KILLED_BY_KEYBOARD, EXIT_MISTAKE
-from moray.cluster.signals import hold_sigterm, release_sigterm
+from moray.cluster.launchers import is_another_rank
+from moray.cluster.signals import hold_sigterm, leave_on_sigterm
 from moray.jobs.completion import SHELLS, completion
 from moray.jobs.options import bind
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
+from moray.jobs.verbs.doctor import doctor
 from moray.jobs.verbs.export import export
 from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
@@ -38,7 +39,7 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb
-    for verb in (prepare, pretrain, submit, status, generate, checkpoints, inspect, export, upcycle, demo)
+    for verb in (doctor, prepare, pretrain, submit, status, generate, checkpoints, inspect, export, upcycle, demo)
 }
 READ_THEIR_OWN_WORDS = ("pretrain", "submit")
 
@@ -83,9 +84,9 @@ def main() -> None:
     try:
         code = dispatch(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # Under torchrun every rank finds most mistakes: rank 0 tells, and torchrun then ends the others.
-            release_sigterm()
+        if is_another_rank():
+            # Every rank finds most mistakes: rank 0 tells, and whoever started it then ends the others.
+            leave_on_sigterm(EXIT_MISTAKE)
             time.sleep(RANK_0_TELLS_S)
         complain(str(error))
         code = EXIT_MISTAKE

@@ -17,9 +17,11 @@ from pool import Pool
 STARTING_RAY = (
     "tests/cluster/ray/",
     "tests/cluster/test_driver.py",
+    "tests/jobs/doctor/test_two_nodes.py",
     "tests/jobs/test_cut_off.py",
     "tests/jobs/submission/test_ray_job.py",
     "tests/jobs/submission/test_rayjob.py",
+    "tests/jobs/submission/test_slurm_jobs.py",
     "tests/jobs/test_recovery.py",
     "tests/jobs/training/test_stops.py",
 )

@@ -45,7 +45,7 @@ class Containers:
     network: str
     storage: Path
     subnet: int
-    pods: dict[str, Path] = field(default_factory=dict)
+    pods: list[str] = field(default_factory=list)
 
     def address(self, number: int) -> str:
         return f"10.{89 + self.subnet // 256}.{self.subnet % 256}.{number}"
@@ -66,15 +66,17 @@ class Containers:
         document = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump_all([config_map, document]))
-        self.pods[name] = path
+        self.pods.append(name)
         done = self.podman("kube", "play", "--network", self.network, "--ip", self.address(number), str(path))
         assert done.returncode == 0, done.stderr
         return f"{name}-{container['name']}"
 
-    def remove(self, name: str) -> None:
-        self.podman("pod", "rm", "--force", "--time", "0", name)
-        self.podman("volume", "rm", "--force", "recipe")
-        self.pods.pop(name, None)
+    def remove(self, *names: str) -> None:
+        """As it is when a node is lost: at once."""
+        if names:
+            self.podman("pod", "kill", *names)
+            self.podman("pod", "rm", "--force", "--time", "0", *names)
+        self.pods = [name for name in self.pods if name not in names]
 
     def log(self, container: str) -> str:
         done = self.podman("logs", container)
@@ -96,8 +98,10 @@ class Containers:
 @contextmanager
 def containers(folder: Path, subnet: int) -> Iterator[Containers]:
     """Each user of it has a subnet of its own. Skips where there is no podman, and says what to install."""
-    if shutil.which("podman") is None or shutil.which("runc") is None:
-        pytest.skip(f"no podman here: apt-get install --no-install-recommends {PACKAGES}")
+    if missing := [program for program in ("podman", "runc", "iptables") if shutil.which(program) is None]:
+        if "CI" in os.environ:
+            pytest.fail(f"{', '.join(missing)} missing in CI")
+        pytest.skip(f"{', '.join(missing)} missing: apt install {PACKAGES}")
     storage = folder / "storage"
     storage.mkdir()
     # Wherever this moray is imported from here, pods import it from there.
@@ -125,8 +129,7 @@ def containers(folder: Path, subnet: int) -> Iterator[Containers]:
                 pytest.fail(f"podman {words[0]}: {done.stderr}")
         yield here
     finally:
-        for name in list(here.pods):
-            here.remove(name)
+        here.remove(*here.pods)
         here.podman("network", "rm", "--force", here.network)
         here.podman("volume", "rm", "--force", CLAIM)
 

@@ -9,9 +9,9 @@ from moray.cluster.ray.agent import AgentProcess
 class AgentActor:
     """Holds a node's slots in Ray and passes calls on to the agent, a process that is free of Ray."""
 
-    def __init__(self, task: bytes, host: str, import_path: list[str]) -> None:
+    def __init__(self, import_path: list[str]) -> None:
         # The agent sees what Ray lets a worker import, then what the driver could.
-        self._agent = AgentProcess(task, host, [*sys.path, *import_path])
+        self._agent = AgentProcess([*sys.path, *import_path])
 
     def call(self, method: str, *arguments: Any) -> Any:
         return self._agent.call(method, *arguments)

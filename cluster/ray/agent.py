@@ -24,6 +24,7 @@ from typing import Any
 
 from moray.cluster.ray.messages import Assignment, Failure, Note, WorkerState
 from moray.cluster.signals import hold_sigterm
+from moray.cluster.versions import versions
 
 POLL_S = 0.2
 EXIT_CHECK_S = 0.05
@@ -32,11 +33,7 @@ EXIT_CHECK_S = 0.05
 class AgentProcess:
     """The owner's end: starts the agent and calls its methods one at a time."""
 
-    def __init__(self, task: bytes, host: str, import_path: list[str]) -> None:
-        """`task` is a pickled (function, argument); `host` is this node's address in the cluster.
-
-        Raises RuntimeError with the agent's own traceback where it cannot import the function.
-        """
+    def __init__(self, import_path: list[str]) -> None:
         self._pipe, theirs = Pipe()
         # One thread a process, as torchrun has it: many processes share the cores, and a fork must not lose a thread.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(import_path)}
@@ -44,7 +41,6 @@ class AgentProcess:
         command = [sys.executable, "-m", "moray.cluster.ray.agent", str(descriptor)]
         self._process = subprocess.Popen(command, env=environment, pass_fds=[descriptor], start_new_session=True)
         theirs.close()
-        self.call("load", task, host)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The agent's answer; raises RuntimeError with its traceback, or EOFError where the agent is gone."""
@@ -170,8 +166,14 @@ class Agent:
             worker.failure = Failure(f"the driver was silent for {silent_s:.0f} s: {lease}", time.time())
             self._has_news = True
 
+    def versions(self) -> dict[str, str]:
+        return versions()
+
     def load(self, task: bytes, host: str) -> None:
-        """Imports all that a worker needs, once."""
+        """Imports all that a worker needs, once: of the pickled (function, argument) `task`, too.
+
+        `host` is this node's address in the cluster.
+        """
         import moray.cluster.ray.child  # noqa: F401
 
         self._function, self._argument = pickle.loads(task)

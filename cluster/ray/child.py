@@ -1,6 +1,5 @@
 """What a worker process does from its fork to its end."""
 
-import os
 import signal
 import socket
 import time
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moray import UserError
+from moray.cluster.cores import usable_cores
 from moray.cluster.devices import check_health, pick_device
 from moray.cluster.exit_codes import EXIT_DONE
 from moray.cluster.network import use_interface_of
@@ -44,7 +44,7 @@ def work(
             device = pick_device(local_rank, assignment.device)
             check_health(device)
             # The agent imported torch for one thread, so as to fork; the cores of this node are its workers' to share.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // assignment.n_workers))
+            torch.set_num_threads(max(1, usable_cores() // assignment.n_workers))
             context = WorkerContext(
                 rank=assignment.first_rank + local_rank,
                 world_size=assignment.world_size,

@@ -1,11 +1,12 @@
-"""This process as a driver of a Ray: of a cluster, or of a local one of its own. Either may be lost under it."""
+"""This process as a driver of a Ray: of a cluster, or of one of its own. Either may be lost under it."""
 
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import grpc
@@ -16,6 +17,9 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from moray import UserError
 from moray.cluster.ray.address import ask, find_address
 from moray.cluster.ray.local_ray import LocalRay, slots_for
+from moray.cluster.ray.own_ray import OwnRay
+from moray.cluster.slurm.allocation import Allocation
+from moray.cluster.slurm.slurm_ray import SlurmRay
 from moray.cluster.worker import WorkerError
 
 PULSE_S = 1.0
@@ -49,17 +53,19 @@ class Connection(Protocol):
 
 @contextmanager
 def connected(workers: int) -> Iterator[Connection]:
-    """Connects to the cluster of RAY_ADDRESS, or to a local Ray of its own.
+    """Connects to the cluster of RAY_ADDRESS, or to a Ray of its own: on this machine, or on a Slurm job's nodes.
 
-    Raises UserError where RAY_ADDRESS or the token for it is wrong; WorkerError where a local Ray does not start.
+    Raises UserError where RAY_ADDRESS or the token for it is wrong; WorkerError where a Ray of its own does not start.
     """
     connection: Connection
     if ray.is_initialized():
         connection = _Cluster(ray.get_runtime_context().gcs_address, is_ours=False)
+    elif os.environ.get("RAY_ADDRESS") == "slurm":
+        connection = _Own(partial(SlurmRay, Allocation.own()), is_local=False)
     elif address := find_address():
         connection = _Cluster(address, is_ours=True)
     else:
-        connection = _Own(slots_for(workers))
+        connection = _Own(partial(LocalRay, slots_for(workers)), is_local=True)
     try:
         yield connection
     finally:
@@ -67,14 +73,12 @@ def connected(workers: int) -> Iterator[Connection]:
 
 
 class _Own:
-    is_local = True
-
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
+    def __init__(self, start: Callable[[], OwnRay], is_local: bool) -> None:
+        self._start, self.is_local = start, is_local
         self.renew()
 
     def renew(self) -> None:
-        self._ray = LocalRay(self._slots)
+        self._ray = self._start()
         try:
             self.address = self._ray.address
             _join(self.address)

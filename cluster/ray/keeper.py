@@ -1,28 +1,36 @@
-"""The keeper of a local Ray: a process in a session of its own, between a driver and the Ray that lives for it.
+"""The keeper of a Ray of one driver's own: a process on each of its nodes that starts Ray there, and ends it.
 
 It ends Ray once the driver is gone, however it went, and itself once Ray is broken. Started by the driver itself, Ray
 would be hit by every signal that a terminal sends to the driver's process group before the workers could commit, and a
 killed driver would leave two of Ray's processes for a minute (as of Ray 2.60 they wait that long to report their
-death). A scheduler sends SIGTERM to every process: the keeper blocks it, and so does all that it starts.
+death). A scheduler sends SIGTERM to every process: the keeper blocks it, and so does all that it starts. It is in a
+session of its own.
 
-It imports Ray and nothing else that takes time: the driver waits for it.
+The head's keeper says on standard output where Ray is, and each of them what becomes of its part. From standard input
+each takes the head's address, which the driver passes on to all, and then waits for its end. It imports Ray and nothing
+else that takes time: the driver waits for it.
 """
 
 import os
 import select
+import shutil
 import signal
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
+from moray.cluster.ray.part import Part
+
 OBJECT_STORE_BYTES = 100 * 2**20  # hardly used: workers exchange tensors through torch.distributed
 ANNOUNCEMENT = "Ray is at "
-MARK = "MORAY_LOCAL_RAY"
+MARK = "MORAY_OWN_RAY"
+MARK_TO_BE = "MORAY_OWN_RAY_TO_BE"  # what starts keepers, as srun, does not bear the mark itself: it outlives them
 LOOK_EVERY_S = 0.1
 KILL_S = 10.0
 # What Ray adds to its temporary folder for the longest of its sockets, and the longest that the kernel takes.
@@ -34,33 +42,52 @@ DEFAULT_TEMP_DIR = "/tmp/ray"  # Ray's own on every machine, unless TMPDIR or it
 def main() -> None:
     """Starts Ray, and ends it when standard input does."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    node = None
+    part, node = Part.of(sys.argv[1]), None
+    os.environ[MARK] = os.environ.pop(MARK_TO_BE)
     try:
-        node = _start(int(sys.argv[1]))
-        print(f"{ANNOUNCEMENT}{node.gcs_address}", flush=True)
-        trouble = _keep(node)
+        node = _start_head(part) if part.is_head else _join(part)
+        trouble = _keep(node) if node else None
     except Exception as error:
         trouble = " ".join(f"{type(error).__name__}: {error}".split())
+    if trouble:
+        with suppress(BrokenPipeError):
+            print(trouble, flush=True)
     if sys.platform != "linux" and node:
         node.kill_all_processes(check_alive=False)  # no /proc tells which processes are Ray's
     end_all(os.getpid(), os.environ[MARK])
-    if trouble:
-        print(trouble, file=sys.stderr, flush=True)
+    if part.temp_dir and not trouble:
+        shutil.rmtree(part.temp_dir, ignore_errors=True)
     os._exit(1 if trouble else 0)  # on an ordinary way out, Ray would wait for processes that are gone
 
 
-def _start(slots: int) -> Node:
-    """A Ray without what only others would look at: no dashboard, no autoscaler, no copies of logs, no driver here."""
+def _start_head(part: Part) -> Node:
+    node = _node(part, include_dashboard=False, include_log_monitor=False, no_monitor=True)
+    print(f"{ANNOUNCEMENT}{node.gcs_address}", flush=True)
+    sys.stdin.readline()
+    return node
+
+
+def _join(part: Part) -> Node | None:
+    """None where the driver has gone before it could say where."""
+    address = sys.stdin.readline().strip()
+    if not address:
+        return None
+    node = _node(part, gcs_address=address, include_log_monitor=False)
+    print(f"{ANNOUNCEMENT}{address}", flush=True)
+    return node
+
+
+def _node(part: Part, **parameters: Any) -> Node:
+    """A node without what only others would look at: no dashboard, no autoscaler, no copies of logs, no driver here."""
     return Node(
         RayParams(
-            num_cpus=slots,
-            include_dashboard=False,
-            include_log_monitor=False,  # type: ignore[arg-type]
-            no_monitor=True,
+            num_cpus=part.slots,
+            node_ip_address=part.address,
             object_store_memory=OBJECT_STORE_BYTES,
-            temp_dir=temp_dir(),
+            temp_dir=part.temp_dir or temp_dir(),
+            **parameters,
         ),
-        head=True,
+        head=part.is_head,
         shutdown_at_exit=False,
         spawn_reaper=False,
     )
@@ -106,8 +133,12 @@ def _find(session: int, mark: str) -> list[int]:
 def temp_dir() -> str:
     """Where Ray may put its files: its own choice, but where its sockets' names would be too long there."""
     chosen = get_default_ray_temp_dir()
-    fits = len(os.fsencode(chosen + LONGEST_SOCKET)) <= MAX_SOCKET_BYTES
-    return chosen if fits else DEFAULT_TEMP_DIR
+    return chosen if fits_sockets(chosen) else DEFAULT_TEMP_DIR
+
+
+def fits_sockets(folder: str) -> bool:
+    """Whether the names of Ray's sockets are short enough in this temporary folder."""
+    return len(os.fsencode(folder + LONGEST_SOCKET)) <= MAX_SOCKET_BYTES
 
 
 def describe_end(code: int) -> str:

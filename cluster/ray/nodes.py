@@ -18,6 +18,7 @@ from moray.cluster.events import OnEvent
 from moray.cluster.group import Group
 from moray.cluster.ray.actor import AgentActor
 from moray.cluster.ray.connection import Connection
+from moray.cluster.versions import difference, versions
 
 AGENT_START_S = 120.0
 RETRY_S = 0.2
@@ -28,13 +29,18 @@ RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """Some slots of one machine, reserved, with the agent that runs workers in them."""
+    """Some slots of one machine, reserved, with the agent that runs workers in them.
+
+    `versions` are the agent's, and known before it is `loaded`, with which another one may have trouble.
+    """
 
     host: str
     slots: int
     device: Literal["cpu", "cuda"]
     group: PlacementGroup
     actor: Any
+    versions: ray.ObjectRef
+    loaded: ray.ObjectRef
 
     def call(self, method: str, *arguments: Any) -> ray.ObjectRef:
         return self.actor.call.remote(method, *arguments)
@@ -58,13 +64,17 @@ def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
     return {node: share for node, share in shares.items() if share}
 
 
+class NoRoomError(UserError):
+    """The cluster has fewer free slots than workers."""
+
+
 class Gang:
     """The nodes that hold the workers' slots. Survivors of a failure stay; `fill` replaces what was lost."""
 
     def __init__(self, task: bytes, group: Group, connection: Connection, on_event: OnEvent) -> None:
         """Device auto: what this Ray has now, and the same for all generations, whatever nodes join later."""
         self.nodes: list[Node] = []
-        self._task = task
+        self._task, self._versions = task, versions()
         self._workers = group.workers
         self._connection = connection
         self.patience_s = group.placement_timeout_s
@@ -77,8 +87,8 @@ class Gang:
     def fill(self, should_leave: Callable[[], bool]) -> None:
         """Reserves the missing slots and starts their agents; waits for them at most `patience_s`.
 
-        Returns without them where it is to leave. Raises UserError where the cluster stays too small or too busy,
-        RayLostError where it is gone.
+        Returns without them where it is to leave. Raises NoRoomError where the cluster stays too small or too busy,
+        UserError where a node has other versions than this driver, RayLostError where the cluster is gone.
         """
         began = time.monotonic()
         has_told = False
@@ -93,7 +103,7 @@ class Gang:
             # A cluster may still be growing; a machine is not.
             patience_s = 0.0 if self._connection.is_local and sum(total.values()) < self._workers else self.patience_s
             if time.monotonic() - began >= patience_s:
-                raise UserError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
+                raise NoRoomError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
             if not has_told:
                 has_told = True
                 self._on_event("wait", {"workers": missing, "free": sum(free.values()), "patience_s": patience_s})
@@ -158,11 +168,20 @@ class Gang:
                 raise
 
     def _wait_for(self, node: Node) -> None:
-        ready = node.call("output")
+        theirs = self._get(node.versions)
+        if differs := difference(self._versions, theirs):
+            name, of_driver, of_node = differs
+            raise UserError(
+                f"{name} is {of_node} on node {node.host}, but {of_driver} here, where the driver is; install the "
+                "same on all nodes"
+            )
+        self._get(node.loaded)
+
+    def _get(self, answer: ray.ObjectRef) -> Any:
         deadline = time.monotonic() + AGENT_START_S
-        while not ray.wait([ready], timeout=RETRY_S)[0] and time.monotonic() < deadline:
+        while not ray.wait([answer], timeout=RETRY_S)[0] and time.monotonic() < deadline:
             self._connection.check()
-        ray.get(ready, timeout=0)
+        return ray.get(answer, timeout=0)
 
     def _reserve(self, node_id: str, host: str, slots: int) -> Node:
         group = placement_group(
@@ -170,16 +189,17 @@ class Gang:
             strategy="STRICT_PACK",
             bundle_label_selector=[{"ray.io/node-id": node_id}],
         )
-        actor = (
+        actor: Any = (
             ray.remote(AgentActor)
             .options(
                 num_cpus=slots if self._resource == "CPU" else 0,
                 num_gpus=slots if self._resource == "GPU" else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group),
             )
-            .remote(self._task, host, sys.path)
+            .remote(sys.path)
         )
-        return Node(host, slots, self._device, group, actor)
+        found, loaded = actor.call.remote("versions"), actor.call.remote("load", self._task, host)
+        return Node(host, slots, self._device, group, actor, found, loaded)
 
 
 def _device_of_ray() -> Literal["cpu", "cuda"]:

@@ -14,7 +14,7 @@ from moray.cluster.group import SILENT, Group, Hooks
 from moray.cluster.ray.address import is_open
 from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.generation import Fault, Generation, Watch
-from moray.cluster.ray.nodes import Gang
+from moray.cluster.ray.nodes import Gang, NoRoomError
 from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import WorkerError, WorkerFunction
@@ -104,7 +104,7 @@ def _fill(gang: Gang, should_leave: Callable[[], bool], before: Fault | None) ->
         gang.fill(should_leave)
     except RayError as error:
         return Fault(f"an agent did not start: {error}")
-    except UserError:
+    except NoRoomError:
         if not before:
             raise
         room = f"the cluster had no room for all workers again within cluster.placement_timeout_s={gang.patience_s:g}"

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from moray import UserError
 from moray.cluster.group import Group
+from moray.cluster.launchers import Launcher
 from moray.jobs.config.nearest import nearest
 from moray.jobs.models.weights import check_changes, config_of, locate
 from moray.model import ModelConfig
@@ -118,10 +119,12 @@ def _default_launcher() -> Literal["ray", "torchrun"]:
 
 
 class ClusterSection(Section):
-    launcher: Literal["ray", "torchrun", "local"] = Field(default_factory=_default_launcher)
-    """ray starts and watches the workers; under torchrun this process is one of them; local is this process alone."""
+    launcher: Launcher = Field(default_factory=_default_launcher)
+    """ray starts and watches the workers; under torchrun, and slurm (tasks of srun), this process is one of them;
+    local is this process alone."""
     workers: int = Field(1, ge=1)
-    """Worker processes under ray, one for each GPU or CPU slot; torchrun says itself how many it has started."""
+    """Worker processes: under ray one for each GPU or CPU slot, under slurm the tasks of srun; torchrun says itself how
+    many it has started."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What workers compute on. auto: GPUs, if the cluster has any when the run starts; cuda waits for them."""
     max_restarts: int = Field(3, ge=0)

@@ -75,6 +75,8 @@ def _parts(status: Status) -> Iterator[tuple[str, str]]:
         yield "loss", f"{status.loss:.3f}{speed}"
     if status.commit_step is not None:
         yield "commit", f"step {status.commit_step}, {span(status.commit_seconds_ago)} ago"
+    if status.stragglers:
+        yield "slow", f"{', '.join(status.stragglers)}: the others wait at each step"
     again = f"{status.steps_again} steps computed again"
     if status.faults:
         yield "faults", f"{status.faults}: {status.fault_seconds:.1f} s until all were at work again, {again}"

@@ -78,7 +78,7 @@ class Status(BaseModel):
     """`moray status --json`. Seconds are ages; what is not known, or does not hold of the state, is null.
 
     `fault_seconds` are those from each fault until all workers were at work again; `steps_again` counts steps that
-    were computed a second time, after whatever fault or kill.
+    were computed a second time, after whatever fault or kill. `stragglers`: who is slower than the others, now.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -106,6 +106,7 @@ class Status(BaseModel):
     fault_seconds: float
     steps_again: int
     last_fault: str | None
+    stragglers: tuple[str, ...]
 
     @property
     def exit_code(self) -> int:
@@ -119,7 +120,8 @@ def status_of(run: Path) -> Status:
     now, beat = time.time(), read_beat(run)
     row, steps_again = _metrics(run)
     manifest = _newest_manifest(run / "checkpoints")
-    faults = _faults(run)
+    events = _events(run)
+    faults = _faults(events)
     steps = beat.steps if beat else _configured_steps(run)
     state, why = _state(beat, manifest.step if manifest else 0, steps, now)
     step = _number(row.get("step")) if beat is None or beat.step is None else beat.step
@@ -148,6 +150,7 @@ def status_of(run: Path) -> Status:
         fault_seconds=sum(seconds for _, seconds in faults),
         steps_again=steps_again,
         last_fault=faults[-1][0] if faults else None,
+        stragglers=_stragglers(events) if state == "running" else (),
     )
 
 
@@ -207,22 +210,37 @@ def _state(beat: Beat | None, committed: int, steps: int | None, now: float) -> 
     return ("done", None) if steps and committed >= steps else ("lost", lost)
 
 
-def _faults(run: Path) -> list[tuple[str, float]]:
+def _events(run: Path) -> list[dict[str, Any]]:
+    with suppress(FileNotFoundError):
+        return list(read_events(run / "events.jsonl"))
+    return []
+
+
+def _faults(events: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
     """Each fault in a line, and the seconds it took until all workers were at work again (0: they never were)."""
     found: list[tuple[str, float]] = []
     is_open = False
-    with suppress(FileNotFoundError):
-        for event in read_events(run / "events.jsonl"):
-            kind = event.get("kind")
-            if kind == "fault":
-                found.append((_fault(event), 0.0))
-            elif kind == "recovered":
-                # torchrun restarts its workers by itself, and no event tells of what they died.
-                reason = found.pop()[0] if is_open else "torchrun started the workers again"
-                found.append((reason, _number(event.get("seconds")) or 0.0))
-            if kind in ("fault", "recovered", "ready", "end"):
-                is_open = kind == "fault"
+    for event in events:
+        kind = event.get("kind")
+        if kind == "fault":
+            found.append((_fault(event), 0.0))
+        elif kind == "recovered":
+            # torchrun restarts its workers by itself, and no event tells of what they died.
+            reason = found.pop()[0] if is_open else "torchrun started the workers again"
+            found.append((reason, _number(event.get("seconds")) or 0.0))
+        if kind in ("fault", "recovered", "ready", "end"):
+            is_open = kind == "fault"
     return found
+
+
+def _stragglers(events: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """As the newest word of this generation has them: another one begins with none."""
+    for event in reversed(events):
+        if event.get("kind") == "start":
+            break
+        if event.get("kind") == "straggler":
+            return tuple(f"rank {one.get('rank')} on {one.get('node')}" for one in event.get("ranks", []))
+    return ()
 
 
 def _fault(event: dict[str, Any]) -> str:

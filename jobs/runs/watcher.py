@@ -147,6 +147,12 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
     if kind == "tracker_failed":
         failed = f"{fields.get('tracker')} failed: {fields.get('error')}"
         return f"{failed}; the run goes on without it, and the next start sends what it lacks"
+    if kind == "straggler":
+        slow = [f"rank {one['rank']} on {one['node']} ({one['own_seconds']:.3g} s)" for one in fields.get("ranks", [])]
+        if not slow:
+            return "no worker is slower than the others any more"
+        others = f"{fields.get('median_seconds', 0):.3g} s of their own a step"
+        return f"slower than the others, who take {others} and then wait: {', '.join(slow)}"
     if kind == "unprotected":
         return (
             f"the Ray at {fields.get('address')} asks for no token: whoever reaches it can run code as you; start it "

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from moray.cluster.exit_codes import EXIT_SUPERSEDED
+from moray.jobs.runs.reporter import JOB_VARIABLE
 from moray.jobs.runs.status import EXIT_RUNNING
 
 Manifest = dict[str, Any]
@@ -161,11 +162,12 @@ def _pod(pods: Pods, container: Manifest) -> Manifest:
 def _container(pods: Pods, name: str, resources: Manifest) -> Manifest:
     # Without a limit, each worker's threads would be as many as the machine has cores, which others use too.
     threads = max(pods.cpus // pods.workers, 1)
+    told = {"OMP_NUM_THREADS": str(threads), JOB_VARIABLE: pods.name, "RUN": pods.run}
     return {
         "name": name,
         "image": pods.image,
         "resources": resources,
-        "env": [{"name": "OMP_NUM_THREADS", "value": str(threads)}, {"name": "RUN", "value": pods.run}],
+        "env": [{"name": name, "value": value} for name, value in told.items()],
         **({"envFrom": [{"secretRef": {"name": pods.secret}}]} if pods.secret else {}),
         "volumeMounts": [
             {"name": "storage", "mountPath": pods.mount},

@@ -19,6 +19,7 @@ from moray.jobs.runs.watcher import describe
 from moray.jobs.training.dtype import choose_dtype
 from moray.jobs.training.metrics import worker_peak
 from moray.jobs.training.optimizer import build_optimizer, training_state
+from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
 from moray.parallel.checkpoint.checkpointer import Checkpointer
@@ -55,6 +56,7 @@ class Training:
 
     context: WorkerContext
     pulse: Pulse
+    vitals: Vitals
     config: RunConfig
     layout: Layout
     dataset: Dataset
@@ -92,9 +94,11 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     dp_rank = layout.dp_rank(context.rank)
     events = EventLog(Path(config.run.dir) / "events.jsonl")
     pulse = Pulse(context)
+    on_event = partial(note_event, events, pulse, context.generation)
     training = Training(
         context=context,
         pulse=pulse,
+        vitals=Vitals(context, on_event),
         config=config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})}),
         layout=layout,
         dataset=dataset,
@@ -105,7 +109,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
             generation=context.generation,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
-            on_event=partial(note_event, events, pulse, context.generation),
+            on_event=on_event,
             on_wait=pulse.again,
         ),
         lanes=range(dp_rank * share, (dp_rank + 1) * share),

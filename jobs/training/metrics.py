@@ -1,7 +1,6 @@
 """What a run tells of itself: metrics.jsonl, one line a step."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moray import UserError
+from moray.cluster.cores import usable_cores
 from moray.cluster.json_lines import JsonLines, read_lines
 from moray.parallel.gradients import ExpertLoad
 
@@ -78,7 +78,7 @@ def worker_peak(device: torch.device, dtype: torch.dtype, local_workers: int) ->
     peak = matmul_peak(device, dtype)
     if device.type == "cuda":
         return peak
-    return peak * min(1.0, (os.cpu_count() or 1) / (local_workers * torch.get_num_threads()))
+    return peak * min(1.0, usable_cores() / (local_workers * torch.get_num_threads()))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

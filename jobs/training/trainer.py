@@ -64,8 +64,11 @@ def run_steps(training: Training) -> int:
     with closing(stream.batches(training.step)) as batches:
         while training.step < config.train.steps and leaving is None:
             began = time.perf_counter()
-            row = take_step(training, next(batches))
+            batch = next(batches)
+            with training.vitals.measure(training.step + 1, fetching_s=time.perf_counter() - began):
+                row = take_step(training, batch)
             row |= speed(training, row["tokens"], row["flops"], time.perf_counter() - began)
+            row |= training.vitals.read(training.step)
             last = training.step == config.train.steps
             leaving = agree_to_leave(context, config)
             if leaving is None and (last or is_due(training.step, config.train.eval_every)):

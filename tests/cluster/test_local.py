@@ -71,7 +71,7 @@ def test_alone_means_one() -> None:
 
 
 def test_an_unknown_launcher() -> None:
-    with pytest.raises(ValueError, match=r"cluster.launcher='slurmy' is unknown; choose ray, torchrun or local"):
+    with pytest.raises(ValueError, match=r"cluster.launcher='slurmy' is unknown; choose ray, torchrun, slurm or local"):
         launch(count, None, "slurmy", Group(workers=2))  # type: ignore[arg-type]
 
 

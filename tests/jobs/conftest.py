@@ -1,6 +1,7 @@
 """A small dataset, and the command line in this process; makes tiny.py importable."""
 
 import io
+import signal
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moray.cluster.signals import release_sigterm
 from moray.jobs import cli
 from moray.jobs.datasets.prepare import prepare
 
@@ -38,7 +38,9 @@ def moray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
             with pytest.raises(SystemExit) as end:
                 cli.main()
         finally:
-            release_sigterm()  # this process outlives the command, and its children inherit what it ignores
+            # This process outlives the command, and its children inherit what it ignores.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         written = capfd.readouterr()
         assert isinstance(end.value.code, int)
         return Outcome(end.value.code, written.out, written.err)

@@ -21,8 +21,9 @@ HOST, LEASE_S = "127.0.0.1", 60.0
 
 @contextmanager
 def agent_for(function: Any, argument: Any) -> Iterator[AgentProcess]:
-    agent = AgentProcess(pickle.dumps((function, argument)), HOST, sys.path)
+    agent = AgentProcess(sys.path)
     try:
+        agent.call("load", pickle.dumps((function, argument)), HOST)
         yield agent
     finally:
         agent.close()
@@ -157,8 +158,10 @@ def test_steps_are_measured_once_one_has_been_seen_whole(tmp_path: Path) -> None
 
 def test_a_function_the_agent_cannot_import_is_named() -> None:
     task = pickle.dumps(count).replace(b"counting", b"countess")
+    agent = AgentProcess(sys.path)
     with pytest.raises(RuntimeError, match="No module named 'countess'"):
-        AgentProcess(task, HOST, sys.path)
+        agent.call("load", task, HOST)
+    agent.close()
 
 
 def test_workers_do_not_outlive_the_agents_owner(tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
-import os
-
 import pytest
 
+from moray.cluster.cores import usable_cores
 from moray.cluster.ray.keeper import temp_dir
 from moray.cluster.ray.local_ray import LocalRay, slots_for
 from moray.cluster.worker import WorkerError
 
 
 def test_workers_may_share_cores_within_reason() -> None:
-    cores = os.cpu_count()
+    cores = usable_cores()
     assert cores
     assert slots_for(1) == cores
     assert slots_for(4 * cores) == 4 * cores

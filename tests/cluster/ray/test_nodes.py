@@ -31,8 +31,8 @@ def test_workers_are_shared_out_evenly(missing: int, free: dict[str, int], share
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A Ray of nodes with two CPU slots each, on this machine."""
+def cluster(ray_cluster: str) -> Iterator[Cluster]:
+    """A Ray of nodes with two CPU slots each, on this machine; the token is that of the session's own."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     yield cluster
     cluster.shutdown()

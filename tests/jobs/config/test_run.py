@@ -106,7 +106,7 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
         ({"train.seed": str(2**63)}, "train.seed=9223372036854775808 must be less than 9223372036854775808"),
         ({"cluster.workers": "4"}, "cluster.workers=4 must be 1 with cluster.launcher=local; or choose ray"),
         ({"cluster.startup_timeout_s": "0"}, "cluster.startup_timeout_s=0 must be more than 0"),
-        ({"cluster.launcher": "slurm"}, "cluster.launcher=slurm must be ray, torchrun or local"),
+        ({"cluster.launcher": "pbs"}, "cluster.launcher=pbs must be ray, torchrun, slurm or local"),
         ({"model.tied_embeddings": "perhaps"}, "model.tied_embeddings=perhaps must be true or false"),
         ({"model.attention.n_heads": "3"}, "model.attention.n_kv_heads=2 must divide n_heads=3; try one of [1, 3]"),
         ({"train.seq_len": "4096"}, "train.seq_len=4096 must be at most model.max_seq_len=2048"),

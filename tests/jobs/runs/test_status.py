@@ -150,6 +150,25 @@ def test_what_faults_cost(tmp_path: Path) -> None:
     assert "faults   3: 6.5 s until all were at work again, 52 steps computed again" in shown.getvalue()
 
 
+def test_who_is_slow_now(tmp_path: Path) -> None:
+    run, log = beat(tmp_path), EventLog(tmp_path / "events.jsonl")
+    slow = {"rank": 5, "node": "n2", "own_seconds": 2.0}
+    for kind, fields, expected in (
+        ("start", {}, ()),
+        ("straggler", {"step": 150, "ranks": [slow]}, ("rank 5 on n2",)),
+        ("commit", {"step": 160}, ("rank 5 on n2",)),
+        ("straggler", {"step": 200, "ranks": []}, ()),
+        ("straggler", {"step": 250, "ranks": [slow]}, ("rank 5 on n2",)),
+    ):
+        log.write(kind, **fields)
+        assert status_of(run).stragglers == expected
+    shown = io.StringIO()
+    show_status([run], watch=False, as_json=False, console=Console(file=shown, width=80))
+    assert "slow     rank 5 on n2: the others wait at each step" in shown.getvalue()
+    log.write("start")
+    assert status_of(run).stragglers == (), "another generation begins with none"
+
+
 def test_json_is_json_whatever_the_files_hold(moray: Moray, tmp_path: Path) -> None:
     run = beat(tmp_path / "run", loss=float("nan"))  # no status.json that can be believed
     (run / "events.jsonl").write_text('[1]\n{"kind": "recovered", "seconds": Infinity}\n{"kind"')

@@ -5,7 +5,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class Operator:
     spec: dict[str, Any]
     tries: int = 0
     submissions: int = 0
-    pods: list[str] = field(default_factory=list)
 
     def begin_cluster(self) -> None:
         """Head and workers; ends when all of them are there, as the operator waits for that."""
@@ -91,9 +90,7 @@ class Operator:
         assert done.returncode == 0, done.stderr
 
     def end_cluster(self) -> None:
-        for name in self.pods:
-            self.here.remove(name)
-        self.pods = []
+        self.here.remove(*self.here.pods)
 
     def logs(self) -> list[str]:
         return [self.here.log(container)[-3000:] for container in (self.head,)]
@@ -106,9 +103,7 @@ class Operator:
             "command": ["/bin/bash", "-c", "--"],
             "args": [f"ulimit -n 1024; {line}"],
         }
-        full_name = f"first-{self.tries}-{name}"
-        self.pods.append(full_name)
-        return self.here.start(full_name, number, {**pod, "containers": [changed]}, self.recipe)
+        return self.here.start(f"first-{self.tries}-{name}", number, {**pod, "containers": [changed]}, self.recipe)
 
     def _with_token(self) -> list[str]:
         return [word for entry in self.token for word in ("--env", f"{entry['name']}={entry['value']}")]
@@ -169,4 +164,5 @@ def test_a_head_that_is_lost(operator: Operator) -> None:
     assert ledger_problems(run) == []
     (resume,) = [event for event in read_events(run / "events.jsonl") if event["kind"] == "resume"]
     assert resume["step"] == lost_at
-    assert status_of(run).state == "done"
+    status = status_of(run)
+    assert (status.state, status.job) == ("done", {"kubernetes": "first", "ray": "first-2"})

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from moray.cluster.cores import usable_cores
 from moray.jobs.training import metrics
 from moray.jobs.training.metrics import (
     MetricsLog,
@@ -99,7 +99,7 @@ def test_the_peak_is_a_machines(dtype: torch.dtype) -> None:
 
 
 def test_workers_that_share_cores_have_their_part_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cores = torch.device("cpu"), os.cpu_count() or 1
+    cpu, cores = torch.device("cpu"), usable_cores()
     monkeypatch.setattr(metrics, "matmul_peak", lambda device, dtype: 60.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
