@@ -25,6 +25,8 @@ from moray.jobs.runs.status import BEAT_EVERY_S, FILE, Beat, read_beat
 from moray.jobs.runs.watcher import Listener
 from moray.parallel.checkpoint.generations import SupersededError
 
+JOB_VARIABLE = "MORAY_KUBERNETES_JOB"  # which a pod is given: Kubernetes itself tells it no more than its own name
+
 
 class Reporter(Listener):
     """Writes the file when an attempt begins and ends, and every few seconds between.
@@ -116,7 +118,8 @@ def _code(error: BaseException) -> int:
 
 def job_ids(environment: Mapping[str, str]) -> dict[str, str]:
     """Under which ids the schedulers that started this process know it; Ray tells a submitted job's in its config."""
-    ids = {"slurm": environment.get("SLURM_JOB_ID"), "ray": environment.get("RAY_JOB_ID")}
+    variables = {"slurm": "SLURM_JOB_ID", "kubernetes": JOB_VARIABLE, "ray": "RAY_JOB_ID"}
+    ids = {scheduler: environment.get(variable) for scheduler, variable in variables.items()}
     with suppress(ValueError, KeyError, TypeError):
         ids["ray"] = json.loads(environment["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
     return {scheduler: known for scheduler, known in ids.items() if known}

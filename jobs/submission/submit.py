@@ -24,15 +24,12 @@ def submit(target: Target, command: Sequence[str], console: Console | None = Non
     """
     console = console or Console(stderr=True)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    verb, config = _read(command)
-    is_here = Path(config.data.path).exists()
-    run = Path(config.run.dir)
-    name = target.name or run.name
-    job = Job(name, verb, config, run / "submit" if is_here else Path(f"{_plain(name)}-submit").absolute())
+    job = as_job(target, command)
+    is_here = _is_here(job.config)
     target.check(job, is_here=is_here)
     if not is_here:
-        tell(f"data.path={config.data.path} is not on this machine: the job itself will see whether it can be used")
-    elif not _has_steps(config, tell):
+        tell(f"data.path={job.config.data.path} is not on this machine: the job itself will see whether it can be used")
+    elif not _has_steps(job.config, tell):
         return EXIT_DONE
     files = target.files(job)
     if target.print:
@@ -50,6 +47,19 @@ def submit(target: Target, command: Sequence[str], console: Console | None = Non
     except KeyboardInterrupt:
         tell(f"not followed any more; the job goes on. {target.tell(job, job_id)}")
         return EXIT_KILLED_BY_KEYBOARD
+
+
+def as_job(target: Target, command: Sequence[str]) -> Job:
+    """The run that a command's words describe, by the name that the target gives it. Raises UserError."""
+    verb, config = _read(command)
+    run = Path(config.run.dir)
+    name = target.name or run.name
+    here = run / "submit" if _is_here(config) else Path(f"{_plain(name)}-submit").absolute()
+    return Job(name, verb, config, here)
+
+
+def _is_here(config: RunConfig) -> bool:
+    return Path(config.data.path).exists()
 
 
 def _read(command: Sequence[str]) -> tuple[str, RunConfig]:

@@ -18,10 +18,11 @@ that was stopped. Targets, with options of their own:
 
 def targets() -> dict[str, Callable[..., Any]]:
     """What a run can be submitted to, by the name that --to gives it."""
+    from moray.jobs.submission.kubernetes import Kubernetes
     from moray.jobs.submission.ray_job import RayJob
     from moray.jobs.submission.slurm import Slurm
 
-    return {"ray": RayJob, "slurm": Slurm}
+    return {"ray": RayJob, "slurm": Slurm, "kubernetes": Kubernetes}
 
 
 def submit(arguments: list[str]) -> int:

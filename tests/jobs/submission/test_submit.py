@@ -31,8 +31,8 @@ def words(data: Path, run: Path, **changes: object) -> list[str]:
 @pytest.mark.parametrize(
     ("own", "line"),
     [
-        ([], "--to is missing: a run can be submitted to ray"),
-        (["--to", "slrum"], "--to slrum: a run can be submitted to ray"),
+        ([], "--to is missing: a run can be submitted to ray, slurm, kubernetes"),
+        (["--to", "slrum"], "--to slrum: a run can be submitted to ray, slurm, kubernetes"),
         (["--to", "ray", "--adress", "x"], "--adress is not an option of moray submit --to ray; did you mean --addr"),
         (["--to=ray"], "`moray submit` runs a verb that trains, after two dashes: -- pretrain --data.path DATA --run."),
         (["--to=ray", "--", "generate", "runs/first"], "generate is none"),
