@@ -78,6 +78,17 @@ class Containers:
             self.podman("pod", "rm", "--force", "--time", "0", *names)
         self.pods = [name for name in self.pods if name not in names]
 
+    def containers(self) -> list[str]:
+        """The names of those that were started for pods that are still there."""
+        told = self.podman("ps", "--all", "--filter", f"network={self.network}", "--format", "{{.Names}}").stdout
+        return [name for name in told.split() if not name.endswith("-infra")]
+
+    def are_running(self) -> bool:
+        """Whether no container of a pod has ended."""
+        return all(
+            self.podman("pod", "inspect", "-f", "{{.State}}", pod).stdout.strip() == "Running" for pod in self.pods
+        )
+
     def log(self, container: str) -> str:
         done = self.podman("logs", container)
         return done.stdout + done.stderr

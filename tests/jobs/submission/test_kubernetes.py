@@ -282,3 +282,14 @@ def test_following_ends_with_the_run(
 
 def test_following_one_that_somebody_deletes(moray: Moray, kubectl: Callable[..., None]) -> None:
     assert moray(*words(*OPTIONS, "--follow")).code == 75
+
+
+def test_the_page(moray: Moray) -> None:
+    """Its command is one that this machine accepts, and its ways to stop are those that a submission tells of."""
+    page = (Path(__file__).parents[3] / "docs" / "launching" / "kubernetes.md").read_text()
+    (line,) = {line.strip() for line in page.splitlines() if line.strip().startswith("moray submit --to kubernetes")}
+    outcome = moray(*line.replace("--follow", "--print").split()[1:])
+    assert outcome.code == 0, outcome.err
+    _, job = yaml.safe_load_all(outcome.out)
+    assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
+    assert "\n    kubectl delete rayjob first " in page

@@ -42,7 +42,17 @@ class Operator:
     submissions: int = 0
 
     def begin_cluster(self) -> None:
-        """Head and workers; ends when all of them are there, as the operator waits for that."""
+        """Head and workers; ends when all of them are there, as the operator waits for that.
+
+        Ray gives a node 15 seconds to start, which may be too few on a busy machine: so once more.
+        """
+        self._start_cluster()
+        if not self._is_ready():
+            self.end_cluster()
+            self._start_cluster()
+            assert self._is_ready(), self.logs()
+
+    def _start_cluster(self) -> None:
         self.tries += 1
         cluster, token = self.spec["rayClusterSpec"], secrets.token_hex(32)
         self.token = [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "value": token}]
@@ -53,14 +63,19 @@ class Operator:
         wait = f"until ray health-check --address {self.here.address(HEAD)}:6379; do sleep 0.5; done; {joins}"
         for number in range(workers["replicas"]):
             self._start(f"worker-{number}", HEAD + 1 + number, workers["template"]["spec"], wait)
+
+    def _is_ready(self) -> bool:
         nodes = f"ray list nodes --filter state=ALIVE --address http://{self.here.address(HEAD)}:8265"
+        wanted = 1 + self.spec["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
         until = time.monotonic() + 60
-        while True:
-            told = self.here.podman("exec", *self._with_token(), self.head, "sh", "-c", nodes)
-            if told.stdout.count("ALIVE") == 1 + workers["replicas"]:
-                return
-            assert time.monotonic() < until, self.logs()
+        while time.monotonic() < until and self.here.are_running():
+            if (
+                self.here.podman("exec", *self._with_token(), self.head, "sh", "-c", nodes).stdout.count("ALIVE")
+                == wanted
+            ):
+                return True
             time.sleep(0.5)
+        return False
 
     def submit(self) -> str:
         """The pod that submits, with the line that KubeRay gives its shell; it ends with the job's log."""
@@ -93,7 +108,7 @@ class Operator:
         self.here.remove(*self.here.pods)
 
     def logs(self) -> list[str]:
-        return [self.here.log(container)[-3000:] for container in (self.head,)]
+        return [self.here.log(container)[-3000:] for container in self.here.containers()]
 
     def _start(self, name: str, number: int, pod: Pod, line: str) -> str:
         (container,) = pod["containers"]
