@@ -99,6 +99,8 @@ def main() -> None:
 
 def _tell(run: Path, name: str, why: str) -> None:
     why = re.sub(r"//[^/@\s]+@", "//", why)  # a server's address may hold a password
+    if not run.is_dir():  # somebody removed it: an event would make a folder that looks like a run
+        return
     with suppress(OSError):
         EventLog(run / "events.jsonl").write("tracker_failed", tracker=name, error=why)
 

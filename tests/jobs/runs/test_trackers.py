@@ -189,6 +189,15 @@ def test_a_server_that_never_answers_holds_nobody_up(
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
+def test_a_run_that_was_removed_before_its_tracker_came_stays_removed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = config(run, "tensorboard")
+    run.rmdir()
+    with following(settings):
+        pass
+    assert not run.exists()
+
+
 def test_a_tracker_that_is_not_there_is_refused_before_anything_is_written(
     moray: Callable[..., Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
