@@ -16,12 +16,12 @@ AGENT = b"\0moray.cluster.ray.agent\0"
 def stop(run: Path) -> None:
     """Asks the run's driver, where it is a process here, to stop, and returns once it has ended: all is committed then.
 
-    Elsewhere it returns once the driver needs this pod no more, or is gone itself: the agents have ended. The patience
-    is the caller's.
+    Elsewhere it returns once the run's workers here have ended: after that commit, or because the driver is gone. The
+    patience is the caller's.
     """
     beat = read_beat(run)
     if beat is None or not beat.driver.is_alive():
-        while _has_agents():
+        while _has_workers():
             time.sleep(POLL_S)
         return
     with suppress(ProcessLookupError):
@@ -30,12 +30,15 @@ def stop(run: Path) -> None:
         time.sleep(POLL_S)
 
 
-def _has_agents() -> bool:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def _has_workers() -> bool:
+    """A worker is what an agent has forked: it has the same command line. An agent may outlive its driver."""
+    agents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if AGENT in path.read_bytes():
-                return True
-    return False
+            if AGENT in (folder / "cmdline").read_bytes():
+                # Field 4 of proc_pid_stat(5): the parent.
+                agents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    return any(parent in agents for parent in agents.values())
 
 
 if __name__ == "__main__":
