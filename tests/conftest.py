@@ -20,6 +20,7 @@ STARTING_RAY = (
     "tests/jobs/doctor/test_two_nodes.py",
     "tests/jobs/test_cut_off.py",
     "tests/jobs/submission/test_ray_job.py",
+    "tests/jobs/submission/test_kubernetes_job.py",
     "tests/jobs/submission/test_kubernetes_rayjob.py",
     "tests/jobs/submission/test_slurm_jobs.py",
     "tests/jobs/test_recovery.py",
