@@ -46,6 +46,7 @@ class Containers:
     storage: Path
     subnet: int
     pods: list[str] = field(default_factory=list)
+    config_maps: set[str] = field(default_factory=set)
 
     def address(self, number: int) -> str:
         return f"10.{89 + self.subnet // 256}.{self.subnet % 256}.{number}"
@@ -64,6 +65,7 @@ class Containers:
         container["volumeMounts"] = [*mounts, *container["volumeMounts"]]
         spec = {"restartPolicy": "Never", **pod, "containers": [container], "volumes": [*volumes, *pod["volumes"]]}
         document = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+        self.config_maps.add(config_map["metadata"]["name"])
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump_all([config_map, document]))
         self.pods.append(name)
@@ -80,8 +82,8 @@ class Containers:
 
     def containers(self) -> list[str]:
         """The names of those that were started for pods that are still there."""
-        told = self.podman("ps", "--all", "--filter", f"network={self.network}", "--format", "{{.Names}}").stdout
-        return [name for name in told.split() if not name.endswith("-infra")]
+        told = self.podman("ps", "--all", "--format", "{{.Names}}").stdout.split()
+        return [name for name in told if name.startswith(tuple(self.pods))]
 
     def are_running(self) -> bool:
         """Whether no container of a pod has ended."""
@@ -142,7 +144,8 @@ def containers(folder: Path, subnet: int) -> Iterator[Containers]:
     finally:
         here.remove(*here.pods)
         here.podman("network", "rm", "--force", here.network)
-        here.podman("volume", "rm", "--force", CLAIM)
+        # podman keeps a ConfigMap as a volume of its name.
+        here.podman("volume", "rm", "--force", CLAIM, *here.config_maps)
 
 
 def _repository() -> Path:

@@ -19,6 +19,7 @@ POLL_S = 2.0
 # KubeRay appends to it, and would cut off what makes its services' names longer than 63 characters.
 LONGEST_NAME = 47
 NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+EXISTING = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?")
 
 
@@ -54,14 +55,16 @@ class Kubernetes(Target):
     """A Secret whose entries the pods see as environment variables: a tracker's key, for one."""
 
     def check(self, job: Job, *, is_here: bool) -> None:
-        _check_name("--name", job.name, LONGEST_NAME)
-        for option, name in (("--namespace", self.namespace), ("--secret", self.secret)):
-            if name:
-                _check_name(option, name, 63)
-        for option, value in (("--image", self.image), ("--claim", self.claim)):
-            if not value or value != value.strip():
-                raise UserError(f"{option} is missing: {_ASKED[option]}")
-        _check_name("--claim", self.claim, 63)
+        _check_name(job.name)
+        if not self.image:
+            raise UserError("--image is missing: the image that pods run, with moray in it")
+        if not self.claim:
+            raise UserError("--claim is missing: the PersistentVolumeClaim with data and runs")
+        for option, there in (("claim", self.claim), ("namespace", self.namespace), ("secret", self.secret)):
+            if there and not EXISTING.fullmatch(there):
+                raise UserError(
+                    f"--{option} {there} can be no {option}'s name: it has small letters, digits, hyphens and dots"
+                )
         self._check_paths(job)
         self._check_size(job)
 
@@ -168,19 +171,13 @@ class Kubernetes(Target):
         return " ".join(Kubectl(self.namespace).words("delete", _kind(job), job.name))
 
 
-_ASKED = {
-    "--image": "the image that pods run, with moray in it",
-    "--claim": "the PersistentVolumeClaim with data and runs",
-}
-
-
-def _check_name(option: str, name: str, longest: int) -> None:
-    """Raises UserError with a name that would do, for what Kubernetes (RFC 1035) or KubeRay would refuse."""
-    if len(name) > longest or not NAME.fullmatch(name):
-        plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).lstrip("-0123456789")[:longest].strip("-")
+def _check_name(name: str) -> None:
+    """Raises UserError with a name that would do, for one that Kubernetes (RFC 1035) or KubeRay would refuse."""
+    if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
+        plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).lstrip("-0123456789")[:LONGEST_NAME].strip("-")
         raise UserError(
-            f"{option} {name} must be at most {longest} small letters, digits and hyphens, a letter first: "
-            f"{option} {plain or 'run'} would do"
+            f"--name {name} must be at most {LONGEST_NAME} small letters, digits and hyphens, a letter first: "
+            f"--name {plain or 'run'} would do"
         )
 
 
@@ -204,7 +201,7 @@ def _log_of(job: Job) -> list[str]:
     """Of KubeRay's submitter, a Job of the RayJob's name; of the pod with rank 0."""
     if _kind(job) == "rayjob":
         return [f"job/{job.name}"]
-    return ["--selector", f"job-name={job.name},batch.kubernetes.io/job-completion-index=0"]
+    return ["--selector", f"job-name={job.name},batch.kubernetes.io/job-completion-index=0", "--tail", "-1"]
 
 
 def _end(there: dict[str, Any]) -> int | None:

@@ -23,7 +23,7 @@ from moray.jobs.submission.manifests import Manifest
 from moray.jobs.submission.submit import as_job
 from moray.jobs.training.metrics import read_metrics
 
-STEPS = 40
+STEPS = 80
 HEAD = 10
 
 
