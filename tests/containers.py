@@ -144,8 +144,8 @@ def containers(folder: Path, subnet: int) -> Iterator[Containers]:
     finally:
         here.remove(*here.pods)
         here.podman("network", "rm", "--force", here.network)
-        # podman keeps a ConfigMap as a volume of its name.
-        here.podman("volume", "rm", "--force", CLAIM, *here.config_maps)
+        # podman keeps a ConfigMap, and an emptyDir, as a volume of its name.
+        here.podman("volume", "rm", "--force", CLAIM, "shm", *here.config_maps)
 
 
 def _repository() -> Path:
