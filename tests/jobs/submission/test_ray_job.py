@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from nodes_of_one import SmallNode, two_nodes
+from nodes_of_one import COUNT_NODES, SmallNode, two_nodes
 from tiny import tiny
 
 import moray
@@ -27,13 +27,6 @@ from moray.jobs.training.metrics import read_metrics
 PAGE = (Path(__file__).parents[3] / "docs" / "launching" / "ray.md").read_text()
 SCRIPTS = sysconfig.get_path("scripts")
 STEPS = 80
-COUNT_NODES = """
-import json, os
-from urllib.request import Request, urlopen
-token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
-nodes = json.load(urlopen(Request(f"http://{os.environ['HEAD']}:8265/api/v0/nodes", headers=token), timeout=5))
-print(sum(node["state"] == "ALIVE" for node in nodes["data"]["result"]["result"]))
-"""
 
 
 def command_of_page(begin: str) -> str:
@@ -98,7 +91,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             hide = f"mount -t tmpfs tmpfs {folder / 'hidden'}"
             join = f"{member} {options} --node-ip-address {nodes[1].address}"
             made.start(nodes[1], f"{hide} && until {join}; do sleep 1; done")
-            wait_until(lambda: made.run(f"{sys.executable} -c {shlex.quote(COUNT_NODES)}").stdout == "2\n", made)
+            wait_until(
+                lambda: made.run(f"{sys.executable} -c {shlex.quote(COUNT_NODES)} http://$HEAD:8265").stdout == "2\n",
+                made,
+            )
             yield made
         finally:
             made.close()
