@@ -43,6 +43,7 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    begun: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, node: SmallNode, words: str) -> None:
         with (self.folder / f"{node.name}.log").open("a") as log:
@@ -51,13 +52,10 @@ class Cluster:
 
     def begin(self, words: str, **changed: str) -> subprocess.Popen[str]:
         """A shell's line, on a machine beside the nodes."""
-        return subprocess.Popen(
-            self.nodes[0].beside("bash", "-c", words),
-            env=self.environment | changed,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command, pipe = self.nodes[0].beside("bash", "-c", f"exec {words}"), subprocess.PIPE
+        process = subprocess.Popen(command, env=self.environment | changed, stdout=pipe, stderr=pipe, text=True)
+        self.begun.append(process)
+        return process
 
     def run(self, words: str, **changed: str) -> subprocess.CompletedProcess[str]:
         process = self.begin(words, **changed)
@@ -65,7 +63,7 @@ class Cluster:
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def close(self) -> None:
-        for process in self.started:
+        for process in (*self.begun, *self.started):
             process.kill()
             process.wait()
 

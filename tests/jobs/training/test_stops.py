@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import load_config
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
+from moray.parallel.checkpoint.generations import take_generation
 
 # A driver or rank that gets a real SIGTERM at a known moment: when it begins to import torch, or has loaded a commit.
 DURING_IMPORTS = """
@@ -109,7 +111,10 @@ def test_ranks_that_wait_for_the_last_one_are_no_hangs(ray_cluster: str, dataset
         train_and_prune_slowly,
         load_config(*parse_settings(words)),
         Group(workers=2, heartbeat_timeout_s=3.0),
-        Hooks(on_event=lambda kind, fields: kinds.append(kind)),
+        Hooks(
+            on_event=lambda kind, fields: kinds.append(kind),
+            take_generation=partial(take_generation, tmp_path / "checkpoints"),
+        ),
     )
     assert code == 0
     assert kinds == ["device", "start", "ready", "end"]

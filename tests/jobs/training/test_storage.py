@@ -47,7 +47,7 @@ def test_a_node_with_a_folder_of_its_own_under_the_run_s_path(dataset: Path, tmp
         start_new_session=True,
     )
     try:
-        _, said = process.communicate(timeout=50)
+        _, said = process.communicate(timeout=150)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny import tiny
 
 from moray.cluster.group import Hooks
 from moray.cluster.local import run_local
+from moray.cluster.worker import TakeGeneration
 from moray.data.dataset import Dataset
 from moray.data.stream import evaluation_batches
 from moray.jobs.config.arguments import parse_settings
@@ -23,6 +25,7 @@ from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain
 from moray.jobs.training.trainer import check_finite, is_due, train
 from moray.parallel.checkpoint.commits import list_commits, verify
+from moray.parallel.checkpoint.generations import take_generation
 from moray.parallel.gradients import GlobalLosses
 
 
@@ -61,6 +64,10 @@ def n_evaluation_batches(dataset: Path) -> int:
     return len(list(evaluation_batches(Dataset.open(dataset), "validation", **settings)))
 
 
+def in_folder(run: Path) -> TakeGeneration:
+    return partial(take_generation, run / "checkpoints")
+
+
 def test_an_evaluation_beats_at_every_batch(dataset: Path, tmp_path: Path) -> None:
     """However long the validation split is: a worker that beats is not taken for hung."""
     told: list[tuple[int, dict[str, Any]]] = []
@@ -68,7 +75,7 @@ def test_an_evaluation_beats_at_every_batch(dataset: Path, tmp_path: Path) -> No
         train,
         config_of(dataset, tmp_path, checkpoint__every=100),
         "cpu",
-        Hooks(on_status=lambda rank, step, status: told.append((step, status))),
+        Hooks(on_status=lambda rank, step, status: told.append((step, status)), take_generation=in_folder(tmp_path)),
     )
     n_batches = n_evaluation_batches(dataset)
     assert n_batches >= 3, "or this tests nothing"
@@ -95,7 +102,7 @@ def test_waiting_for_a_slow_disk_beats_too(dataset: Path, tmp_path: Path, monkey
         train,
         config_of(dataset, tmp_path, train__steps=2, train__eval_every=0),
         "cpu",
-        Hooks(on_status=lambda rank, step, status: told.append(step)),
+        Hooks(on_status=lambda rank, step, status: told.append(step), take_generation=in_folder(tmp_path)),
     )
     n_batches = n_evaluation_batches(dataset)
     assert told[: 1 + n_batches + 1] == [1] * (1 + n_batches) + [2]
