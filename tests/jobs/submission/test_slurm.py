@@ -116,3 +116,15 @@ def test_without_slurm(
     )
     assert outcome.code == 2
     assert "sbatch is not here; submit where Slurm's commands are (Debian: apt install slurm-client)" in outcome.err
+
+
+def test_the_page(moray: Callable[..., Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command is one that is accepted; test_slurm_jobs.py stops jobs in the way that it names."""
+    page = (Path(__file__).parents[3] / "docs" / "launching" / "slurm.md").read_text()
+    (line,) = {line.strip() for line in page.splitlines() if line.startswith("    moray submit --to slurm")}
+    (tmp_path / "data").symlink_to(dataset)
+    monkeypatch.chdir(tmp_path)
+    outcome = moray(*line.replace(" -- ", " --print -- ").split()[1:])
+    assert outcome.code == 0, outcome.err
+    assert options_of(outcome.out)["--nodes"] == "2"
+    assert "| `scancel --batch --signal=TERM JOB` |" in page
