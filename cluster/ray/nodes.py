@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +34,7 @@ class Node:
     `versions` are the agent's, and known before it is `loaded`, with which another one may have trouble.
     """
 
+    node_id: str
     host: str
     slots: int
     device: Literal["cpu", "cuda"]
@@ -64,6 +65,15 @@ def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
     return {node: share for node, share in shares.items() if share}
 
 
+def sound(free: Mapping[str, int], lost: Collection[str], missing: int) -> Mapping[str, int]:
+    """The free slots without those of nodes that were lost, if that leaves enough for `missing` workers.
+
+    Ray needs up to a minute to see that a node has gone, and until then would have us wait for an agent there.
+    """
+    others = {node: slots for node, slots in free.items() if node not in lost}
+    return others if sum(others.values()) >= missing else free
+
+
 class NoRoomError(UserError):
     """The cluster has fewer free slots than workers."""
 
@@ -74,6 +84,7 @@ class Gang:
     def __init__(self, task: bytes, group: Group, connection: Connection, on_event: OnEvent) -> None:
         """Device auto: what this Ray has now, and the same for all generations, whatever nodes join later."""
         self.nodes: list[Node] = []
+        self._lost: set[str] = set()
         self._task, self._versions = task, versions()
         self._workers = group.workers
         self._connection = connection
@@ -98,7 +109,7 @@ class Gang:
                 return
             total, free = self._slots()
             if sum(free.values()) >= missing:
-                self._place(split(missing, free))
+                self._place(split(missing, sound(free, self._lost, missing)))
                 continue
             # A cluster may still be growing; a machine is not.
             patience_s = 0.0 if self._connection.is_local and sum(total.values()) < self._workers else self.patience_s
@@ -117,6 +128,7 @@ class Gang:
         self._connection.check()
         for node in nodes:
             self.nodes.remove(node)
+            self._lost.add(node.node_id)
             node.release()
 
     def abandon(self) -> None:
@@ -199,7 +211,7 @@ class Gang:
             .remote(sys.path)
         )
         found, loaded = actor.call.remote("versions"), actor.call.remote("load", self._task, host)
-        return Node(host, slots, self._device, group, actor, found, loaded)
+        return Node(node_id, host, slots, self._device, group, actor, found, loaded)
 
 
 def _device_of_ray() -> Literal["cpu", "cuda"]:

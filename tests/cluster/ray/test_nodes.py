@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 
 from moray import UserError
 from moray.cluster.group import Group, Hooks
-from moray.cluster.ray.nodes import split
+from moray.cluster.ray.nodes import sound, split
 from moray.cluster.ray.supervisor import supervise
 from moray.cluster.worker import WorkerError
 
@@ -28,6 +28,13 @@ from moray.cluster.worker import WorkerError
 )
 def test_workers_are_shared_out_evenly(missing: int, free: dict[str, int], shares: dict[str, int]) -> None:
     assert split(missing, free) == shares
+
+
+def test_nodes_that_were_lost_are_asked_only_where_no_others_are_left() -> None:
+    free = {"a": 2, "b": 1, "c": 4}
+    assert sound(free, {"c"}, 3) == {"a": 2, "b": 1}
+    assert sound(free, {"c"}, 4) == free
+    assert sound(free, set(), 7) == free
 
 
 @pytest.fixture(scope="module")
