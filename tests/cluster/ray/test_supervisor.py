@@ -15,6 +15,7 @@ from counting import Plan, count, counting_from, history, never_begin
 
 from moray import UserError
 from moray.cluster.group import Group, Hooks
+from moray.cluster.ray.connection import _join
 from moray.cluster.ray.generation import Fault
 from moray.cluster.ray.supervisor import supervise
 from moray.cluster.worker import WorkerError
@@ -57,7 +58,7 @@ class Observer:
 @pytest.fixture
 def connection(ray_cluster: str) -> Iterator[None]:
     """This process as a driver of the cluster, so that a test can look at what supervise() left there."""
-    ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
+    _join(ray_cluster)  # as Ray's own init would, but for a farewell that may take Ray a minute
     yield
     ray.shutdown()
 
@@ -296,12 +297,7 @@ def test_more_workers_than_others_leave_free(ray_cluster: str, tmp_path: Path) -
         messages.append(str(raised.value))
 
     observer = Observer(start_another)
-    supervise(
-        count,
-        Plan(str(tmp_path), 12),
-        Group(workers=4),
-        observer.hooks,
-    )
+    supervise(count, Plan(str(tmp_path), 60, pause_s=0.05), Group(workers=4), observer.hooks)
     assert "only 4 of the cluster's 8 CPU slots are free" in messages[0]
 
 
