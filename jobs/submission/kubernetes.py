@@ -12,8 +12,8 @@ import yaml
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from moray.jobs.submission.kubectl import Kubectl
-from moray.jobs.submission.manifests import RECIPE, RECIPE_FOLDER, Manifest, Pods, indexed_job, ray_job
-from moray.jobs.submission.target import Job, Target
+from moray.jobs.submission.manifests import RECIPE_FOLDER, Manifest, Pods, indexed_job, ray_job
+from moray.jobs.submission.target import RECIPE, Job, Target
 
 POLL_S = 2.0
 # KubeRay appends to it, and would cut off what makes its services' names longer than 63 characters.

@@ -9,13 +9,13 @@ from typing import Any
 from moray.cluster.exit_codes import EXIT_SUPERSEDED
 from moray.jobs.runs.reporter import JOB_VARIABLE
 from moray.jobs.runs.status import EXIT_RUNNING
+from moray.jobs.submission.target import RECIPE
 
 Manifest = dict[str, Any]
 
 # What a pod has to commit and leave in, between being asked to and being killed.
 GRACE_S = 300
 RECIPE_FOLDER = "/etc/moray"
-RECIPE = "recipe.toml"
 PORT = 29500
 # The driver computes nothing, but imports torch.
 HEAD = {"cpu": "2", "memory": "8Gi"}

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from moray.cluster.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from moray.jobs.submission.target import RECIPE, Job, Target
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ANSWER_S = 5.0
@@ -85,13 +85,14 @@ class RayJob(Target):
 
     def watch(self, job: Job, job_id: str) -> int:
         with self._client() as client:
-            while True:
-                # The log ends with the job, or where the server has gone for a moment.
-                asyncio.run(_copy_log(client, job_id))
-                told = client.get_job_info(job_id)
-                if told.status.is_terminal():
-                    break
-                time.sleep(POLL_S)
+            told = _follow(client, job_id)
+        if told is None:
+            from moray.cluster.worker import WorkerError  # imports torch
+
+            raise WorkerError(
+                f"the job server at {self._url} does not answer any more; `moray status` of the run tells what became "
+                "of it"
+            )
         if told.status == "SUCCEEDED":
             return EXIT_DONE
         # Of a job that was asked to stop, Ray does not keep the exit code.
@@ -124,7 +125,7 @@ class RayJob(Target):
             ) from None
         except UserError:
             raise
-        except (RuntimeError, ConnectionError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"the job server at {self._url}: {' '.join(str(error).split())}") from None
 
     def _check_version(self, client: "JobSubmissionClient") -> None:
@@ -152,6 +153,22 @@ def _is_of(job: Job, submission_id: str | None) -> bool:
 
 def _number(submission_id: str) -> int:
     return int(submission_id.rpartition("-")[2])
+
+
+def _follow(client: "JobSubmissionClient", job_id: str) -> "JobDetails | None":
+    """Shows the log until the job ends; returns how it did, or None where nobody answers any more."""
+    from aiohttp import ClientError
+
+    while True:
+        with suppress(ClientError):  # the next question tells whether the server has gone
+            asyncio.run(_copy_log(client, job_id))
+        try:
+            told = client.get_job_info(job_id)
+        except OSError:
+            return None
+        if told.status.is_terminal():  # the log may end before the job does
+            return told
+        time.sleep(POLL_S)
 
 
 async def _copy_log(client: "JobSubmissionClient", job_id: str) -> None:

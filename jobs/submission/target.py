@@ -1,5 +1,6 @@
 """What a run is submitted to: a scheduler, with the options that it is asked with."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(ABC):
     """One scheduler; its fields are the options of `moray submit --to …`."""
 
     name: str = ""
@@ -43,25 +44,25 @@ class Target:
     print: bool = False
     """Show what would be written and submitted, and do neither."""
 
+    @abstractmethod
     def check(self, job: Job, *, is_here: bool) -> None:
         """Raises UserError for what this scheduler could not run. `is_here`: the storage of run and data is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def files(self, job: Job) -> Mapping[str, str]:
         """The texts that the job consists of, by the names of their files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def submit(self, job: Job) -> str:
         """Submits what has been written to the job's folder, and returns the job's id.
 
         Raises UserError where the scheduler is not there, or refuses.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def tell(self, job: Job, job_id: str) -> str:
         """One line: what the job is, how it is followed, and how it is stopped."""
-        raise NotImplementedError
 
+    @abstractmethod
     def watch(self, job: Job, job_id: str) -> int:
         """Shows the job's log until it ends; returns its exit code."""
-        raise NotImplementedError

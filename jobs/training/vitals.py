@@ -17,7 +17,7 @@ from moray.cluster.worker import WorkerContext
 
 EVERY = 50
 """Steps between two readings. One is a gather of a few numbers a rank, four questions to NVML, and on several GPUs one
-step that is traced: a hundredth of a small model's 50 steps, much less of a large one's."""
+step that is traced."""
 SLOWER = 1.25
 PERSISTS = 3
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from tiny import tiny
 
+from moray.cluster.worker import WorkerError
 from moray.jobs.config.run import load_config
+from moray.jobs.submission.ray_job import RayJob
+from moray.jobs.submission.submit import as_job
 
 Moray = Callable[..., "Outcome"]  # noqa: F821 - of conftest.py
 NOWHERE = "http://127.0.0.1:9"
@@ -83,6 +86,30 @@ def test_a_server_that_is_not_there(moray: Moray, dataset: Path, tmp_path: Path)
     (line,) = outcome.err.splitlines()
     assert line.startswith(f"moray: no job server answers at {NOWHERE} (")
     assert line.endswith("give --address, start Ray with `ray start --head` there, or open a tunnel to it")
+
+
+class DyingServer(BaseHTTPRequestHandler):
+    """A job server that tells its version, and hangs up on every other question."""
+
+    def do_GET(self) -> None:
+        if self.path == "/api/version":
+            told = {"version": "4", "ray_version": version("ray"), "ray_commit": "", "session_name": ""}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(told).encode())
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_server_that_goes_away_is_no_mistake_of_the_user(dataset: Path, tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), DyingServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        target = RayJob(address=f"http://127.0.0.1:{server.server_port}")
+        job = as_job(target, words(dataset, tmp_path / "run")[1:])
+        with pytest.raises(WorkerError, match=r"does not answer any more; `moray status` of the run tells"):
+            target.watch(job, "run-1")
+        server.shutdown()
 
 
 class OldServer(BaseHTTPRequestHandler):
