@@ -34,6 +34,8 @@ class WorkerContext:
     notes: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What workers of this node noted in the generations before."""
     note: Callable[[str, Any], None] = field(default=lambda name, value: None, repr=False)
+    enter: Callable[[str], None] = field(default=lambda phase: None, repr=False)
+    """Tells whoever watches what this worker does from now on, in a word; to be called where that changes."""
 
     def heartbeat(self, step: int, **status: Any) -> None:
         """Says that `step` is done; to be called after every step, and within long work between steps.
@@ -56,6 +58,7 @@ class WorkerContext:
 
         Collectives may wait `timeout`; a peer that dies or hangs is noticed by the supervisor long before.
         """
+        self.enter("joining")
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)

@@ -75,10 +75,12 @@ class Training:
 
 def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
+    context.enter("opening")
     layout = config.layout.resolve(context.world_size)
     dataset = _open_storage(context, config)
     dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
     compute_dtype = getattr(torch, dtype)
+    context.enter("building")
     decoder = build_decoder(
         config.model,
         layout.meshes(context.device.type),
@@ -116,6 +118,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(peak)).item(),
     )
+    context.enter("loading")
     resume(training, events)
     return training
 
