@@ -2,9 +2,9 @@
 
     python benchmarks/recovery.py --out DIR [--kills 10] [--snapshots off]
 
-The demo's model (8M parameters) on 4 workers of this machine. In turn each rank is killed by SIGKILL, at a random moment
-of a step; the table has the seconds of each phase from the signal until all workers compute again, and those of the
-first step beside them.
+The demo's model (8M parameters) on 4 workers of this machine. In turn each rank is killed by SIGKILL, at a random
+moment of a step; the table has the seconds of each phase from the signal until all workers compute again, and those of
+the first step beside them.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.watcher import describe
 from moray.jobs.training.dtype import choose_dtype
 from moray.jobs.training.metrics import worker_peak
-from moray.jobs.training.optimizer import build_optimizer, training_state
+from moray.jobs.training.optimizer import build_optimizer, older_names, share_step, training_state
 from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
@@ -142,7 +142,9 @@ def resume(training: Training, events: EventLog) -> None:
 
     Raises UserError if the commit is of another run, or ended elsewhere.
     """
-    commit = training.checkpointer.load(training_state(training.decoder, training.optimizer))
+    state = training_state(training.decoder, training.optimizer)
+    commit = training.checkpointer.load(state, older_names(training.decoder))
+    share_step(training.optimizer)
     if commit is None and training.config.weights_from:
         fill_shards(training.decoder, Path(training.config.weights_from))
     elif commit is None:
