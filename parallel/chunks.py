@@ -1,6 +1,6 @@
 """Chunks: the part of a tensor that a rank holds, and whether some of them make up the whole."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,18 @@ def held_chunk(tensor: Tensor) -> Chunk:
         return whole(tensor.shape)
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(offsets), tuple(sizes)
+
+
+def held_chunks(state: Mapping[str, Tensor]) -> dict[str, Chunk]:
+    """The same for many tensors, most of which are cut alike: torch takes a millisecond for one."""
+    known: dict[Hashable, Chunk] = {}
+    held = {}
+    for name, tensor in state.items():
+        cut = (tensor.shape, id(getattr(tensor, "device_mesh", None)), getattr(tensor, "placements", None))
+        if cut not in known:
+            known[cut] = held_chunk(tensor)
+        held[name] = known[cut]
+    return held
 
 
 @dataclass(frozen=True)

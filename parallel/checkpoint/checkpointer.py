@@ -44,7 +44,7 @@ from moray.parallel.checkpoint.host_copy import HostCopy
 from moray.parallel.checkpoint.manifest import DamagedError, StoredFile, StoredTensor
 from moray.parallel.checkpoint.plan import assign, describe
 from moray.parallel.checkpoint.writer import CommitWriter
-from moray.parallel.chunks import held_chunk
+from moray.parallel.chunks import held_chunks
 from moray.parallel.control_plane import ControlPlane, RanksError
 
 Event = Callable[[str, dict[str, Any]], None]
@@ -279,9 +279,9 @@ class Checkpointer:
         names = {name: name if name in stored else older_names.get(name, name) for name in state}
         _check_names_and_shapes(commit, {names[name]: tensor for name, tensor in state.items()})
         reader = ChunkReader(commit)
-        for name, tensor in state.items():
-            if local(tensor).numel():
-                local(tensor.detach()).copy_(reader.read(names[name], held_chunk(tensor)))
+        for name, chunk in held_chunks(state).items():
+            if (part := local(state[name].detach())).numel():
+                part.copy_(reader.read(names[name], chunk))
 
     def _is_whole(self, step: int) -> bool:
         """Whether the last commit of this very line is of this step, and whole in every byte."""

@@ -5,6 +5,7 @@ that is cheap because tensors are cut in few ways: a rank names each distinct ch
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from moray import UserError
 from moray.model.sharded import local
 from moray.parallel.checkpoint.manifest import StoredTensor
 from moray.parallel.checkpoint.tensor_file import dtype_name
-from moray.parallel.chunks import Chunk, Grid, coverage_problem, held_chunk
+from moray.parallel.chunks import Chunk, Grid, coverage_problem, held_chunks
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class Plan:
 
 def describe(state: Mapping[str, Tensor]) -> Held:
     """Raises UserError for what is no tensor, of a dtype that has no name, or not where its placements say."""
+    if strange := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
+        raise UserError(f"state {strange[0]!r} is not a tensor; put it into the metadata")
     chunks: dict[Chunk, int] = {}
     which = np.full(len(state), -1, np.int32)
     heading = []
-    for i, (name, tensor) in enumerate(state.items()):
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"state {name!r} is not a tensor; put it into the metadata")
+    for i, (name, chunk) in enumerate(held_chunks(state).items()):
+        tensor = state[name]
         heading.append((name, tuple(tensor.shape), dtype_name(name, tensor.dtype)))
-        chunk = held_chunk(tensor)
         if (found := tuple(local(tensor).shape)) != chunk[1]:
             # FSDP2 splits each of several unequal tensor-parallel shards, which _StridedShard does not describe.
             raise UserError(
@@ -70,25 +71,25 @@ def assign(held: Sequence[Held], state: Mapping[str, Tensor]) -> Plan:
     known: dict[Chunk, int] = {}
     columns = np.stack([_renumbered(of_rank, known) for of_rank in held], axis=1)  # [tensors, ranks]
     chunks = list(known)
-    load = [0] * len(held)
+    load = np.zeros(len(held))
     writes = np.zeros((len(held), len(state)), bool)
-    cuts: dict[tuple[bytes, torch.Size], tuple[Grid, list[list[int]]]] = {}
-    once: dict[tuple[str, ...], tuple[str, ...]] = {}
+    cuts: dict[tuple[bytes, torch.Size], _Cut] = {}
+    files: dict[bytes, tuple[str, ...]] = {}
     tensors = {}
     for i, (name, tensor) in enumerate(state.items()):
         key = (columns[i].tobytes(), tensor.shape)
         if key not in cuts:
-            cuts[key] = _cut(columns[i], chunks)
-            if problem := coverage_problem(tensor.shape, cuts[key][0].chunks):
+            cuts[key] = _Cut.of(columns[i], chunks)
+            if problem := coverage_problem(tensor.shape, cuts[key].grid.chunks):
                 raise UserError(f"tensor {name!r}: {problem}")
-        grid, holders = cuts[key]
-        writers = [ranks[0] if len(ranks) == 1 else min(ranks, key=load.__getitem__) for ranks in holders]
-        for rank, (_, sizes) in zip(writers, grid.chunks, strict=True):
-            load[rank] += tensor.element_size() * int(np.prod(sizes))
+        cut = cuts[key]
+        writers = np.array([ranks[0] if len(ranks) == 1 else ranks[load[ranks].argmin()] for ranks in cut.holders], int)
+        np.add.at(load, writers, cut.elements * tensor.element_size())
         writes[writers, i] = True
-        files = tuple(map(file_name, writers))
+        if writers.tobytes() not in files:
+            files[writers.tobytes()] = tuple(map(file_name, writers))
         tensors[name] = StoredTensor(
-            tuple(tensor.shape), dtype_name(name, tensor.dtype), grid, once.setdefault(files, files)
+            tuple(tensor.shape), dtype_name(name, tensor.dtype), cut.grid, files[writers.tobytes()]
         )
     return Plan(writes, tensors)
 
@@ -104,10 +105,19 @@ def _renumbered(held: Held, known: dict[Chunk, int]) -> np.ndarray:
     return numbers[held.which]
 
 
-def _cut(column: np.ndarray, chunks: Sequence[Chunk]) -> tuple[Grid, list[list[int]]]:
-    """The distinct chunks of a tensor, and the ranks that hold each."""
-    distinct, place = np.unique(column, return_inverse=True)
-    ranks = np.argsort(place, kind="stable")
-    holders = np.split(ranks, np.cumsum(np.bincount(place))[:-1])
-    held = [(chunks[i], its_ranks.tolist()) for i, its_ranks in zip(distinct, holders, strict=True) if i >= 0]
-    return Grid(tuple(chunk for chunk, _ in held)), [ranks for _, ranks in held]
+@dataclass(frozen=True)
+class _Cut:
+    """How a tensor is cut: its distinct chunks, the elements of each, and the ranks that hold it."""
+
+    grid: Grid
+    elements: np.ndarray
+    holders: list[np.ndarray]
+
+    @classmethod
+    def of(cls, column: np.ndarray, chunks: Sequence[Chunk]) -> "_Cut":
+        """`column` has the number of each rank's chunk in `chunks`; -1: it holds nothing."""
+        distinct, place = np.unique(column, return_inverse=True)
+        ranks = np.split(np.argsort(place, kind="stable"), np.cumsum(np.bincount(place))[:-1])
+        held = [(chunks[i], of_chunk) for i, of_chunk in zip(distinct, ranks, strict=True) if i >= 0]
+        elements = np.array([math.prod(sizes) for (_, sizes), _ in held])
+        return cls(Grid(tuple(chunk for chunk, _ in held)), elements, [ranks for _, ranks in held])
