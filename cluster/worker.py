@@ -1,6 +1,6 @@
 """What a worker function sees of its cluster: the same under Ray, torchrun and alone."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,6 +15,28 @@ class WorkerError(RuntimeError):
 
     The message's first line says what failed and why there is no other try; the failed worker's traceback follows.
     """
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of this node that outlives its workers: what one leaves there, those of later generations find.
+
+    `files` are descriptors of files in memory, by rank: two for each rank that this node has or had, and for each rank of
+    the node before it, for which it stands in. `ranks` are those of each node, of which this is the `node`-th.
+    """
+
+    files: Mapping[int, Sequence[int]]
+    ranks: Sequence[range]
+    node: int
+
+    @property
+    def node_after(self) -> int:
+        """The one that stands in for this one; itself where there is no other."""
+        return (self.node + 1) % len(self.ranks)
+
+    @property
+    def node_before(self) -> int:
+        return (self.node - 1) % len(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,8 @@ class WorkerContext:
     notes: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What workers of this node noted in the generations before."""
     note: Callable[[str, Any], None] = field(default=lambda name, value: None, repr=False)
+    memory: Memory | None = field(default=None, repr=False)
+    """None where nothing outlives the workers, as under torchrun."""
     enter: Callable[[str], None] = field(default=lambda phase: None, repr=False)
     """Tells whoever watches what this worker does from now on, in a word; to be called where that changes."""
 

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+from moray.cluster.ray.left import Left, Vault
 from moray.cluster.ray.messages import Assignment, Failure, Note, Phase, WorkerState
 from moray.cluster.signals import hold_sigterm
 from moray.cluster.versions import versions
@@ -140,6 +141,7 @@ class Agent:
         self._lease_s = math.inf
         self._has_news = False
         self._notes: dict[str, Any] = {}
+        self._vault = Vault()
 
     def next_call(self) -> tuple[str, tuple[Any, ...]]:
         """Waits for the owner, hears the workers meanwhile, and ends them with their lease.
@@ -206,7 +208,8 @@ class Agent:
     def start(self, assignment: Assignment) -> list[int]:
         """Forks this node's workers; returns their pids."""
         self._workers, self._lease_s = [], assignment.lease_s
-        for local_rank in range(assignment.n_workers):
+        self._vault.open([*assignment.own_ranks, *assignment.mirrored_ranks])
+        for local_rank in range(len(assignment.own_ranks)):
             self._workers.append(self._fork(assignment, local_rank))
         if self._listener:
             self._listener.close()
@@ -216,7 +219,7 @@ class Agent:
     def _fork(self, assignment: Assignment, local_rank: int) -> _Worker:
         from moray.cluster.ray.child import work
 
-        rank = assignment.first_rank + local_rank
+        rank = assignment.own_ranks[local_rank]
         ours, theirs = Pipe(duplex=False)
         pid = os.fork()
         if pid:
@@ -229,7 +232,8 @@ class Agent:
             self._owner.close()  # a helper that outlives this worker must not keep the owner waiting for the agent
             os.setpgid(0, 0)
             listener = self._listener if rank == 0 else None
-            work(self._function, self._argument, assignment, local_rank, self._host, theirs, listener, self._notes)
+            left = Left(self._notes, self._vault.files)
+            work(self._function, self._argument, assignment, local_rank, self._host, theirs, listener, left)
             code = 0
         finally:
             sys.stdout.flush()

@@ -4,7 +4,6 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,9 +16,10 @@ from moray.cluster.devices import check_health, pick_device
 from moray.cluster.exit_codes import EXIT_DONE
 from moray.cluster.network import use_interface_of
 from moray.cluster.parent import die_with_parent
+from moray.cluster.ray.left import Left
 from moray.cluster.ray.messages import Assignment, Failure, Note, Phase
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import WorkerContext, WorkerFunction
+from moray.cluster.worker import Memory, WorkerContext, WorkerFunction
 
 
 def work(
@@ -30,7 +30,7 @@ def work(
     own_host: str,
     pipe: Connection,
     listener: socket.socket | None,
-    notes: Mapping[str, Any],
+    left: Left,
 ) -> None:
     """Runs the function as one rank and sends its heartbeats, then its exit code or a Failure, through `pipe`.
 
@@ -44,18 +44,19 @@ def work(
             device = pick_device(local_rank, assignment.device)
             check_health(device)
             # The agent imported torch for one thread, so as to fork; the cores of this node are its workers' to share.
-            torch.set_num_threads(max(1, usable_cores() // assignment.n_workers))
+            torch.set_num_threads(max(1, usable_cores() // len(assignment.own_ranks)))
             context = WorkerContext(
-                rank=assignment.first_rank + local_rank,
-                world_size=assignment.world_size,
+                rank=assignment.own_ranks[local_rank],
+                world_size=assignment.ranks[-1].stop,
                 local_rank=local_rank,
-                local_world_size=assignment.n_workers,
+                local_world_size=len(assignment.own_ranks),
                 generation=assignment.generation,
                 device=device,
                 open_store=lambda: _open_store(assignment, listener),
                 report=lambda step, status: pipe.send((step, status)),
                 should_stop=should_stop,
-                notes=notes,
+                notes=left.notes,
+                memory=Memory(left.files, assignment.ranks, assignment.node),
                 note=lambda name, value: pipe.send(Note(name, value)),
                 enter=lambda phase: pipe.send(Phase(phase)),
             )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import ray
@@ -110,14 +111,12 @@ class Generation:
         n_workers = len(self._node_of)
         try:
             port = ray.get(self._nodes[0].call("bind"), timeout=CALL_S)
-            firsts = [self._node_of.index(node) for node in self._nodes]
+            ends = list(accumulate(node.slots for node in self._nodes))
+            ranks_of = tuple(range(end - node.slots, end) for node, end in zip(self._nodes, ends, strict=True))
             host, lease_s = self._nodes[0].host, self._watch.patience.lease_s
             replies = [
-                node.call(
-                    "start",
-                    Assignment(self._number, n_workers, first, node.slots, host, port, lease_s, node.device),
-                )
-                for node, first in zip(self._nodes, firsts, strict=True)
+                node.call("start", Assignment(self._number, ranks_of, i, host, port, lease_s, node.device))
+                for i, node in enumerate(self._nodes)
             ]
             pids = [pid for reply in ray.get(replies, timeout=CALL_S) for pid in reply]
             outputs = ray.get([node.call("output") for node in self._nodes], timeout=CALL_S)

@@ -6,20 +6,28 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Assignment:
-    """One node's part in one generation: `n_workers` ranks from `first_rank` on; rank 0's store is at host:port.
+    """One node's part in one generation: the `node`-th of the `ranks` of all nodes; rank 0's store is at host:port.
 
     The workers live for `lease_s` seconds after the last call that came from the driver.
     `device` is the kind of slots that the ranks hold.
     """
 
     generation: int
-    world_size: int
-    first_rank: int
-    n_workers: int
+    ranks: tuple[range, ...]
+    node: int
     host: str
     port: int
     lease_s: float
     device: Literal["cpu", "cuda"]
+
+    @property
+    def own_ranks(self) -> range:
+        return self.ranks[self.node]
+
+    @property
+    def mirrored_ranks(self) -> range:
+        """Those of the node before, for which this one keeps a second copy of what they leave in memory."""
+        return self.ranks[self.node - 1] if len(self.ranks) > 1 else range(0)
 
 
 @dataclass(frozen=True)

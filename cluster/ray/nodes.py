@@ -85,6 +85,8 @@ class Gang:
         """Device auto: what this Ray has now, and the same for all generations, whatever nodes join later."""
         self.nodes: list[Node] = []
         self._lost: set[str] = set()
+        self._gap = 0
+        """Where in `nodes` the next ones belong: in the place of those that were lost, so that other ranks stay."""
         self._task, self._versions = task, versions()
         self._workers = group.workers
         self._connection = connection
@@ -126,6 +128,7 @@ class Gang:
             return
         time.sleep(SETTLE_S)  # that end takes a moment to show, and a lost Ray cannot release anything
         self._connection.check()
+        self._gap = min(map(self.nodes.index, nodes))
         for node in nodes:
             self.nodes.remove(node)
             self._lost.add(node.node_id)
@@ -171,7 +174,7 @@ class Gang:
         """Reserves each node's share and starts its agent; raises RayError where one does not start."""
         hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         started = [self._reserve(node_id, hosts[node_id], slots) for node_id, slots in shares.items()]
-        self.nodes += started
+        self.nodes[self._gap : self._gap] = started
         for node in started:
             try:
                 self._wait_for(node)

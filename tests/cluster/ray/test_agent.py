@@ -56,7 +56,7 @@ def test_workers_of_one_agent_count_twice(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 3)) as agent:
         for generation in (1, 2):
             port = agent.call("bind")
-            pids = agent.call("start", Assignment(generation, 3, 0, 3, HOST, port, LEASE_S, "cpu"))
+            pids = agent.call("start", Assignment(generation, (range(3),), 0, HOST, port, LEASE_S, "cpu"))
             states = poll_until_ended(agent)
             assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
             assert [state.pid for state in states] == pids
@@ -66,7 +66,7 @@ def test_workers_of_one_agent_count_twice(tmp_path: Path) -> None:
 def test_what_one_generation_finds_out_the_next_knows(tmp_path: Path) -> None:
     with agent_for(look_once, str(tmp_path / "looks")) as agent:
         for generation in (1, 2, 3):
-            agent.call("start", Assignment(generation, 1, 0, 1, HOST, agent.call("bind"), LEASE_S, "cpu"))
+            agent.call("start", Assignment(generation, (range(1),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
             assert [state.exit_code for state in poll_until_ended(agent)] == [1]
     assert (tmp_path / "looks").read_text() == "looked in 1\n"
 
@@ -76,8 +76,8 @@ def test_two_agents_make_one_group(tmp_path: Path) -> None:
     with agent_for(count, plan) as first, agent_for(count, plan) as second:
         port = first.call("bind")
         # The second node is faster: its ranks wait at the port that is already bound.
-        second.call("start", Assignment(1, 3, 2, 1, HOST, port, LEASE_S, "cpu"))
-        first.call("start", Assignment(1, 3, 0, 2, HOST, port, LEASE_S, "cpu"))
+        second.call("start", Assignment(1, (range(2), range(2, 3)), 1, HOST, port, LEASE_S, "cpu"))
+        first.call("start", Assignment(1, (range(2), range(2, 3)), 0, HOST, port, LEASE_S, "cpu"))
         states = poll_until_ended(first) + poll_until_ended(second)
     assert [(state.rank, state.exit_code) for state in states] == [(0, 0), (1, 0), (2, 0)]
     assert sorted(path.name for path in tmp_path.glob("rank-*")) == [f"rank-{rank}-of-3" for rank in range(3)]
@@ -86,14 +86,14 @@ def test_two_agents_make_one_group(tmp_path: Path) -> None:
 def test_a_stop_reaches_workers_that_were_forked_just_now(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 100000)) as agent:
         for generation in (1, 2, 3):
-            agent.call("start", Assignment(generation, 2, 0, 2, HOST, agent.call("bind"), LEASE_S, "cpu"))
+            agent.call("start", Assignment(generation, (range(2),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
             agent.call("stop")
             assert [state.exit_code for state in poll_until_ended(agent)] == [75, 75]
 
 
 def test_a_death_without_a_word_is_a_failure() -> None:
     with agent_for(end_silently, None) as agent:
-        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S, "cpu"))
+        agent.call("start", Assignment(1, (range(1),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
         (state,) = poll_until_ended(agent)
         assert state.failure
         assert state.failure.reason == "exited with code 3 without a word"
@@ -103,7 +103,7 @@ def test_a_death_without_a_word_is_a_failure() -> None:
 def test_a_workers_helpers_end_with_it(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with agent_for(leave_a_helper, str(path)) as agent:
-        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S, "cpu"))
+        agent.call("start", Assignment(1, (range(1),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
         (state,) = poll_until_ended(agent)
         assert state.exit_code == 0
         assert is_gone_soon(int(path.read_text()), within_s=10)
@@ -112,7 +112,7 @@ def test_a_workers_helpers_end_with_it(tmp_path: Path) -> None:
 def test_a_worker_does_not_wait_for_a_driver_that_does_not_ask() -> None:
     """20,000 heartbeats are more than any pipe holds."""
     with agent_for(beat, 20_000) as agent:
-        (pid,) = agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S, "cpu"))
+        (pid,) = agent.call("start", Assignment(1, (range(1),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
         assert is_gone_soon(pid, within_s=30)
         (state,) = poll_until_ended(agent)
         assert (state.step, state.exit_code) == (19_999, 0)
@@ -120,7 +120,7 @@ def test_a_worker_does_not_wait_for_a_driver_that_does_not_ask() -> None:
 
 def test_workers_end_with_their_lease_and_say_why(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 100000, 0.01)) as agent:
-        pids = agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"), 2.0, "cpu"))
+        pids = agent.call("start", Assignment(1, (range(2),), 0, HOST, agent.call("bind"), 2.0, "cpu"))
         until = time.monotonic() + 4
         while time.monotonic() < until:  # as long as it is asked, the lease goes on
             assert not any(state.failure for state in agent.call("poll"))
@@ -129,7 +129,7 @@ def test_workers_end_with_their_lease_and_say_why(tmp_path: Path) -> None:
         words = "the driver was silent for 2 s: its lease of cluster.lease_timeout_s=2 ended"
         assert [state.failure and state.failure.reason for state in states] == [words] * 2
         steps = len(history(tmp_path))
-        agent.call("start", Assignment(2, 2, 0, 2, HOST, agent.call("bind"), 2.0, "cpu"))
+        agent.call("start", Assignment(2, (range(2),), 0, HOST, agent.call("bind"), 2.0, "cpu"))
         while len(history(tmp_path)) < steps + 5:
             assert not any(state.failure for state in agent.call("poll"))
 
@@ -137,7 +137,7 @@ def test_workers_end_with_their_lease_and_say_why(tmp_path: Path) -> None:
 def test_an_agent_without_workers_has_nothing_to_end(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 3)) as agent:
         for generation in (1, 2):
-            agent.call("start", Assignment(generation, 1, 0, 1, HOST, agent.call("bind"), 1.0, "cpu"))
+            agent.call("start", Assignment(generation, (range(1),), 0, HOST, agent.call("bind"), 1.0, "cpu"))
             (state,) = poll_until_ended(agent)
             assert state.exit_code == 0
             time.sleep(1.5)
@@ -147,7 +147,7 @@ def test_an_agent_without_workers_has_nothing_to_end(tmp_path: Path) -> None:
 
 def test_steps_are_measured_once_one_has_been_seen_whole(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 4, 0.5)) as agent:
-        agent.call("start", Assignment(1, 1, 0, 1, HOST, agent.call("bind"), LEASE_S, "cpu"))
+        agent.call("start", Assignment(1, (range(1),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
         longest: dict[int | None, float | None] = {}
         while (state := agent.call("poll")[0]).exit_code is None:
             longest[state.step] = state.longest_silence_s
@@ -181,5 +181,5 @@ def test_workers_do_not_outlive_the_agents_owner(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     with agent_for(count, Plan(sys.argv[1], 100000, 0.01)) as agent:
-        print(*agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"), LEASE_S, "cpu")), flush=True)
+        print(*agent.call("start", Assignment(1, (range(2),), 0, HOST, agent.call("bind"), LEASE_S, "cpu")), flush=True)
         time.sleep(1000)

@@ -1,0 +1,242 @@
+"""Copies of a run's state in memory that outlives its workers: the next generation goes on from the newest whole one.
+
+Every few steps each rank copies its part of the state into a file in memory of its node, and a thread sends it on to the
+node after, which stands in for a node that is lost. There are two files a rank, written in turn, so that one is whole at
+any instant. The rule is that of a commit: a snapshot is whole on all ranks, in its record and its checksums, or it does
+not exist. What lies in memory is of one attempt alone, for it ends with the agents.
+"""
+
+import math
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moray.model.sharded import local
+from moray.parallel.checkpoint.host_copy import copy_all
+from moray.parallel.checkpoint.memory_file import MemoryFile, Record, parts_of
+from moray.parallel.control_plane import ControlPlane
+from moray.parallel.gradients import world_sum
+
+COST = 0.02
+"""Share of a step's time that snapshots may take where their interval is chosen here."""
+WAIT_S = 1.0
+
+
+class Snapshots:
+    """Of the ranks' state, in `files` (descriptors, two for each rank that this node holds or stands in for).
+
+    `ranks` are those of each node, of which this is the `node`-th. `every` counts steps; None: as often as keeps the cost
+    below COST, and at least once in `at_least_every`. Every method, the constructor too, is collective.
+    `on_event` hears, on rank 0, of `snapshot_refused` (step, problems).
+    """
+
+    def __init__(
+        self,
+        files: Mapping[int, Sequence[int]],
+        ranks: Sequence[range],
+        node: int,
+        state: Mapping[str, Tensor],
+        *,
+        generation: int,
+        every: int | None,
+        at_least_every: int,
+        on_event: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """Of `state` only names, shapes and placements matter here."""
+        self._files = {rank: [MemoryFile(file) for file in of_rank] for rank, of_rank in files.items()}
+        self._plane = ControlPlane()
+        self._rank, self._ranks, self._node = self._plane.rank, ranks, node
+        self._generation, self._on_event = generation, on_event
+        self._fixed_every, self._at_least_every = every, at_least_every
+        self._parts, self._size = parts_of(state)
+        self._sizes = self._plane.gather(self._size)
+        self._next, self._share = 0, 0.0
+        self._thread: threading.Thread | None = None
+
+    @property
+    def bytes_here(self) -> int:
+        """Memory that this node needs: for two snapshots of its own ranks, and of those that it stands in for."""
+        return sum(len(self._files[rank]) * self._sizes[rank] for rank in self._held)
+
+    @property
+    def bytes_reserved(self) -> int:
+        """How much of it was there before this generation."""
+        return sum(file.bytes for rank in self._held for file in self._files[rank])
+
+    @property
+    def _held(self) -> list[int]:
+        return sorted({*self._ranks[self._node], *(self._ranks[self._node - 1] if len(self._ranks) > 1 else ())})
+
+    @property
+    def _stand_in(self) -> int | None:
+        """The rank of the node after that keeps a copy of what this one has."""
+        if len(self._ranks) == 1:
+            return None
+        after = self._ranks[(self._node + 1) % len(self._ranks)]
+        return after[self._local % len(after)]
+
+    @property
+    def _stood_for(self) -> list[int]:
+        """The ranks of the node before whose copies this one keeps."""
+        if len(self._ranks) == 1:
+            return []
+        own = self._ranks[self._node]
+        return [rank for i, rank in enumerate(self._ranks[self._node - 1]) if i % len(own) == self._local]
+
+    @property
+    def _local(self) -> int:
+        return self._rank - self._ranks[self._node].start
+
+    def reserve(self) -> None:
+        """Takes all memory now, so that none is missing later. Raises OSError where there is none."""
+        for rank in (self._rank, *self._stood_for):
+            for file in self._files[rank]:
+                file.reserve(self._sizes[rank])
+
+    def load(self, state: Mapping[str, Tensor], at_least: int) -> Record | None:
+        """Fills `state` with the newest snapshot that is whole on all ranks and of step `at_least` or later, if any."""
+        found = self._found() if self._local == 0 else {}
+        offers = self._plane.gather(found)
+        steps = sorted({key for offer in offers for keys in offer.values() for key in keys}, reverse=True)
+        for key in steps:
+            providers = {
+                rank: [provider for provider, offer in enumerate(offers) if key in offer.get(rank, ())]
+                for rank in range(self._plane.world_size)
+            }
+            if key[0] < at_least or not all(providers.values()):
+                continue
+            problems = self._plane.gather(self._restore(key, providers, state))
+            if not any(problems):
+                return self._record(self._rank, key)
+            if self._rank == 0:
+                told = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+                self._on_event("snapshot_refused", {"step": key[0], "problems": told})
+        return None
+
+    def take(self, step: int, state: Mapping[str, Tensor], metadata: dict[str, Any], seconds: float) -> bool:
+        """Copies `state`, that of `step`, if a snapshot is due; returns whether it did.
+
+        `seconds` is how long a step takes. While any rank is still sending the last one on, the next must wait: what it
+        would be written over may be the only whole one.
+        """
+        if step < self._next:
+            return False
+        is_busy = self._thread is not None and self._thread.is_alive()
+        n_busy, share = world_sum(torch.tensor([float(is_busy), self._share / seconds], dtype=torch.float64)).tolist()
+        if n_busy:
+            self._next = step + 1
+            return False
+        self.finish()
+        if self._fixed_every is None:
+            every = min(max(1, math.ceil(share / self._plane.world_size / COST)), self._at_least_every)
+        else:
+            every = self._fixed_every
+        self._next = step + every
+        began = time.perf_counter()
+        file = self._older_file(self._rank)
+        data = file.open(self._size)
+        copy_all(
+            {part.name: local(state[part.name].detach()) for part in self._parts},
+            {part.name: part.view(data) for part in self._parts},
+        )
+        self._share = time.perf_counter() - began
+        self._thread = threading.Thread(
+            target=self._complete, args=(file, data, step, metadata), name="snapshot", daemon=True
+        )
+        self._thread.start()
+        return True
+
+    def clear(self) -> None:
+        """There is no snapshot any more: what comes now is another history."""
+        self.finish()
+        for rank in (self._rank, *self._stood_for):
+            for file in self._files[rank]:
+                file.open(self._sizes[rank])
+
+    def finish(self) -> None:
+        """Waits until the last one has been sent on."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _complete(self, file: MemoryFile, data: Tensor, step: int, metadata: dict[str, Any]) -> None:
+        """The thread: checksum, record, and the copy on the node after."""
+        began = time.thread_time()
+        crc32 = zlib.crc32(data.numpy())
+        file.seal(Record(step, self._generation, self._rank, crc32, self._size, self._parts, metadata))
+        stand_in = self._stand_in
+        sends = [(file, stand_in)] if stand_in is not None else []
+        try:
+            self._exchange(sends, [(rank, rank) for rank in self._stood_for])
+        except RuntimeError:
+            return  # a peer is gone, and this generation with it
+        self._share += time.thread_time() - began
+
+    def _exchange(self, sends: Sequence[tuple[MemoryFile, int]], receives: Sequence[tuple[int, int]]) -> None:
+        """Sends whole files to ranks, and receives those of `(rank, from)` into this node's files of that rank."""
+        under_way = []
+        for file, to in sends:
+            record = file.record()
+            assert record
+            text = torch.frombuffer(bytearray(record.to_json()), dtype=torch.uint8)
+            for tensor in (torch.tensor([len(text)]), text, file.data(record.size)):
+                under_way.append((dist.isend(tensor, to, group=self._plane.group), tensor))
+        for rank, sender in receives:
+            file, length = self._older_file(rank), torch.zeros(1, dtype=torch.int64)
+            data = file.open(self._sizes[rank])
+            dist.recv(length, sender, group=self._plane.group)
+            text = torch.zeros(int(length), dtype=torch.uint8)
+            dist.recv(text, sender, group=self._plane.group)
+            dist.recv(data, sender, group=self._plane.group)
+            file.seal(Record.from_json(text.numpy().tobytes()))
+        for work, _ in under_way:
+            work.wait()
+
+    def _found(self) -> dict[int, list[tuple[int, int]]]:
+        """(step, generation) of what this node's files hold, by rank."""
+        records = {rank: [file.record() for file in files] for rank, files in self._files.items()}
+        return {rank: [(record.step, record.generation) for record in of if record] for rank, of in records.items()}
+
+    def _restore(
+        self, key: tuple[int, int], providers: Mapping[int, Sequence[int]], state: Mapping[str, Tensor]
+    ) -> str | None:
+        """Fetches this rank's file where this node has none, and fills `state` with it; returns what is wrong with it."""
+        node_of = {rank: ranks for ranks in self._ranks for rank in ranks}
+        # Whoever's node has none gets it from the first that has.
+        moves = [(rank, of[0]) for rank, of in providers.items() if not any(p in node_of[rank] for p in of)]
+        sends = [(self._file(rank, key), rank) for rank, provider in moves if provider == self._rank]
+        self._exchange(
+            [(file, to) for file, to in sends if file],
+            [(rank, provider) for rank, provider in moves if rank == self._rank],
+        )
+        file, record = self._file(self._rank, key), self._record(self._rank, key)
+        if not file or not record:
+            return "its copy is gone"
+        if (record.parts, record.size) != (self._parts, self._size):
+            return "its copy is of another layout or model"
+        data = file.data(self._size)
+        if zlib.crc32(data.numpy()) != record.crc32:
+            return "its copy has another checksum than when it was made"
+        for part in self._parts:
+            local(state[part.name].detach()).copy_(part.view(data))
+        return None
+
+    def _file(self, rank: int, key: tuple[int, int]) -> MemoryFile | None:
+        for file in self._files.get(rank, ()):
+            if (record := file.record()) and (record.step, record.generation) == key:
+                return file
+        return None
+
+    def _record(self, rank: int, key: tuple[int, int]) -> Record | None:
+        file = self._file(rank, key)
+        return file.record() if file else None
+
+    def _older_file(self, rank: int) -> MemoryFile:
+        """The one to be written over next: nothing whole before what is, and the older before the newer."""
+        return min(self._files[rank], key=lambda file: (r.step, r.generation) if (r := file.record()) else (-1, -1))
