@@ -39,6 +39,8 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     console = console or Console(stderr=True, quiet=not is_first)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     dataset = check(config, tell)
+    if is_first:
+        dataset.verify()
     with claimed(config, dataset, tell) if is_first else nullcontext(True) as has_steps:
         # The other ranks wait for this one, to find out the same.
         if not has_steps and rank is None:
