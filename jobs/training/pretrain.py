@@ -91,7 +91,8 @@ def _launch(config: RunConfig, console: Console, listener: Listener, trackers: S
 
     def take(previous: int | None) -> int:
         nonlocal generation
-        generation = take_generation(checkpoints_of(config), previous, at_least=next_generation(events))
+        at_least = 1 if previous else next_generation(events)
+        generation = take_generation(checkpoints_of(config), previous, at_least)
         return generation
 
     settings = dict(flatten(config.model_dump()))
