@@ -1,6 +1,7 @@
 """What grows with a run and should not: the index of its data, its logs, the driver's work, the ranks' sockets.
 
     python benchmarks/scale.py index N_SHARDS
+    python benchmarks/scale.py metrics STEPS
 
 Everything is synthetic, and of the form and size that a run of that scale would have. Each line is measured in a
 process of its own; own memory is what that process shares with no file (RssAnon), beyond its imports.
@@ -22,6 +23,8 @@ import numpy as np
 from moray.data.dataset import Dataset
 from moray.data.index import SAMPLE, SHARD, Extent, Sample, Split, sample_key, shard_name, write_index
 from moray.data.stream import Stream
+from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.training.metrics import MetricsLog, read_metrics
 
 SAMPLES = 256
 SAMPLE_TOKENS = 1 << 16
@@ -129,12 +132,56 @@ def sample(shard: int, number: int) -> Sample:
     )
 
 
+def metrics(steps: int) -> None:
+    """What rank 0 does as it resumes, and a driver as it starts, after so many steps of 26 MoE layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        with open(run / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(metrics_row(step)) + "\n" for step in range(1, steps + 1))
+        commits = [{"kind": "commit", "step": step, "digest": "ab" * 32} for step in range(100, steps + 1, 100)]
+        events = [{"kind": "begin", "step": 0, "position": 0}, *commits]
+        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        print(f"metrics.jsonl: {steps:,} steps, {(run / 'metrics.jsonl').stat().st_size / 2**20:.0f} MiB")
+        print("| what | CPU s | own MiB |")
+        print("|---|---|---|")
+        print(measured(cpu_row, "rank 0 resumes", resume, run, steps))
+        print(measured(cpu_row, "a driver's start checks the ledger", ledger_problems, run))
+        print(measured(cpu_row, "all rows read, as a resume once did", read_metrics, run))
+
+
+def resume(run: Path, step: int) -> None:
+    MetricsLog(run, step, generation=2)
+
+
+def cpu_row(name: str, function: Callable[..., Any], *arguments: Any) -> str:
+    memory, began = own_mib(), time.process_time()
+    kept = function(*arguments)
+    seconds, grown = time.process_time() - began, own_mib() - memory
+    del kept
+    return f"| {name} | {seconds:.2f} | {grown:.0f} |"
+
+
+def metrics_row(step: int) -> dict[str, Any]:
+    numbers = [1 + step % 97 / 89 + layer / 7 for layer in range(26)]
+    return {
+        "step": step,
+        "generation": 1,
+        "loss": 3 + 1 / step,
+        "tokens_per_second": 1e6 + 1 / step,
+        "grad_norm": 1 / step,
+        "positions": [(step - 1) * 512, step * 512],
+        "expert_balance": numbers,
+        "expert_entropy": numbers,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("index").add_argument("n_shards", type=int)
+    commands.add_parser("metrics").add_argument("steps", type=int)
     arguments = vars(parser.parse_args())
-    {"index": index}[arguments.pop("command")](**arguments)
+    {"index": index, "metrics": metrics}[arguments.pop("command")](**arguments)
 
 
 if __name__ == "__main__":
