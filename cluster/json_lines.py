@@ -63,9 +63,15 @@ class JsonLines:
             os.close(descriptor)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file, in order; a line that is none, cut short or edited, is passed over."""
+def read_lines(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects in a file, in order; a line that is none, cut short or edited, is passed over.
+
+    `last_bytes`: only those that lie whole within so many bytes of its end.
+    """
     with open(path, "rb") as lines:
+        if last_bytes is not None and os.fstat(lines.fileno()).st_size > last_bytes:
+            lines.seek(-last_bytes - 1, os.SEEK_END)
+            lines.readline()
         for line in lines:
             if (row := parse_line(line)) is not None:
                 yield row

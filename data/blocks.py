@@ -12,7 +12,8 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from moray import UserError
-from moray.data.dataset import Dataset, Extent, Sample, Shard
+from moray.data.dataset import Dataset
+from moray.data.index import Extent, Sample, Shard
 
 CACHE_BYTES = 256 << 20
 RETRY_S = 0.5
@@ -33,14 +34,13 @@ class Block:
 class BlockReader:
     """The shards of one split, each as one array of tokens that never stands in memory whole.
 
-    Memory: the index, and blocks up to `cache_bytes` (256 MiB by default; at least the one being read).
+    Memory: blocks up to `cache_bytes` (256 MiB by default; at least the one being read).
     Any thread may read.
     """
 
     def __init__(self, dataset: Dataset, split: str, cache_bytes: int = CACHE_BYTES) -> None:
         self._folder = dataset.folder
-        self._shards = dataset.splits[split].shards
-        self._starts = [np.cumsum([0, *(sample.n_tokens for sample in shard.samples)]) for shard in self._shards]
+        self._split = dataset.splits[split]
         self._fs, self._root = url_to_fs(dataset.folder)
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._cache: OrderedDict[tuple[int, int], Block] = OrderedDict()
@@ -51,7 +51,7 @@ class BlockReader:
 
         Raises UserError naming shard, sample and byte where the file is not what the index says.
         """
-        starts = self._starts[shard]
+        starts = self._split[shard].starts
         stop = min(stop, int(starts[-1]))
         first_block = int(np.searchsorted(starts, start, side="right")) - 1
         last_block = int(np.searchsorted(starts, stop, side="left")) - 1
@@ -66,7 +66,8 @@ class BlockReader:
     def _block(self, shard: int, number: int) -> Block:
         with self._lock:
             if (block := self._cache.get((shard, number))) is None:
-                block = self._load_patiently(self._shards[shard], self._shards[shard].samples[number])
+                found = self._split[shard]
+                block = self._load_patiently(found, found.sample(number))
                 self._cache[shard, number] = block
                 self._cached_bytes += block.nbytes
                 while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:

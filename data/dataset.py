@@ -1,6 +1,7 @@
-"""What a prepared folder holds: frozen descriptions of shards and samples, read from its `index.json`.
+"""A prepared folder, opened: a dataset's splits, and whether it is as it was written.
 
     folder/index.json               written last; without it the folder is not a dataset
+    folder/train.shards.npy, train.samples.npy, validation. ...     the index's arrays
     folder/tokenizer.json, tokenizer_config.json
     folder/train-00000.tar, validation-00000.tar, ...
 
@@ -8,75 +9,43 @@ A sample is a block of whole documents; the tokens of a shard are those of its s
 """
 
 import hashlib
+import io
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from moray import UserError
+from moray.data.index import (
+    INDEX,
+    SAMPLE,
+    SHARD,
+    VERSION,
+    Extent,
+    Sample,
+    Split,
+    array_names,
+    digest_of,
+    fingerprint_of,
+    shard_name,
+)
 
-INDEX = "index.json"
-VERSION = 1
 STAGING_SUFFIX = ".moray-unfinished"
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Where a member's data lies in its tar, in bytes."""
-
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A block of whole documents inside a shard. The crc32 is of the tokens member, continued over the ends member."""
-
-    key: str
-    n_tokens: int
-    n_documents: int
-    tokens: Extent
-    ends: Extent
-    json: Extent
-    crc32: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One tar file: its name within the dataset's folder, its size in bytes, its digest and its samples."""
-
-    name: str
-    size: int
-    sha256: str
-    n_tokens: int
-    n_documents: int
-    samples: tuple[Sample, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The shards of `train` or `validation`, in file order."""
-
-    shards: tuple[Shard, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(shard.n_tokens for shard in self.shards)
-
-    @property
-    def n_documents(self) -> int:
-        return sum(shard.n_documents for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A finished dataset. The fingerprint is a digest of its content, the same wherever and whenever prepared.
 
-    vocab_size: all tokens, and pad_id, lie below it.
+    vocab_size: all tokens, and pad_id, lie below it. arrays: the digests of the files of its index.
     """
 
     folder: str
@@ -84,13 +53,14 @@ class Dataset:
     vocab_size: int
     pad_id: int
     splits: Mapping[str, Split]
+    arrays: Mapping[str, str]
 
     @classmethod
     def open(cls, folder: str | Path) -> "Dataset":
-        """Reads the index of a folder (or fsspec URL) that `moray prepare` finished.
+        """Opens a folder (or fsspec URL) that `moray prepare` finished: in no time, and no memory, whatever its size.
 
-        Raises UserError for a folder that is missing, unfinished, of another version, or whose index or shard sizes
-        are not as they were written.
+        An index of version 1 is read whole, and checked by that. Raises UserError for a folder that is missing,
+        unfinished, of a newer version, or whose index is damaged; whether all the rest is whole, `verify` tells.
         """
         folder = str(folder).rstrip("/")
         fs, root = url_to_fs(folder)
@@ -98,21 +68,48 @@ class Dataset:
             raise UserError(_why_missing(folder, fs.exists(root), fs.exists(root + STAGING_SUFFIX)))
         try:
             index = json.loads(fs.cat_file(f"{root}/{INDEX}"))
-            version, fingerprint = index["version"], index.pop("fingerprint")
+            version, names = index["version"], list(index["splits"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}/{INDEX} is damaged ({error}); {_REMEDY}") from None
-        if version != VERSION:
-            raise UserError(f"{folder}/{INDEX} has version {version}, this moray reads version {VERSION}; {_REMEDY}")
-        if fingerprint != fingerprint_of(index):
-            raise UserError(f"{folder}/{INDEX} is damaged: its content does not match its fingerprint; {_REMEDY}")
+        if version not in range(1, VERSION + 1):
+            raise UserError(
+                f"{folder}/{INDEX} has version {version}, this moray reads versions up to {VERSION}; "
+                "use the moray that prepared it, or run `moray prepare` again"
+            )
+        if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name)]:
+            raise UserError(f"{folder}/{INDEX} names {odd[0]!r}, which is no file of its own folder")
         try:
-            splits = {name: Split(tuple(map(_shard, shards))) for name, shards in index["splits"].items()}
-            dataset = cls(folder, fingerprint, index["vocab_size"], index["pad_id"], splits)
+            splits = _parse_version_1(folder, index) if version == 1 else _open_arrays(folder, fs, root, index)
+            arrays = index.get("arrays", {})
+            return cls(folder, index["fingerprint"], index["vocab_size"], index["pad_id"], splits, arrays)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}/{INDEX} is no index of version {VERSION} ({error!r}); {_REMEDY}") from None
-        dataset._check_names()
-        dataset._check_sizes()
-        return dataset
+            raise UserError(f"{folder}/{INDEX} is no index of version {version} ({error!r}); {_REMEDY}") from None
+
+    def verify(self) -> None:
+        """Raises UserError where an array of the index or the size of a shard is not as it was written.
+
+        Reads the index whole: once a start, in one process. The tokens are checked as they are read.
+        """
+        fs, root = url_to_fs(self.folder)
+        for name, sha256 in self.arrays.items():
+            with fs.open(f"{root}/{name}", "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise UserError(f"{self.folder}/{name} is damaged: its content does not match {INDEX}; {_REMEDY}")
+        files = {os.path.basename(file["name"]): file for file in fs.ls(root, detail=True)}
+        for split in self.splits.values():
+            for number, expected in enumerate(split.shards["size"].tolist()):
+                name = shard_name(split.name, number)
+                self._check_shard(name, files.get(name), expected)
+
+    def _check_shard(self, name: str, file: Mapping[str, Any] | None, expected: int) -> None:
+        if file is None:
+            raise UserError(f"{self.folder}/{name} is missing; {_REMEDY}")
+        if file.get("islink"):
+            _check_link(Path(self.folder, name))
+        if file["size"] < expected:
+            raise UserError(f"{self.folder}/{name} ends at byte {file['size']} of {expected}; {_REMEDY}")
+        if file["size"] > expected:
+            raise UserError(f"{self.folder}/{name} goes on after its end, byte {expected}; {_REMEDY}")
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Raises UserError if some token of this dataset has no row in the model's embedding."""
@@ -131,26 +128,6 @@ class Dataset:
                 "point data.path at that data or start a new run"
             )
 
-    def _check_names(self) -> None:
-        for shard in (shard for split in self.splits.values() for shard in split.shards):
-            path = Path(self.folder, shard.name)
-            if "/" in shard.name or shard.name in ("", ".", ".."):
-                raise UserError(f"{self.folder}/{INDEX} names {shard.name!r}, which is no file of its own folder")
-            if path.is_symlink() and path.resolve().parent != path.parent.resolve():
-                raise UserError(f"{path} is a link out of its folder, to {path.readlink()}; put the file itself there")
-
-    def _check_sizes(self) -> None:
-        fs, root = url_to_fs(self.folder)
-        sizes = {os.path.basename(file["name"]): file["size"] for file in fs.ls(root, detail=True)}
-        for shard in (shard for split in self.splits.values() for shard in split.shards):
-            size = sizes.get(shard.name)
-            if size is None:
-                raise UserError(f"{self.folder}/{shard.name} is missing; {_REMEDY}")
-            if size < shard.size:
-                raise UserError(f"{self.folder}/{shard.name} ends at byte {size} of {shard.size}; {_REMEDY}")
-            if size > shard.size:
-                raise UserError(f"{self.folder}/{shard.name} goes on after its end, byte {shard.size}; {_REMEDY}")
-
 
 _REMEDY = "restore it from a copy, or run `moray prepare` again"
 
@@ -163,33 +140,62 @@ def _why_missing(folder: str, exists: bool, has_staging: bool) -> str:
     return f"data.path={folder} does not exist; make it with `moray prepare SOURCE --out {folder}`"
 
 
-def _shard(entry: dict[str, Any]) -> Shard:
-    samples = (
-        Sample(**{**sample, **{member: Extent(**sample[member]) for member in ("tokens", "ends", "json")}})
-        for sample in entry["samples"]
-    )
-    return Shard(**{**entry, "samples": tuple(samples)})
+def _check_link(path: Path) -> None:
+    if path.resolve().parent != path.parent.resolve():
+        raise UserError(f"{path} is a link out of its folder, to {path.readlink()}; put the file itself there")
 
 
-def fingerprint_of(index: Mapping[str, Any]) -> str:
-    """sha256 over an index without its `fingerprint`; through the shards' digests it covers every byte of the data."""
-    return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _open_arrays(folder: str, fs: AbstractFileSystem, root: str, index: dict[str, Any]) -> dict[str, Split]:
+    digest = index.pop("digest")
+    if digest != digest_of(index):
+        raise UserError(f"{folder}/{INDEX} is damaged: its content does not match its digest; {_REMEDY}")
+    splits = {}
+    for name in index["splits"]:
+        shards, samples = (
+            _array(f"{folder}/{file}", fs, f"{root}/{file}", dtype)
+            for file, dtype in zip(array_names(name), (SHARD, SAMPLE), strict=True)
+        )
+        if len(samples) != (shards["end"][-1] if len(shards) else 0):
+            raise UserError(f"{folder}/{array_names(name)[1]} is damaged: it has {len(samples)} samples; {_REMEDY}")
+        splits[name] = Split(name, shards, samples)
+    return splits
 
 
-def write_index(folder: Path, vocab_size: int, pad_id: int, splits: Mapping[str, Split]) -> str:
-    """Writes `index.json` atomically, and returns the fingerprint."""
-    index = {
-        "version": VERSION,
-        "vocab_size": vocab_size,
-        "pad_id": pad_id,
-        "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-        "splits": {name: [asdict(shard) for shard in split.shards] for name, split in splits.items()},
-    }
-    fingerprint = fingerprint_of(json.loads(json.dumps(index)))
-    partial = folder / (INDEX + ".partial")
-    with open(partial, "w") as file:
-        json.dump({**index, "fingerprint": fingerprint}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / INDEX)
-    return fingerprint
+def _array(name: str, fs: AbstractFileSystem, path: str, dtype: np.dtype) -> np.ndarray:
+    """Mapped where it is a file of this machine, else read."""
+    try:
+        if isinstance(fs, LocalFileSystem):
+            _check_link(Path(path))
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            array = np.load(io.BytesIO(fs.cat_file(path)), allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{name} is missing; {_REMEDY}") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{name} is damaged ({error}); {_REMEDY}") from None
+    if array.dtype != dtype or array.ndim != 1:
+        raise UserError(f"{name} is damaged: it holds {array.dtype} {array.shape}; {_REMEDY}")
+    return array
+
+
+def _parse_version_1(folder: str, index: dict[str, Any]) -> dict[str, Split]:
+    splits = {}
+    for name, entries in index["splits"].items():
+        for number, entry in enumerate(entries):
+            if entry["name"] != shard_name(name, number):
+                raise UserError(f"{folder}/{INDEX} names {entry['name']!r}, which is no file of its own folder")
+        samples = [np.array([_sample(part).record for part in entry["samples"]], SAMPLE) for entry in entries]
+        shards = np.zeros(len(entries), SHARD)
+        for field in ("size", "sha256", "n_tokens", "n_documents"):
+            shards[field] = [entry[field] for entry in entries]
+        shards["end"] = np.cumsum([len(part) for part in samples])
+        splits[name] = Split(name, shards, np.concatenate([np.zeros(0, SAMPLE), *samples]))
+    identity = index["vocab_size"], index["pad_id"], index["tokenizer_sha256"]
+    if index["fingerprint"] != fingerprint_of(*identity, splits):
+        raise UserError(f"{folder}/{INDEX} is damaged: its content does not match its fingerprint; {_REMEDY}")
+    return splits
+
+
+def _sample(entry: dict[str, Any]) -> Sample:
+    extents = {part: Extent(**entry[part]) for part in ("tokens", "ends", "json")}
+    return Sample(**{**entry, **extents})

@@ -1,12 +1,14 @@
 """Where a position of the stream lies in the data: pure functions of (seed, position), the whole of law 2.
 
 An epoch visits every sequence of a split once. Its shards are permuted by (seed, epoch); the sequences are permuted
-within each window of a few shards, so that a reader's working set stays small. No generator, no state, no memory
-beyond the list of shards: the permutations are Feistel networks over splitmix64, which no library upgrade can change.
+within each window of a few shards, so that a reader's working set stays small. No generator, no memory beyond the list
+of shards, no state but that list's order in an epoch: the permutations are Feistel networks over splitmix64, which no
+library upgrade can change.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,33 +32,53 @@ def sequence_counts(shard_tokens: Sequence[int], seq_len: int) -> np.ndarray:
     return -(-(np.asarray(shard_tokens, np.int64) - 1) // seq_len)
 
 
-def locate(positions: np.ndarray, counts: np.ndarray, seed: int, window_shards: int = WINDOW_SHARDS) -> Places:
-    """Epoch, shard and sequence at each position of the stream.
+class Order:
+    """The order of a split's sequences, epoch after epoch.
 
-    Shapes: positions int64 [N], not negative; counts int64 [shards], from `sequence_counts`; the result's arrays [N].
+    What all positions of an epoch share, the permutation of its shards, is made once for each of the last two: a batch
+    may straddle them.
     """
-    epochs, within = np.divmod(positions, counts.sum())
-    shards, sequences = np.empty_like(positions), np.empty_like(positions)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        shards[here], sequences[here] = _locate_in_epoch(within[here], counts, derive_key(seed, epoch), window_shards)
-    return Places(epochs, shards, sequences)
+
+    def __init__(self, counts: np.ndarray, seed: int, window_shards: int = WINDOW_SHARDS) -> None:
+        """Counts: int64 [shards], from `sequence_counts`."""
+        self.epoch_length = int(counts.sum())
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: _Epoch.of(counts, derive_key(seed, epoch), window_shards))
+
+    def locate(self, positions: np.ndarray) -> Places:
+        """Epoch, shard and sequence at each position of the stream.
+
+        Shapes: positions int64 [N], not negative; the result's arrays [N].
+        """
+        epochs, within = np.divmod(positions, self.epoch_length)
+        shards, sequences = np.empty_like(positions), np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            shards[here], sequences[here] = self._epoch(epoch).locate(within[here])
+        return Places(epochs, shards, sequences)
 
 
-def _locate_in_epoch(
-    within: np.ndarray, counts: np.ndarray, epoch_key: int, window_shards: int
-) -> tuple[np.ndarray, np.ndarray]:
-    order = permute(np.arange(len(counts)), len(counts), derive_key(epoch_key, 0))
-    starts = np.concatenate([[0], np.cumsum(counts[order])])  # of each shard, in the epoch's order
-    window_starts = starts[[*range(0, len(counts), window_shards), len(counts)]]
-    windows = np.searchsorted(window_starts, within, side="right") - 1
-    shuffled = np.empty_like(within)
-    for window in np.unique(windows).tolist():
-        here = windows == window
-        first, end = window_starts[window : window + 2].tolist()
-        shuffled[here] = first + permute(within[here] - first, end - first, derive_key(epoch_key, 1 + window))
-    ranks = np.searchsorted(starts, shuffled, side="right") - 1
-    return order[ranks], shuffled - starts[ranks]
+@dataclass(frozen=True)
+class _Epoch:
+    key: int
+    order: np.ndarray  # the epoch's shards
+    starts: np.ndarray  # of each shard, in the epoch's order
+    window_starts: np.ndarray
+
+    @classmethod
+    def of(cls, counts: np.ndarray, key: int, window_shards: int) -> "_Epoch":
+        order = permute(np.arange(len(counts)), len(counts), derive_key(key, 0))
+        starts = np.concatenate([[0], np.cumsum(counts[order])])
+        return cls(key, order, starts, starts[[*range(0, len(counts), window_shards), len(counts)]])
+
+    def locate(self, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        windows = np.searchsorted(self.window_starts, within, side="right") - 1
+        shuffled = np.empty_like(within)
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            first, end = self.window_starts[window : window + 2].tolist()
+            shuffled[here] = first + permute(within[here] - first, end - first, derive_key(self.key, 1 + window))
+        ranks = np.searchsorted(self.starts, shuffled, side="right") - 1
+        return self.order[ranks], shuffled - self.starts[ranks]
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:

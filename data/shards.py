@@ -19,7 +19,17 @@ from pathlib import Path
 import numpy as np
 from webdataset.writer import TarWriter
 
-from moray.data.dataset import Extent, Sample, Shard, Split
+from moray.data.index import (
+    SAMPLE,
+    SHARD,
+    Extent,
+    GrowingArray,
+    Sample,
+    Split,
+    array_names,
+    sample_key,
+    shard_name,
+)
 
 BLOCK_TOKENS = 1 << 16
 SHARD_TOKENS = 16 << 20
@@ -99,8 +109,9 @@ class SplitWriter:
         self._keys: list[str] = []
         self._block: list[np.ndarray] = []
         self._n_block = 0
-        self._samples: list[Sample] = []
-        self._shards: list[Shard] = []
+        shards, samples = array_names(split)
+        self._shards, self._samples = GrowingArray(folder / shards, SHARD), GrowingArray(folder / samples, SAMPLE)
+        self._n_tokens = self._n_documents = self._n_samples = 0  # of the shard
         self.highest_id = 0  # of all tokens so far
 
     def add(self, key: str, tokens: np.ndarray) -> None:
@@ -118,24 +129,27 @@ class SplitWriter:
             self._end_block()
         if self._shard:
             self._end_shard(self._shard)
-        return Split(tuple(self._shards))
+        return Split(self._split, self._shards.finish(), self._samples.finish())
 
     def close(self) -> None:
-        """Lets go of the open file, if writing was given up."""
-        if self._shard:
-            self._shard.close()
+        """Lets go of the open files, if writing was given up."""
+        for file in (self._shard, self._shards, self._samples):
+            if file:
+                file.close()
 
     def _end_block(self) -> None:
         tokens = np.concatenate(self._block)
         ends = np.cumsum([len(document) for document in self._block], dtype=np.int64)
-        if self._shard and sum(sample.n_tokens for sample in self._samples) + len(tokens) > self._shard_tokens:
+        if self._shard and self._n_tokens + len(tokens) > self._shard_tokens:
             self._end_shard(self._shard)
+        name = shard_name(self._split, len(self._shards))
         if self._shard is None:
-            self._shard = ShardFile(self._folder / self._shard_name)
-        key = f"{self._split}-{len(self._shards):05d}-{len(self._samples):06d}"
+            self._shard = ShardFile(self._folder / name)
         tokens_npy, ends_npy = _npy(tokens), _npy(ends)
         names = json.dumps({"documents": self._keys}).encode()
-        extents = self._shard.add(key, {"tokens.npy": tokens_npy, "ends.npy": ends_npy, "json": names})
+        members = {"tokens.npy": tokens_npy, "ends.npy": ends_npy, "json": names}
+        key = sample_key(name, self._n_samples)
+        extents = self._shard.add(key, members)
         sample = Sample(
             key=key,
             n_tokens=len(tokens),
@@ -145,18 +159,15 @@ class SplitWriter:
             json=extents["json"],
             crc32=zlib.crc32(ends_npy, zlib.crc32(tokens_npy)),
         )
-        self._samples.append(sample)
+        self._samples.append(sample.record)
+        self._n_tokens, self._n_documents = self._n_tokens + len(tokens), self._n_documents + len(ends)
+        self._n_samples += 1
         self._keys, self._block, self._n_block = [], [], 0
 
     def _end_shard(self, shard: ShardFile) -> None:
-        sha256 = shard.finish()
-        n_tokens, n_documents = sum(s.n_tokens for s in self._samples), sum(s.n_documents for s in self._samples)
-        self._shards.append(Shard(self._shard_name, shard.size, sha256, n_tokens, n_documents, tuple(self._samples)))
-        self._shard, self._samples = None, []
-
-    @property
-    def _shard_name(self) -> str:
-        return f"{self._split}-{len(self._shards):05d}.tar"
+        sha256 = shard.finish().encode()
+        self._shards.append((shard.size, sha256, self._n_tokens, self._n_documents, len(self._samples)))
+        self._shard, self._n_tokens, self._n_documents, self._n_samples = None, 0, 0, 0
 
 
 def _npy(array: np.ndarray) -> bytes:

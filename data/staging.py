@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moray import UserError
-from moray.data.dataset import INDEX, STAGING_SUFFIX
+from moray.data.dataset import STAGING_SUFFIX
+from moray.data.index import INDEX
 
 REPLACED_SUFFIX = ".moray-replaced"
 

@@ -18,7 +18,7 @@ import torch
 from moray import UserError
 from moray.data.blocks import CACHE_BYTES, BlockReader
 from moray.data.dataset import Dataset
-from moray.data.order import locate, sequence_counts
+from moray.data.order import Order, sequence_counts
 
 IGNORE = -100  # torch's cross_entropy leaves such targets out
 
@@ -63,17 +63,17 @@ class Stream:
         self.seq_len, self.global_batch, self.seed, self.lanes = seq_len, global_batch, seed, lanes
         self._prefetch = prefetch
         self._pad_id = dataset.pad_id
-        self._counts = _counts(dataset, split, seq_len)
+        self._order = Order(_counts(dataset, split, seq_len), seed)
         self._reader = BlockReader(dataset, split, cache_bytes)
 
     @property
     def sequences_per_epoch(self) -> int:
-        return int(self._counts.sum())
+        return self._order.epoch_length
 
     def batch(self, n: int) -> Batch:
         """This rank's lanes of global batch n: a pure function of n."""
         first = n * self.global_batch
-        places = locate(first + np.arange(self.lanes.start, self.lanes.stop), self._counts, self.seed)
+        places = self._order.locate(first + np.arange(self.lanes.start, self.lanes.stop))
         rows = [
             _row(self._reader, shard, sequence, self.seq_len, self._pad_id)
             for shard, sequence in zip(places.shards.tolist(), places.sequences.tolist(), strict=True)
@@ -169,7 +169,7 @@ def _stack(rows: list[np.ndarray], first: int, step: int) -> Batch:
 
 
 def _counts(dataset: Dataset, split: str, seq_len: int) -> np.ndarray:
-    return sequence_counts([shard.n_tokens for shard in dataset.splits[split].shards], seq_len)
+    return sequence_counts(dataset.splits[split].shards["n_tokens"], seq_len)
 
 
 def _check(dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: range) -> None:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moray import UserError
-from moray.data.dataset import Dataset, write_index
+from moray.data.dataset import Dataset
+from moray.data.index import write_index
 from moray.data.reading.account import Account
 from moray.data.reading.documents import read_documents
 from moray.data.reading.rules import Rules
@@ -49,7 +50,7 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [
-            f"{name:<10} {split.n_documents:,} documents, {split.n_tokens:,} tokens, {len(split.shards)} shard(s)"
+            f"{name:<10} {split.n_documents:,} documents, {split.n_tokens:,} tokens, {len(split)} shard(s)"
             for name, split in self.dataset.splits.items()
         ]
         lines.append(f"{'tokenizer':<10} {self.vocab_size:,} entries, {self.bytes_per_token:.2f} bytes a token")

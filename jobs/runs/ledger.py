@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from moray.cluster.events import read_events
-from moray.jobs.training.metrics import read_metrics
+from moray.jobs.training.metrics import read_steps
 from moray.parallel.checkpoint.commits import list_commits
 
 
@@ -20,7 +20,8 @@ def ledger_problems(run: Path) -> list[str]:
     log = run / "events.jsonl"
     if not log.exists():
         return []
-    positions = {row["step"]: tuple(row["positions"]) for row in read_metrics(run) if "positions" in row}
+    told = read_steps(run, lambda row: row.get("positions"))
+    positions = {step: (pair[0], pair[1]) for step, pair in told.items() if pair}
     committed: list[tuple[int, str | None]] = [(0, None)]  # a step, and the digest of its commit
     problems = []
     for event in read_events(log):

@@ -14,6 +14,7 @@ from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.files import Tail
 
 PLAIN_EVERY_S = 10.0  # between two lines where no terminal can show one that changes
+LOOK_EVERY_S = 0.2  # for events that others wrote, however many ranks tell of their steps meanwhile
 
 
 class Listener:
@@ -42,7 +43,7 @@ class Watcher(Listener):
         self._row: dict[str, Any] | None = None  # until it is printed
         self._step = 0
         self._told: set[str] = set()
-        self._printed_at = time.monotonic()
+        self._printed_at = self._looked_at = time.monotonic()
 
     def __enter__(self) -> "Watcher":
         if self._display:
@@ -62,22 +63,26 @@ class Watcher(Listener):
         self._next.on_event(kind, fields)
 
     def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        now = time.monotonic()
         if rank == 0 and "loss" in status and step != self._step:
             self._row, self._step = {**status, "step": step}, step
             if self._display:
                 self._display.show(self._row)
-            elif time.monotonic() - self._printed_at >= PLAIN_EVERY_S:
+            elif now - self._printed_at >= PLAIN_EVERY_S:
+                self._printed_at = now
                 self._print_row()
         if (line := status.get("told")) and line not in self._told:
             self._told.add(line)
             self._print(line)
-        self._show_new_events()
+        if now - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = now
+            self._show_new_events()
         self._next.on_status(rank, step, status)
 
     def _print_row(self) -> None:
         assert self._row
         self._print(f"step {self._row['step']}/{self._steps}  " + "  ".join(numbers(self._row)))
-        self._row, self._printed_at = None, time.monotonic()
+        self._row = None
 
     def _show_new_events(self) -> None:
         for event in self._tail.read():

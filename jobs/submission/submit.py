@@ -76,7 +76,9 @@ def _has_steps(config: RunConfig, tell: Callable[[str], None]) -> bool:
     from moray.jobs.runs.folder import check_folder
     from moray.jobs.training.pretrain import check
 
-    return check_folder(config, check(config, tell), tell)
+    dataset = check(config, tell)
+    dataset.verify()
+    return check_folder(config, dataset, tell)
 
 
 def _plain(name: str) -> str:

@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from moray import UserError
 from moray.cluster.cores import usable_cores
 from moray.cluster.json_lines import JsonLines, read_lines
 from moray.parallel.gradients import ExpertLoad
+
+T = TypeVar("T")
+TAIL_BYTES = 1 << 20
 
 
 class MetricsLog:
@@ -24,7 +29,7 @@ class MetricsLog:
         """Goes on after `step`, the one that this attempt resumed from."""
         self._run = run
         self._rows = JsonLines(run / "metrics.jsonl")
-        if any(row["step"] > step for row in read_metrics(run)):
+        if step < _reached(self._rows.path):
             self._rows.append({"resumed_from": step, "generation": generation})
 
     def write(self, row: dict[str, Any]) -> None:
@@ -54,23 +59,48 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     A line that is no row, cut short or edited, is passed over. So is what a generation still wrote while a newer one
     was beginning.
     """
-    rows: dict[int, dict[str, Any]] = {}
+    return list(read_steps(run, lambda row: row).values())
+
+
+def read_steps(run: Path, pick: Callable[[dict[str, Any]], T]) -> dict[int, T]:
+    """What `pick` takes of each step's row, by step: as `read_metrics`, with no more of a row in memory than that."""
+    picked: dict[int, T] = {}
     path = run / "metrics.jsonl"
     if not path.exists():
-        return []
+        return picked
+    for step, row in _valid(read_lines(path)):
+        if row is None:
+            picked = {kept: before for kept, before in picked.items() if kept <= step}
+        else:
+            picked[step] = pick(row)
+    return dict(sorted(picked.items()))
+
+
+def _valid(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Steps with their rows, and with None the steps that an attempt went on from."""
     newest = 0
-    for row in read_lines(path):
+    for row in rows:
         generation = row.get("generation", newest)
         if not isinstance(generation, int) or generation < newest:
             continue
         if isinstance(step := row.get("resumed_from"), int):
-            rows = {kept: before for kept, before in rows.items() if kept <= step}
+            yield step, None
         elif isinstance(step := row.get("step"), int):
-            rows[step] = row
+            yield step, row
         else:
             continue
         newest = generation
-    return [rows[step] for step in sorted(rows)]
+
+
+def _reached(path: Path) -> float:
+    """The step that the rows have reached, as the last of them says: however long the file is, its end is read.
+
+    It may be any, where the end of a long file holds no row.
+    """
+    if not path.exists():
+        return 0
+    last = deque(_valid(read_lines(path, TAIL_BYTES)), maxlen=1)
+    return last[0][0] if last else math.inf if path.stat().st_size > TAIL_BYTES else 0
 
 
 def worker_peak(device: torch.device, dtype: torch.dtype, local_workers: int) -> float:

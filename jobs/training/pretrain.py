@@ -39,6 +39,8 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
     console = console or Console(stderr=True, quiet=not is_first)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     dataset = check(config, tell)
+    if is_first:
+        dataset.verify()
     with claimed(config, dataset, tell) if is_first else nullcontext(True) as has_steps:
         # The other ranks wait for this one, to find out the same.
         if not has_steps and rank is None:
@@ -89,7 +91,8 @@ def _launch(config: RunConfig, console: Console, listener: Listener, trackers: S
 
     def take(previous: int | None) -> int:
         nonlocal generation
-        generation = take_generation(checkpoints_of(config), previous, at_least=next_generation(events))
+        at_least = 1 if previous else next_generation(events)
+        generation = take_generation(checkpoints_of(config), previous, at_least)
         return generation
 
     settings = dict(flatten(config.model_dump()))

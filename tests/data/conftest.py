@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moray.data.dataset import Dataset, write_index
+from moray.data.dataset import Dataset
+from moray.data.index import write_index
 from moray.data.shards import SplitWriter
 
 Documents = list[list[int]]

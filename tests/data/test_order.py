@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moray.data.order import _mix, locate, permute, sequence_counts
+from moray.data.order import Order, _mix, permute, sequence_counts
 
 
 def test_mix_is_splitmix64() -> None:
@@ -58,7 +58,7 @@ def test_sequence_counts_cover_every_target(tokens: int, seq_len: int, expected:
 @pytest.mark.parametrize("counts", [[1], [3], [1, 1], [2, 5, 1, 9, 4], [7] * 13, [100, 1, 50]])
 def test_an_epoch_visits_every_sequence_once(counts: list[int]) -> None:
     total = sum(counts)
-    places = locate(np.arange(total * 3), np.array(counts), seed=5)
+    places = Order(np.array(counts), seed=5).locate(np.arange(total * 3))
     everything = sorted((shard, j) for shard, n in enumerate(counts) for j in range(n))
     for epoch in range(3):
         here = slice(epoch * total, (epoch + 1) * total)
@@ -69,12 +69,12 @@ def test_an_epoch_visits_every_sequence_once(counts: list[int]) -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     counts = np.array([40, 40, 40])
-    orders = [locate(np.arange(120) + 120 * epoch, counts, seed) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [Order(counts, seed).locate(np.arange(120) + 120 * epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(zip(o.shards.tolist(), o.sequences.tolist(), strict=True)) for o in orders}) == 4
 
 
 def test_only_the_shards_of_one_window_are_mixed() -> None:
-    places = locate(np.arange(70), np.array([10] * 7), seed=3, window_shards=2)
+    places = Order(np.array([10] * 7), seed=3, window_shards=2).locate(np.arange(70))
     shards = places.shards.reshape(-1)
     windows = [set(shards[start : start + 20].tolist()) for start in (0, 20, 40, 60)]
     assert [len(window) for window in windows] == [2, 2, 2, 1]
@@ -84,15 +84,15 @@ def test_only_the_shards_of_one_window_are_mixed() -> None:
 
 def test_a_position_does_not_depend_on_its_company() -> None:
     counts = np.array([5, 9, 2, 8, 3, 3])
-    together = locate(np.arange(90), counts, seed=11)
+    together = Order(counts, seed=11).locate(np.arange(90))
     for position in (0, 1, 29, 30, 44, 89):
-        alone = locate(np.array([position]), counts, seed=11)
+        alone = Order(counts, seed=11).locate(np.array([position]))
         assert alone.shards[0] == together.shards[position]
         assert alone.sequences[0] == together.sequences[position]
 
 
 def test_the_order_is_pinned() -> None:
     # Not a truth but a promise: these values were written once and must never change, or no run could be resumed.
-    places = locate(np.arange(12), np.array([3, 2, 4, 1, 2]), seed=42)
+    places = Order(np.array([3, 2, 4, 1, 2]), seed=42).locate(np.arange(12))
     assert places.shards.tolist() == [0, 2, 1, 4, 2, 0, 2, 4, 2, 0, 1, 3]
     assert places.sequences.tolist() == [2, 0, 1, 0, 3, 1, 2, 1, 1, 0, 0, 0]

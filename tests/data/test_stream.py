@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from version_1 import samples_of
 
 from moray.data.blocks import BlockReader
 from moray.data.dataset import Dataset
@@ -44,7 +45,7 @@ def test_rows_by_hand(make_dataset: MakeDataset) -> None:
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 7, 16, 100])
 def test_every_token_with_a_predecessor_is_a_target_once_an_epoch(make_dataset: MakeDataset, seq_len: int) -> None:
     dataset = make_dataset(DOCUMENTS)
-    assert len(dataset.splits["train"].shards) > 1
+    assert len(dataset.splits["train"]) > 1
     pairs = Counter(pair for document in DOCUMENTS for pair in pairwise(document))
     stream = Stream(dataset, "train", seq_len=seq_len, global_batch=1, seed=3, lanes=range(1))
     for epoch in range(2):
@@ -135,8 +136,8 @@ def damage(path: Path, byte: int) -> None:
 
 def test_an_altered_shard_is_named_from_the_prefetching_thread_too(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(DOCUMENTS)
-    shard = dataset.splits["train"].shards[1]
-    sample = shard.samples[1]
+    shard = dataset.splits["train"][1]
+    sample = shard.sample(1)
     damage(Path(dataset.folder, shard.name), sample.tokens.offset + sample.tokens.length - 1)
     stream = Stream(dataset, "train", seq_len=3, global_batch=2, seed=1, lanes=range(2))
     place = f"{shard.name}, sample {sample.key}, byte {sample.tokens.offset}: the checksum differs"
@@ -147,12 +148,13 @@ def test_an_altered_shard_is_named_from_the_prefetching_thread_too(make_dataset:
 
 def test_a_shard_cut_short_while_training_is_named(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(DOCUMENTS)
-    shard = dataset.splits["train"].shards[0]
-    cut = shard.samples[-1].tokens.offset + 3
+    shard = dataset.splits["train"][0]
+    sample = samples_of(shard)[-1]
+    cut = sample.tokens.offset + 3
     path = Path(dataset.folder, shard.name)
     path.write_bytes(path.read_bytes()[:cut])
     stream = Stream(dataset, "train", seq_len=3, global_batch=2, seed=1, lanes=range(2))
-    with pytest.raises(ValueError, match=f"{shard.name}, sample {shard.samples[-1].key}, byte {cut}: the file ends"):
+    with pytest.raises(ValueError, match=f"{shard.name}, sample {sample.key}, byte {cut}: the file ends"):
         [stream.batch(n) for n in range(100)]
     path.unlink()
     with pytest.raises(ValueError, match=f"{shard.name}.*missing"):
@@ -162,7 +164,7 @@ def test_a_shard_cut_short_while_training_is_named(make_dataset: MakeDataset) ->
 def test_a_shard_that_is_there_a_moment_later_is_no_damage(make_dataset: MakeDataset) -> None:
     """As on storage that many nodes share, where one of them may see a file late."""
     dataset = make_dataset(DOCUMENTS)
-    path = Path(dataset.folder, dataset.splits["train"].shards[0].name)
+    path = Path(dataset.folder, dataset.splits["train"][0].name)
     reader = BlockReader(dataset, "train")
     expected = BlockReader(dataset, "train").read(0, 0, 3)
     path.rename(path.with_suffix(".late"))
@@ -174,7 +176,7 @@ def test_a_shard_that_is_there_a_moment_later_is_no_damage(make_dataset: MakeDat
 def test_the_cache_stays_within_its_bound_and_changes_nothing(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(DOCUMENTS)
     small, large = BlockReader(dataset, "train", cache_bytes=50), BlockReader(dataset, "train")
-    for number, shard in enumerate(dataset.splits["train"].shards):
+    for number, shard in enumerate(dataset.splits["train"]):
         for start in range(shard.n_tokens):
             results = [reader.read(number, start, start + 9) for reader in (small, large)]
             for ours, theirs in zip(*results, strict=True):

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny
+from version_1 import samples_of
 
+from moray.data.dataset import Dataset
 from moray.jobs.cli import VERBS, dispatch
 from moray.jobs.config.run import RunConfig, settings
 from moray.jobs.training.metrics import read_metrics
@@ -147,18 +149,18 @@ def test_a_truncated_shard_is_named_with_the_byte_where_it_ends(moray: Moray, co
 
 def test_an_altered_shard_is_named_with_sample_and_byte(moray: Moray, copied: Path, tmp_path: Path) -> None:
     """Only reading it can tell: the run ends with the one line, and what came before is committed history."""
-    shard, index = copied / "train-00000.tar", json.loads((copied / "index.json").read_text())
+    shard, (split,) = copied / "train-00000.tar", Dataset.open(copied).splits["train"]
     content = bytearray(shard.read_bytes())
-    (samples,) = [entry["samples"] for entry in index["splits"]["train"]]
+    samples = samples_of(split)
     for sample in samples:
-        content[sample["tokens"]["offset"] + sample["tokens"]["length"] // 2] ^= 1
+        content[sample.tokens.offset + sample.tokens.length // 2] ^= 1
     shard.write_bytes(content)
     outcome = moray("pretrain", *tiny(copied, tmp_path / "run", train__steps=3))
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
     last = outcome.err.splitlines()[-1]
     assert last.startswith(f"moray: {shard}, sample ")
-    assert any(f"sample {s['key']}, byte {s['tokens']['offset']}: " in last for s in samples)
+    assert any(f"sample {sample.key}, byte {sample.tokens.offset}: " in last for sample in samples)
     assert "restore the file from a copy, or run `moray prepare` again" in last
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny, tiny_from
+from version_1 import make_version_1, write_version_1
 
-from moray.data.dataset import fingerprint_of
+from moray.data.index import digest_of
 from moray.parallel.checkpoint.commits import list_commits
 from moray.parallel.checkpoint.manifest import Manifest
 
@@ -72,11 +73,10 @@ def refused(outcome: Any, mark: Path) -> str:
 
 
 def rewrite_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """As one who knows the format would: the fingerprint fits."""
-    index = json.loads((folder / "index.json").read_text())
+    """An index of version 1, changed by one who knows the format: the fingerprint fits."""
+    index = make_version_1(folder)
     change(index)
-    index["fingerprint"] = fingerprint_of({name: value for name, value in index.items() if name != "fingerprint"})
-    (folder / "index.json").write_text(json.dumps(index))
+    write_version_1(folder, index)
 
 
 def rewrite_manifest(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -128,6 +128,17 @@ def test_names_in_an_index(moray: Moray, dataset: Path, tmp_path: Path, mark: Pa
     assert line == f"moray: {data}/index.json names {name!r}, which is no file of its own folder"
 
 
+@pytest.mark.parametrize("name", ["../train", "/etc/passwd", "..", ""])
+def test_splits_in_an_index(moray: Moray, dataset: Path, tmp_path: Path, mark: Path, name: str) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    index = json.loads((data / "index.json").read_text()) | {"splits": [name]}
+    del index["digest"]
+    (data / "index.json").write_text(json.dumps({**index, "digest": digest_of(index)}))
+    line = refused(moray("pretrain", *tiny(data, tmp_path / "run")), mark)
+    assert line == f"moray: {data}/index.json names {name!r}, which is no file of its own folder"
+
+
 def test_an_index_that_is_none(moray: Moray, dataset: Path, tmp_path: Path, mark: Path, payload: bytes) -> None:
     data = tmp_path / "data"
     shutil.copytree(dataset, data)
@@ -137,13 +148,14 @@ def test_an_index_that_is_none(moray: Moray, dataset: Path, tmp_path: Path, mark
     assert "index.json is damaged" in refused(moray("pretrain", *tiny(data, tmp_path / "run")), mark)
 
 
-def test_a_shard_that_is_a_link(moray: Moray, dataset: Path, tmp_path: Path, mark: Path) -> None:
+@pytest.mark.parametrize("name", ["train-00000.tar", "train.samples.npy"])
+def test_a_file_that_is_a_link(moray: Moray, dataset: Path, tmp_path: Path, mark: Path, name: str) -> None:
     data = tmp_path / "data"
     shutil.copytree(dataset, data)
-    (data / "train-00000.tar").rename(tmp_path / "elsewhere.tar")
-    (data / "train-00000.tar").symlink_to(tmp_path / "elsewhere.tar")
+    (data / name).rename(tmp_path / "elsewhere")
+    (data / name).symlink_to(tmp_path / "elsewhere")
     line = refused(moray("pretrain", *tiny(data, tmp_path / "run")), mark)
-    assert "train-00000.tar is a link out of its folder" in line
+    assert f"{name} is a link out of its folder" in line
 
 
 def test_sources(moray: Moray, tmp_path: Path, mark: Path, payload: bytes) -> None:

@@ -35,7 +35,7 @@ def prepared(out: Path, *sources: Path, **settings: object) -> Summary:
 
 def documents_of(dataset: Dataset, split: str) -> dict[str, list[int]]:
     """The documents as webdataset reads them: key to token ids."""
-    urls = [str(Path(dataset.folder, shard.name)) for shard in dataset.splits[split].shards]
+    urls = [str(Path(dataset.folder, shard.name)) for shard in dataset.splits[split]]
     documents = {}
     for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
         parts = np.split(sample["tokens.npy"], sample["ends.npy"][:-1])

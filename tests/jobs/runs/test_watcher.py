@@ -65,11 +65,12 @@ def test_many_layers_take_several_lines_rather_than_being_cut(tmp_path: Path) ->
 def test_a_log_file_gets_a_plain_line_now_and_then_and_the_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([0.0, 3.0, 11.0, 11.0, 12.0, 13.0, 13.0])  # start; step 1; step 2 and its printing; 3; 4; the end
-    monkeypatch.setattr(watching.time, "monotonic", lambda: next(clock))
+    clock = [0.0]
+    monkeypatch.setattr(watching.time, "monotonic", lambda: clock[-1])
     log = Console(file=io.StringIO())
     with watched(tmp_path, log) as watcher:
-        for step in (1, 2, 3, 4):
+        for step, now in ((1, 3.0), (2, 11.0), (3, 12.0), (4, 13.0)):
+            clock.append(now)
             watcher.on_status(0, step, ROW)
         watcher.on_status(1, 4, {})
         watcher.on_status(0, 4, ROW)  # a heartbeat may come again
@@ -118,6 +119,25 @@ def test_a_log_that_is_removed_begins_anew(tmp_path: Path) -> None:
     assert tail.read() == []
     path.write_text('{"a": 3}\n')
     assert tail.read() == [{"a": 3}]
+
+
+def test_the_log_is_looked_at_by_the_clock_and_not_for_each_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, looks = [0.0], []
+    monkeypatch.setattr(watching.time, "monotonic", lambda: clock[-1])
+    look = Tail.read
+    monkeypatch.setattr(Tail, "read", lambda tail: looks.append(clock[-1]) or look(tail))
+    log = Console(file=io.StringIO())
+    with watched(tmp_path, log) as watcher:
+        EventLog(tmp_path / "events.jsonl").write("commit_failed", error="no room")
+        for step in range(1, 11):
+            clock.append(float(step))
+            for rank in range(2048):
+                watcher.on_status(rank, step, ROW)
+        assert looks == clock[1:]
+        assert isinstance(log.file, io.StringIO)
+        assert log.file.getvalue().startswith("no room; the next commit tries again\n")
 
 
 def test_what_came_by_heartbeat_is_told_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,40 @@ def test_what_an_older_generation_still_writes_does_not_count(tmp_path: Path) ->
     rows += [{"resumed_from": 2, "generation": 2}, {"step": 4, "generation": 1}, {"step": 3, "generation": 2}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [(row["step"], row["generation"]) for row in read_metrics(tmp_path)] == [(1, 1), (2, 1), (3, 2)]
+
+
+def test_a_resume_reads_the_end_of_the_file_alone(tmp_path: Path) -> None:
+    """4 GiB that nobody reads, for they are a hole: all but the last step is as far back."""
+    write(tmp_path, range(1, 10))
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "ab") as file:
+        file.truncate(4 << 30)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n")
+    write(tmp_path, range(10, 13))
+    assert path.stat().st_blocks * 512 < 1 << 20
+    MetricsLog(tmp_path, 12, 2)
+    MetricsLog(tmp_path, 11, 3)
+    MetricsLog(tmp_path, 11, 4)
+    with open(path, "rb") as file:
+        file.seek(-200, os.SEEK_END)
+        tail = [json.loads(line) for line in file.read().splitlines()[-2:]]
+    assert tail == [{"step": 12, "loss": 1 / 12}, {"resumed_from": 11, "generation": 3}]
+
+
+def test_a_long_row_does_not_hide_those_before_it(tmp_path: Path) -> None:
+    """Where the last megabyte holds no row that can be read, any step may have been reached."""
+    write(tmp_path, range(1, 4))
+    write(tmp_path, range(4, 5), generation=2, note="x" * (1 << 20))
+    write(tmp_path, range(3, 4), generation=3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_row_of_an_older_generation_at_the_end_does_not_hide_what_was_reached(tmp_path: Path) -> None:
+    rows = [*({"step": step, "generation": 2} for step in (1, 2, 3, 4)), {"step": 2, "generation": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path, range(3, 4), generation=3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_a_line_that_is_no_row_costs_only_itself(tmp_path: Path) -> None:

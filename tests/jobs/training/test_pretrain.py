@@ -129,7 +129,7 @@ def test_the_validation_loss_is_that_of_the_whole_split(untouched: Path, dataset
     """Each shard in windows of seq_len tokens, every piece of a document computed alone, with torch's cross-entropy."""
     decoder, _ = load_run(untouched, pytest.fail)
     loss, count = 0.0, 0
-    for shard in Dataset.open(dataset).splits["validation"].shards:
+    for shard in Dataset.open(dataset).splits["validation"]:
         samples = list(webdataset.WebDataset(str(dataset / shard.name), shardshuffle=False).decode())
         tokens = torch.from_numpy(np.concatenate([sample["tokens.npy"] for sample in samples]).astype(np.int64))
         lengths = np.concatenate([np.diff(sample["ends.npy"], prepend=0) for sample in samples])

@@ -1,0 +1,188 @@
+"""What grows with a run and should not: the index of its data, its logs, the driver's work, the ranks' sockets.
+
+    python benchmarks/scale.py index N_SHARDS
+    python benchmarks/scale.py metrics STEPS
+
+Everything is synthetic, and of the form and size that a run of that scale would have. Each line is measured in a
+process of its own; own memory is what that process shares with no file (RssAnon), beyond its imports.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moray.data.dataset import Dataset
+from moray.data.index import SAMPLE, SHARD, Extent, Sample, Split, sample_key, shard_name, write_index
+from moray.data.stream import Stream
+from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.training.metrics import MetricsLog, read_metrics
+
+SAMPLES = 256
+SAMPLE_TOKENS = 1 << 16
+OLDER_SHARDS = 2_500
+"""More of them than this are not tried with an index of version 1: they take minutes, and GiBs."""
+
+
+def measured(function: Callable[..., str], *arguments: Any) -> str:
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def own_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) / 1024
+
+
+def index(n_shards: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        newer, older = Path(folder, "2"), Path(folder, "1")
+        print("| index | shards | samples | made in s | opened in s | own MiB | ms a position | verified in s |")
+        print("|---|---|---|---|---|---|---|---|")
+        print(measured(index_row, newer, 2, n_shards))
+        print(measured(index_row, older, 1, min(n_shards, OLDER_SHARDS)))
+
+
+def index_row(folder: Path, version: int, n_shards: int) -> str:
+    began = time.perf_counter()
+    (make_index if version == 2 else make_older_index)(folder, n_shards)
+    made = time.perf_counter()
+    return measured(
+        opened_row, folder, f"| version {version} | {n_shards:,} | {n_shards * SAMPLES:,} | {made - began:.1f}"
+    )
+
+
+def opened_row(folder: Path, row: str) -> str:
+    memory, began = own_mib(), time.perf_counter()
+    dataset = Dataset.open(folder)
+    stream = Stream(dataset, "train", seq_len=4096, global_batch=512, seed=0, lanes=range(8))
+    opened = time.perf_counter()
+    # A position is found where its sample's record is; each of these in another epoch, the worst that can be.
+    positions = np.arange(20) * stream.sequences_per_epoch + 12345
+    for position in positions:
+        places = stream._order.locate(np.array([position]))
+        shard = stream._reader._split[int(places.shards[0])]
+        number = int(np.searchsorted(shard.starts, int(places.sequences[0]) * 4096, side="right")) - 1
+        shard.sample(number)
+    found, grown = time.perf_counter(), own_mib() - memory
+    dataset.verify()
+    verified = time.perf_counter()
+    seconds = (
+        f"{opened - began:.2f} | {grown:.0f} | {(found - opened) / len(positions) * 1e3:.1f} | {verified - found:.1f}"
+    )
+    return f"{row} | {seconds} |"
+
+
+def make_index(folder: Path, n_shards: int) -> None:
+    """As `moray prepare` would leave it, but for the shards, which are empty."""
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    for number in range(n_shards):
+        (folder / shard_name("train", number)).touch()
+    shards = np.zeros(n_shards, SHARD)
+    shards["sha256"], shards["n_tokens"], shards["n_documents"] = b"ab" * 32, SAMPLES * SAMPLE_TOKENS, SAMPLES * 64
+    shards["end"] = np.arange(1, n_shards + 1) * SAMPLES
+    np.save(folder / "train.shards.npy", shards)
+    records = np.array([sample(0, number).record for number in range(SAMPLES)], SAMPLE)
+    samples = np.lib.format.open_memmap(folder / "train.samples.npy", "w+", SAMPLE, (n_shards * SAMPLES,))
+    for number in range(n_shards):
+        samples[number * SAMPLES : (number + 1) * SAMPLES] = records
+    write_index(folder, 60_000, 0, {"train": Split("train", shards, samples)})
+
+
+def make_older_index(folder: Path, n_shards: int) -> None:
+    make_index(folder, n_shards)
+    newer = json.loads((folder / "index.json").read_text())
+    with open(folder / "index.json", "w") as file:
+        kept = {name: newer[name] for name in ("fingerprint", "vocab_size", "pad_id", "tokenizer_sha256")}
+        json.dump({"version": 1, **kept, "splits": {"train": [older_shard(n) for n in range(n_shards)]}}, file)
+
+
+def older_shard(number: int) -> dict[str, Any]:
+    samples = [sample(number, n) for n in range(SAMPLES)]
+    return {
+        "name": shard_name("train", number),
+        "size": 0,
+        "sha256": "ab" * 32,
+        "n_tokens": SAMPLES * SAMPLE_TOKENS,
+        "n_documents": SAMPLES * 64,
+        "samples": [asdict(sample) for sample in samples],
+    }
+
+
+def sample(shard: int, number: int) -> Sample:
+    size = 2 * SAMPLE_TOKENS
+    offset = number * (size + 8192)
+    return Sample(
+        key=sample_key(shard_name("train", shard), number),
+        n_tokens=SAMPLE_TOKENS,
+        n_documents=64,
+        tokens=Extent(offset + 4096, size + 128),
+        ends=Extent(offset + 512, 640),
+        json=Extent(offset + 2048, 1500),
+        crc32=number * 2654435761 % 2**32,
+    )
+
+
+def metrics(steps: int) -> None:
+    """What rank 0 does as it resumes, and a driver as it starts, after so many steps of 26 MoE layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        with open(run / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(metrics_row(step)) + "\n" for step in range(1, steps + 1))
+        commits = [{"kind": "commit", "step": step, "digest": "ab" * 32} for step in range(100, steps + 1, 100)]
+        events = [{"kind": "begin", "step": 0, "position": 0}, *commits]
+        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        print(f"metrics.jsonl: {steps:,} steps, {(run / 'metrics.jsonl').stat().st_size / 2**20:.0f} MiB")
+        print("| what | CPU s | own MiB |")
+        print("|---|---|---|")
+        print(measured(cpu_row, "rank 0 resumes", resume, run, steps))
+        print(measured(cpu_row, "a driver's start checks the ledger", ledger_problems, run))
+        print(measured(cpu_row, "all rows read, as a resume once did", read_metrics, run))
+
+
+def resume(run: Path, step: int) -> None:
+    MetricsLog(run, step, generation=2)
+
+
+def cpu_row(name: str, function: Callable[..., Any], *arguments: Any) -> str:
+    memory, began = own_mib(), time.process_time()
+    kept = function(*arguments)
+    seconds, grown = time.process_time() - began, own_mib() - memory
+    del kept
+    return f"| {name} | {seconds:.2f} | {grown:.0f} |"
+
+
+def metrics_row(step: int) -> dict[str, Any]:
+    numbers = [1 + step % 97 / 89 + layer / 7 for layer in range(26)]
+    return {
+        "step": step,
+        "generation": 1,
+        "loss": 3 + 1 / step,
+        "tokens_per_second": 1e6 + 1 / step,
+        "grad_norm": 1 / step,
+        "positions": [(step - 1) * 512, step * 512],
+        "expert_balance": numbers,
+        "expert_entropy": numbers,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("index").add_argument("n_shards", type=int)
+    commands.add_parser("metrics").add_argument("steps", type=int)
+    arguments = vars(parser.parse_args())
+    {"index": index, "metrics": metrics}[arguments.pop("command")](**arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The index of a dataset: where each sample lies, in arrays that are mapped and not parsed.
+
+    SPLIT.shards.npy     a record a shard
+    SPLIT.samples.npy    a record a sample, shard after shard
+    index.json           the digests of these arrays, the fingerprint of the data, and what a model must know of them
+
+Names are not stored: shard 3 of `train` is `train-00003.tar`, and its sample 5 has the key `train-00003-000005`.
+A process that opens an index of any size has read a page or two of it, and shares the pages with all others.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INDEX = "index.json"
+VERSION = 2
+
+SAMPLE = np.dtype(
+    [
+        ("crc32", "<u4"),
+        ("ends_length", "<i8"),
+        ("ends_offset", "<i8"),
+        ("json_length", "<i8"),
+        ("json_offset", "<i8"),
+        ("n_documents", "<i8"),
+        ("n_tokens", "<i8"),
+        ("tokens_length", "<i8"),
+        ("tokens_offset", "<i8"),
+    ]
+)
+SHARD = np.dtype([("size", "<i8"), ("sha256", "S64"), ("n_tokens", "<i8"), ("n_documents", "<i8"), ("end", "<i8")])
+"""`end` is the number of samples in this shard and all before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a member's data lies in its tar, in bytes."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A block of whole documents inside a shard. The crc32 is of the tokens member, continued over the ends member."""
+
+    key: str
+    n_tokens: int
+    n_documents: int
+    tokens: Extent
+    ends: Extent
+    json: Extent
+    crc32: int
+
+    @property
+    def record(self) -> tuple[int, ...]:
+        """What SAMPLE describes."""
+        ends, names, tokens = ((part.length, part.offset) for part in (self.ends, self.json, self.tokens))
+        return (self.crc32, *ends, *names, self.n_documents, self.n_tokens, *tokens)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: its name within the dataset's folder, its size in bytes, its digest and its samples' records."""
+
+    name: str
+    size: int
+    sha256: str
+    n_tokens: int
+    n_documents: int
+    records: np.ndarray  # SAMPLE [samples]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each sample begins among the shard's tokens, and the end of the last; int64 [samples + 1]."""
+        return np.concatenate([[0], np.cumsum(self.records["n_tokens"])])
+
+    def sample(self, number: int) -> Sample:
+        row = dict(zip(SAMPLE.names or (), self.records[number].tolist(), strict=True))
+        extents = {part: Extent(row[f"{part}_offset"], row[f"{part}_length"]) for part in ("tokens", "ends", "json")}
+        key = sample_key(self.name, number)
+        return Sample(key, row["n_tokens"], row["n_documents"], **extents, crc32=row["crc32"])
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The shards of `train` or `validation`, in file order; each is described when it is asked for."""
+
+    name: str
+    shards: np.ndarray  # SHARD [shards]
+    samples: np.ndarray  # SAMPLE [samples]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> Shard:
+        first = int(self.shards["end"][number - 1]) if number else 0
+        size, sha256, n_tokens, n_documents, end = self.shards[number].tolist()
+        name = shard_name(self.name, number)
+        return Shard(name, size, sha256.decode(), n_tokens, n_documents, self.samples[first:end])
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.shards["n_tokens"].sum())
+
+    @property
+    def n_documents(self) -> int:
+        return int(self.shards["n_documents"].sum())
+
+
+class GrowingArray:
+    """An .npy file of records that are appended; whole once it is finished. Memory: none of its own."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self._path, self._dtype, self._length = path, dtype, 0
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._write_header()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, record: tuple[Any, ...]) -> None:
+        self._file.write(np.array([record], self._dtype).tobytes())
+        self._length += 1
+
+    def finish(self) -> np.ndarray:
+        """Flushes it to disk; returns it, mapped."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return np.lib.format.open_memmap(self._path, mode="r")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write_header(self) -> None:
+        # numpy's headers have room for any length: the last one is as long as the first.
+        descr = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self._length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.tar"
+
+
+def sample_key(shard: str, number: int) -> str:
+    return f"{shard.removesuffix('.tar')}-{number:06d}"
+
+
+def array_names(split: str) -> tuple[str, str]:
+    """The files of a split's shards and samples."""
+    return f"{split}.shards.npy", f"{split}.samples.npy"
+
+
+def write_index(folder: Path, vocab_size: int, pad_id: int, splits: Mapping[str, Split]) -> str:
+    """Writes `index.json` atomically, beside the arrays that are there, and returns the fingerprint."""
+    tokenizer_sha256 = _sha256(folder / "tokenizer.json")
+    fingerprint = fingerprint_of(vocab_size, pad_id, tokenizer_sha256, splits)
+    index = {
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "vocab_size": vocab_size,
+        "pad_id": pad_id,
+        "tokenizer_sha256": tokenizer_sha256,
+        "splits": list(splits),
+        "arrays": {name: _sha256(folder / name) for split in splits for name in array_names(split)},
+    }
+    partial = folder / (INDEX + ".partial")
+    with open(partial, "w") as file:
+        json.dump({**index, "digest": digest_of(index)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / INDEX)
+    return fingerprint
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(index: Mapping[str, Any]) -> str:
+    """sha256 of an index without its `digest`: through the arrays' digests it covers all of the index."""
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(vocab_size: int, pad_id: int, tokenizer_sha256: str, splits: Mapping[str, Split]) -> str:
+    """What tells datasets apart: through the shards' digests it covers every byte of the data, wherever it lies.
+
+    It is the sha256 of the index as version 1 wrote it, whichever version holds it: runs remember it.
+    """
+    sha256 = hashlib.sha256(f'{{"pad_id":{pad_id},"splits":{{'.encode())
+    for count, name in enumerate(sorted(splits)):
+        sha256.update(f'{"," if count else ""}"{name}":['.encode())
+        for number, shard in enumerate(splits[name]):
+            sha256.update((("," if number else "") + _as_version_1(shard)).encode())
+        sha256.update(b"]")
+    end = f'}},"tokenizer_sha256":"{tokenizer_sha256}","version":1,"vocab_size":{vocab_size}}}'
+    sha256.update(end.encode())
+    return sha256.hexdigest()
+
+
+_SAMPLE_AS_VERSION_1 = (
+    '{{"crc32":{},"ends":{{"length":{},"offset":{}}},"json":{{"length":{},"offset":{}}},"key":"{key}",'
+    '"n_documents":{},"n_tokens":{},"tokens":{{"length":{},"offset":{}}}}}'
+)
+
+
+def _as_version_1(shard: Shard) -> str:
+    records = enumerate(shard.records.tolist())
+    samples = ",".join(
+        _SAMPLE_AS_VERSION_1.format(*record, key=sample_key(shard.name, number)) for number, record in records
+    )
+    return (
+        f'{{"n_documents":{shard.n_documents},"n_tokens":{shard.n_tokens},"name":"{shard.name}",'
+        f'"samples":[{samples}],"sha256":"{shard.sha256}","size":{shard.size}}}'
+    )
