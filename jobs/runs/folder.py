@@ -100,11 +100,12 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
             f"run.dir={now.run.dir} holds a different run: {', '.join(differing)}; "
             "choose another run.dir or these settings"
         )
-    position, expected = metadata["data"]["position"], commit.step * now.train.global_batch
-    if position != expected:
+    position, skipped = metadata["data"]["position"], metadata["data"].get("skipped", 0)
+    if position != (expected := commit.step * now.train.global_batch + skipped):
         raise UserError(
             f"{commit.path} was committed at data position {position}, not at step {commit.step} * "
-            f"train.global_batch={now.train.global_batch} = {expected}: going on would skip or repeat sequences"
+            f"train.global_batch={now.train.global_batch} + {skipped} skipped = {expected}: going on would skip or "
+            "repeat sequences"
         )
     dataset.check_fingerprint(metadata["data"]["fingerprint"])
 

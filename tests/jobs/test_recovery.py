@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import poison
 import pytest
 from rich.console import Console
 from tiny import tiny
@@ -155,6 +156,24 @@ def test_another_layout_resumes_and_computes_the_same(untouched: Path, dataset: 
     ledger_is_whole(run)
 
 
+def test_a_worker_killed_behind_a_skipped_batch_changes_nothing(
+    ray_cluster: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches 4 and 5 are bad for both workers, in every generation; a commit of step 3 is what they resume from."""
+    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
+    runs, killer = [tmp_path / "killed", tmp_path / "not killed"], KillOneWorker()
+    changes = {"cluster__workers": 2, "train__steps": 7, "train__eval_every": 0, "train__on_bad_step": "skip"}
+    for run, listener in zip(runs, (killer, None), strict=True):
+        run.mkdir()
+        (run / "poison.json").write_text('{"nan": [4, 5]}')
+        settings = config(dataset, run, **changes, train__max_skipped=2)
+        assert pretrain(settings, Console(quiet=True), listener) == 0
+        assert ledger_problems(run) == []
+        assert [row["positions"][0] // 8 for row in read_metrics(run)] == [0, 1, 2, 3, 6, 7, 8]
+    assert killer.killed
+    assert computed(runs[0]) == computed(runs[1])
+
+
 class StopAt(Listener):
     """Ctrl-C of a person, once a step is done."""
 
@@ -194,4 +213,4 @@ def test_a_loss_that_is_never_finite_ends_in_one_line(
     assert (found.state, found.exit_code) == ("failed", 1)
     assert f"moray: {found.why}" == last
     assert len(faults) == 2, "one retry is justified: a GPU may flip a bit"
-    assert all("check_finite" in fault["traceback"] for fault in faults)
+    assert all("pass_over" in fault["traceback"] for fault in faults)
