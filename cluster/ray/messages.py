@@ -32,20 +32,25 @@ class Note:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a worker ended before its time. `time` is unix seconds; `traceback` is None where it died without a word."""
+    """Why a worker ended before its time. `time` is unix seconds; `traceback` is None where it died without a word.
+
+    `suspects` are ranks whose hardware has computed wrongly, or that of one of them.
+    """
 
     reason: str
     time: float
     traceback: str | None = None
     is_users_mistake: bool = False
+    suspects: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class WorkerState:
     """What its agent knows of a worker: the last heartbeat (step None before the first), and how it ended, if so.
 
-    `longest_silence_s` is the longest that lay between two heartbeats; None until a step has been seen from its
-    beginning to its end, for what comes before says nothing about steps.
+    `usual_silence_s` is what hardly any silence between two heartbeats exceeds, `longest_silence_s` the longest one;
+    None until a step has been seen from its beginning to its end, for what comes before says nothing about steps.
+    `suspended_s`: for how long its process has been suspended.
     """
 
     rank: int
@@ -53,7 +58,8 @@ class WorkerState:
     step: int | None
     status: dict[str, Any]
     silent_s: float
+    usual_silence_s: float | None
     longest_silence_s: float | None
-    is_suspended: bool
+    suspended_s: float
     exit_code: int | None
     failure: Failure | None
