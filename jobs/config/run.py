@@ -138,9 +138,10 @@ class ClusterSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What workers compute on. auto: GPUs, if the cluster has any when the run starts; cuda waits for them."""
     max_restarts: int = Field(3, ge=0)
-    """How often the group may start again after a fault."""
+    """How often within an hour the group may start again after a fault."""
     heartbeat_timeout_s: float = Field(60.0, gt=0)
-    """Seconds of a worker's silence after which it counts as lost; never less than ten times its slowest step."""
+    """Most seconds of a worker's silence before it counts as lost. Ten of its usual steps are enough, or 15 s if they
+    are shorter; never less than three of its slowest."""
     startup_timeout_s: float = Field(600.0, gt=0)
     """The same before its first steps, whose pace nobody knows yet: loading a commit and the first step may be long."""
     lease_timeout_s: float = Field(20.0, gt=0)

@@ -143,6 +143,12 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         )
     if kind == "recovered":
         return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
+    if kind == "node_set_aside":
+        return f"node {fields.get('node')} is set aside: {fields.get('why')}; others take its place"
+    if kind == "node_kept":
+        return (
+            f"node {fields.get('node')} is suspect: {fields.get('why')}; no other has room for its workers, so it stays"
+        )
     if kind == "commit_refused":
         return f"refused the damaged commit of step {fields.get('step')}: {'; '.join(fields.get('problems', []))}"
     if kind == "commit_given_up":
