@@ -23,6 +23,7 @@ from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.runs.checkpoints import show_checkpoints
 from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.status import status_of
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.bad_steps import what_is_wrong
 from moray.jobs.training.metrics import read_metrics
@@ -140,6 +141,7 @@ def test_skipped_batches_leave_no_trace_but_in_the_ledger(
         }
         assert rows[-1]["positions"] == [56, 60]
         assert list_commits(run / "checkpoints")[-1].manifest.metadata["data"]["position"] == 60
+        assert status_of(run).skipped == 12
         shown = io.StringIO()
         assert show_checkpoints(run, check=False, console=Console(file=shown, width=200)) == 0
         assert f"positions 20 to 24 were skipped before step 6: {why}" in shown.getvalue()
