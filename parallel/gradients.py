@@ -74,37 +74,24 @@ class GlobalLosses:
     own_M4: Tensor
 
 
-class Counts(NamedTuple):
-    """Of one global batch: valid tokens, sequences, and what they ask of the model."""
-
-    tokens: float
-    sequences: float
-    flops: float
-
-
-def count(micro_batches: Sequence[MicroBatch], tp: int) -> Counts:
-    """Of the global batch of which this rank has these micro-batches. Collective."""
-    held = [(batch.n_targets, len(batch.tokens_BT), batch.flops) for batch in micro_batches]
-    return Counts(*(world_sum(torch.tensor(held, dtype=torch.float64).sum(0)) / tp).tolist())
-
-
 def accumulate_gradients(
     decoder: Decoder,
     micro_batches: Sequence[MicroBatch],
     tp: int,
     witness: Witness | None = None,
-    counts: Counts | None = None,
+    of: Sequence[MicroBatch] | None = None,
 ) -> GlobalLosses:
     """Adds the gradient of the global batch's loss to every parameter, and returns that loss.
 
     The loss is sum(cross-entropy + z) / (valid tokens of the global batch) + sum(auxiliary) / (its routing groups),
     whatever ranks and micro-batches the batch is spread over. `tp` peers hold the same sequences. Each micro-batch's
     gradient is reduced to this rank's shard at once, so that no rank ever holds the whole model's; replicas (HSDP)
-    exchange theirs once, with the last. `counts` are those of the global batch where the micro-batches are not all of
-    it. Collective.
+    exchange theirs once, with the last. `of` are this rank's micro-batches of the global batch, where these are not
+    they. Collective.
     """
     config = decoder.config
-    tokens, sequences, flops = counts or count(micro_batches, tp)
+    held = [(batch.n_targets, len(batch.tokens_BT), batch.flops) for batch in of or micro_batches]
+    tokens, sequences, flops = (world_sum(torch.tensor(held, dtype=torch.float64).sum(0)) / tp).tolist()
     # A batch without a single target has loss 0, not 0/0.
     group_size = config.moe.group_size if config.moe else 1
     per_token, per_group = 1 / max(tokens, 1), group_size / sequences

@@ -17,34 +17,21 @@ def stacks(pids: Mapping[int, int], within_s: float) -> dict[int, str]:
 
     Takes at most about `within_s` seconds. Where nothing can be seen, for want of rights or time, it says so.
     """
+    until = time.monotonic() + within_s
+    return {rank: _stack(pid, max(until - time.monotonic(), 0.01)) for rank, pid in pids.items()}
+
+
+def _stack(pid: int, within_s: float) -> str:
     tool = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
-    deadline = time.monotonic() + within_s
+    # It must neither wait for a process nor have it wait: one may be suspended.
+    command = [tool, "dump", "--nonblocking", "--json", "--pid", str(pid)]
     try:
-        looks = {
-            # It must neither wait for a process nor have it wait: one may be suspended.
-            rank: subprocess.Popen(
-                [tool, "dump", "--nonblocking", "--json", "--pid", str(pid)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank, pid in pids.items()
-        }
-    except OSError as error:
-        return dict.fromkeys(pids, f"no stack: {error}")
-    return {rank: _stack(look, pids[rank], deadline - time.monotonic()) for rank, look in looks.items()}
-
-
-def _stack(look: subprocess.Popen[str], pid: int, within_s: float) -> str:
-    try:
-        out, errors = look.communicate(timeout=max(within_s, 0.01))
-    except subprocess.TimeoutExpired:
-        look.kill()
-        look.communicate()
-        return "no stack: py-spy took too long"
-    if look.returncode:
-        return f"no stack: {' '.join(errors.split())[:200]}"
-    (frames,) = [thread["frames"] for thread in json.loads(out) if thread["os_thread_id"] == pid] or [[]]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        return f"no stack: {' '.join(error.stderr.split())[:200]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"no stack: {error}"
+    frames = [frame for thread in json.loads(out) if thread["os_thread_id"] == pid for frame in thread["frames"]]
     return " < ".join(f"{frame['name']} ({frame['short_filename']}:{frame['line']})" for frame in frames[:INNERMOST])
 
 

@@ -128,11 +128,6 @@ def _short(count: float) -> str:
     return f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.2f}M"
 
 
-def _skipped(fields: dict[str, Any]) -> str:
-    first, end = fields.get("positions", (0, 0))
-    return f"positions {first} to {end} are skipped"
-
-
 def describe(kind: str, fields: dict[str, Any]) -> str | None:
     """A line for an event that a person watching wants to know of."""
     if kind == "fault":
@@ -155,11 +150,10 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         return f"removed the commits of steps {fields.get('steps')}: another attempt's, not of this history"
     if kind == "commit_failed":
         return f"{fields.get('error')}; the next commit tries again"
-    if kind == "skip":
-        return f"step {fields.get('step')}: {fields.get('why')}; {_skipped(fields)}"
-    if kind == "rollback":
-        back = f"back to step {fields.get('step')}"
-        return f"step {fields.get('bad_step')}: {fields.get('why')}; {back}, {_skipped(fields)}"
+    if kind in ("skip", "rollback"):
+        back = f"back to step {fields.get('step')}, and " if kind == "rollback" else ""
+        at, (first, end) = fields.get("bad_step", fields.get("step")), fields.get("positions", (0, 0))
+        return f"step {at}: {fields.get('why')}; {back}positions {first} to {end} are skipped"
     if kind == "tracker_failed":
         failed = f"{fields.get('tracker')} failed: {fields.get('error')}"
         return f"{failed}; the run goes on without it, and the next start sends what it lacks"

@@ -1,5 +1,6 @@
 """What a worker works on, and from where it goes on: built once, before its first step."""
 
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ class Training:
 
 def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
+    if config.train.audit_every:
+        _compute_reproducibly()
     layout = config.layout.resolve(context.world_size)
     dataset = _open_storage(context, config)
     dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
@@ -142,19 +145,17 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         lanes=range(dp_rank * share, (dp_rank + 1) * share),
         work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(peak)).item(),
-        witness=_witness(decoder, config.train.audit_every),
+        witness=Witness(decoder) if config.train.audit_every else None,
         on_event=on_event,
     )
     resume(training, events)
     return training
 
 
-def _witness(decoder: Decoder, audit_every: int) -> Witness | None:
-    if not audit_every:
-        return None
-    # Kernels that add in any order do not give the same bits twice.
+def _compute_reproducibly() -> None:
+    """Kernels of a GPU that add in any order do not give the same bits twice."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of which cuBLAS takes note as it begins
     torch.use_deterministic_algorithms(True, warn_only=True)
-    return Witness(decoder)
 
 
 def _open_storage(context: WorkerContext, config: RunConfig) -> Dataset:

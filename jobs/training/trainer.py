@@ -23,13 +23,12 @@ from moray.jobs.training.commit import commit, finish_commits
 from moray.jobs.training.metrics import MetricsLog, expert_metrics
 from moray.jobs.training.optimizer import set_learning_rate
 from moray.jobs.training.schedule import learning_rate
-from moray.jobs.training.wrong_results import Audit, Computed, check_alike
+from moray.jobs.training.wrong_results import Computed, check_alike, compare, recomputed
 from moray.parallel.checkpoint.generations import SupersededError, newest_generation
 from moray.parallel.gradients import (
     MicroBatch,
     accumulate_gradients,
     clip_gradients,
-    count,
     drop_gradients,
     evaluate,
     update_routing_bias,
@@ -127,17 +126,14 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any] | None:
 
 
 def compute(training: Training, batch: Batch) -> Computed:
-    """The gradient of a global batch, clipped. In a step that is audited, other ranks compute a part of it before."""
-    train, tp = training.config.train, training.layout.tp
-    pieces = micro_batches(training, batch, training.lanes)
-    counts = count(pieces, tp)
-    audit = None
-    if is_due(training.step + 1, train.audit_every):
-        audit = Audit(training, batch, counts, len(pieces))
-    losses = accumulate_gradients(training.decoder, pieces, tp, training.witness, counts)
-    if audit:
-        audit.compare(losses)
-    return Computed(losses, clip_gradients(training.decoder.parameters(), training.config.optimizer.clip_norm))
+    """The losses of a global batch, and the norm of its gradient, which is clipped then; audited when that is due."""
+    pieces, tp = micro_batches(training, batch, training.lanes), training.layout.tp
+    is_audited = is_due(training.step + 1, training.config.train.audit_every)
+    second_W4 = recomputed(training, batch, pieces, groups=1) if is_audited else None
+    losses = accumulate_gradients(training.decoder, pieces, tp, training.witness)
+    if second_W4 is not None:
+        compare(training, batch, pieces, losses.own_M4, second_W4)
+    return losses, clip_gradients(training.decoder.parameters(), training.config.optimizer.clip_norm)
 
 
 def wait_for_all(training: Training) -> None:

@@ -1,15 +1,14 @@
 """Hardware that computes wrongly: the same numbers computed twice must be the same.
 
-A step with a bad value is computed once more by the same ranks, and every train.audit_every steps one micro-batch by
-other ones: the next group of data-parallel ranks whose results depend on each other, in the same places.
+A step with a bad value is computed once more by the same ranks, and every train.audit_every steps one micro-batch of
+each rank by the next group of data-parallel ranks whose results depend on each other, in the same place there.
 """
 
-# Shapes: M micro-batches of this rank, W ranks, 4 numbers a micro-batch as GlobalLosses.own_M4 has them.
+# Shapes: W ranks, and for each the 4 numbers that GlobalLosses.own_M4 has of one of its micro-batches.
 
 import math
 import socket
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,131 +18,89 @@ from moray.cluster.worker import WrongResultError
 from moray.data.stream import Batch
 from moray.jobs.training.batches import micro_batches, stream_of
 from moray.jobs.training.begin import Training
-from moray.parallel.gradients import Counts, GlobalLosses, accumulate_gradients, drop_gradients
+from moray.parallel.gradients import GlobalLosses, MicroBatch, accumulate_gradients, drop_gradients
 
 TOLERANCE = 1e-3
 """Relative, on GPUs without audit_every, which asks for deterministic kernels: others add in any order."""
-
-
-class Computed(NamedTuple):
-    """What a step came to before the weights were touched."""
-
-    losses: GlobalLosses
-    norm: float
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        return self.losses.cross_entropy, self.losses.z, self.losses.auxiliary, self.norm
+Computed = tuple[GlobalLosses, float]
+"""A step's losses, and its gradient's norm."""
 
 
 def check_alike(training: Training, why: str, first: Computed, second: Computed) -> None:
-    """Raises WrongResultError, on all ranks, where a step computed twice by the same ranks came to two results."""
-    if agree(first.values, second.values, _tolerance(training)):
+    """Raises WrongResultError, on all ranks, where a step that is bad was something else when computed again."""
+    (one, norm), (other, other_norm) = first, second
+    if _agree(training, [one.cross_entropy, one.auxiliary, norm], [other.cross_entropy, other.auxiliary, other_norm]):
         return
-    answers = zip(_everyone(first.losses.own_M4), _everyone(second.losses.own_M4), strict=True)
-    suspects = [rank for rank, (one, other) in enumerate(answers) if not _same(training, one, other)]
-    values = f"loss {second.losses.cross_entropy}, gradient norm {second.norm}"
-    accuse(training, suspects, f"{why}; computed once more {values}")
+    found = zip(*(_everyone(losses.own_M4.flatten()).tolist() for losses in (one, other)), strict=True)
+    suspects = [rank for rank, (mine, again) in enumerate(found) if not _agree(training, mine, again)]
+    _accuse(training, suspects, f"{why}; computed again, loss {other.cross_entropy}, gradient norm {other_norm}")
 
 
-class Audit:
-    """Of one micro-batch of each rank in one step; computed before the step itself. Collective.
+def recomputed(training: Training, batch: Batch, pieces: Sequence[MicroBatch], groups: int) -> Tensor:
+    """The audited micro-batch of every rank as the rank that lies so many groups before it computes it. Shape: [W, 4].
 
-    The gradients that it makes are dropped, so that the step is bit for bit what it is without.
+    To be called before the step itself, which stays bit for bit what it is without: gradients and counts are dropped.
     """
-
-    def __init__(self, training: Training, batch: Batch, counts: Counts, n_pieces: int) -> None:
-        self._training, self._batch, self._counts = training, batch, counts
-        self._piece = (training.step + 1) // training.config.train.audit_every % n_pieces
-        self._theirs_4 = self._recompute(groups=1)
-
-    def compare(self, losses: GlobalLosses) -> None:
-        """With what the ranks themselves computed in the step. A third computation decides who is wrong.
-
-        Raises WrongResultError on all ranks.
-        """
-        own_4 = losses.own_M4[self._piece]
-        own_W4, second_W4 = _everyone(own_4), self._of_rank(self._theirs_4, groups=1)
-        wrong = [rank for rank in range(len(own_W4)) if not _same(self._training, own_W4[rank], second_W4[rank])]
-        if not wrong:
-            return
-        third_W4 = self._of_rank(self._recompute(groups=2), groups=2)
-        suspects: set[int] = set()
-        for rank in wrong:
-            holders = [self._rank(rank, -groups) for groups in range(3)]
-            answers = own_W4[rank], second_W4[rank], third_W4[rank]
-            suspects.update(outvoted(holders, [tuple(answer.tolist()) for answer in answers]))
-        accuse(self._training, sorted(suspects), f"an audit of ranks {wrong} found other numbers than they had")
-
-    def _recompute(self, groups: int) -> Tensor:
-        """What this rank makes of the audited micro-batch of the rank that lies so many groups after it."""
-        training, train = self._training, self._training.config.train
-        share = len(training.lanes)
-        dp_rank = training.layout.dp_rank(self._rank(training.context.rank, groups))
-        first = dp_rank * share + self._piece * train.micro_batch
-        lanes = range(first, min(first + train.micro_batch, (dp_rank + 1) * share))
-        batch = stream_of(training.dataset, train, lanes, cache_bytes=0).batch(self._batch.step)
-        pieces = micro_batches(training, batch, lanes)
-        losses = accumulate_gradients(training.decoder, pieces, training.layout.tp, training.witness, self._counts)
-        drop_gradients(training.decoder)
-        return losses.own_M4[0]
-
-    def _of_rank(self, answer_4: Tensor, groups: int) -> Tensor:
-        """Everyone's answers, in the order of the ranks whose micro-batch they are about. Shape: [W, 4]."""
-        answers_W4 = _everyone(answer_4)
-        return answers_W4[[self._rank(rank, -groups) for rank in range(len(answers_W4))]]
-
-    def _rank(self, rank: int, groups: int) -> int:
-        layout = self._training.layout
-        return (rank + groups * layout.span * layout.tp) % layout.world_size
+    train, layout, share = training.config.train, training.layout, len(training.lanes)
+    begin = (layout.dp_rank(training.context.rank) + groups * layout.span) % layout.dp * share
+    first = begin + _audited(training, pieces) * train.micro_batch
+    lanes = range(first, min(first + train.micro_batch, begin + share))
+    theirs = stream_of(training.dataset, train, lanes, cache_bytes=0).batch(batch.step)
+    audited = micro_batches(training, theirs, lanes)
+    losses = accumulate_gradients(training.decoder, audited, layout.tp, training.witness, of=pieces)
+    drop_gradients(training.decoder)
+    return _everyone(losses.own_M4[0]).roll(groups * layout.span * layout.tp, 0)
 
 
-def outvoted(ranks: Sequence[int], answers: Sequence[tuple[float, ...]]) -> Iterator[int]:
+def compare(training: Training, batch: Batch, pieces: Sequence[MicroBatch], own_M4: Tensor, second_W4: Tensor) -> None:
+    """What ranks themselves computed in a step with what others did; a third computation decides who is wrong.
+
+    Raises WrongResultError on all ranks.
+    """
+    own, second = _everyone(own_M4[_audited(training, pieces)]).tolist(), second_W4.tolist()
+    wrong = [rank for rank in range(len(own)) if not _agree(training, own[rank], second[rank])]
+    if not wrong:
+        return
+    third = recomputed(training, batch, pieces, groups=2).tolist()
+    distance, suspects = training.layout.span * training.layout.tp, set[int]()
+    for rank in wrong:
+        votes = [_agree(training, third[rank], answer[rank]) for answer in (own, second)]
+        suspects.update(outvoted([(rank - groups * distance) % len(own) for groups in range(3)], *votes))
+    _accuse(training, sorted(suspects), f"an audit of ranks {wrong} found other numbers than they had")
+
+
+def outvoted(ranks: Sequence[int], is_third_first: bool, is_third_second: bool) -> Sequence[int]:
     """Whose of three answers is not that of the two others; all whom it may be, where that decides nothing.
 
     With two groups the third answer is the first one's own again: if it is the same, either of the two may be wrong.
     """
-    own, second, third = answers
     if ranks[0] == ranks[2]:
-        yield from ranks[:1] if third != own else ranks[:2]
-    elif third == own:
-        yield ranks[1]
-    elif third == second:
-        yield ranks[0]
-    else:
-        yield from ranks
+        return ranks[:2] if is_third_first else ranks[:1]
+    return ranks[1:2] if is_third_first else ranks[:1] if is_third_second else ranks
 
 
-def accuse(training: Training, suspects: Sequence[int], what: str) -> None:
-    """Event `wrong_result`, and WrongResultError on all ranks."""
+def _audited(training: Training, pieces: Sequence[MicroBatch]) -> int:
+    return (training.step + 1) // training.config.train.audit_every % len(pieces)
+
+
+def _accuse(training: Training, suspects: Sequence[int], what: str) -> None:
     nodes = [socket.gethostname()] * training.context.world_size
     if dist.is_initialized():
         dist.all_gather_object(nodes, nodes[0])
     step = training.step + 1
-    training.note(
-        "wrong_result", step=step, ranks=[{"rank": rank, "node": nodes[rank]} for rank in suspects], what=what
-    )
+    training.note("wrong_result", step=step, ranks=[{"rank": r, "node": nodes[r]} for r in suspects], what=what)
     who = " or ".join(f"rank {rank} on {nodes[rank]}" for rank in suspects) or "a rank that left no other trace"
     raise WrongResultError(f"step {step}: {who} computed wrongly: {what}", tuple(suspects))
 
 
-def agree(ones: Sequence[float], others: Sequence[float], tolerance: float) -> bool:
+def _agree(training: Training, ones: Sequence[float], others: Sequence[float]) -> bool:
     """Whether numbers are the same. Which of inf and nan comes of an overflow may be chance."""
+    is_exact = training.witness or training.context.device.type == "cpu"
     return all(
-        math.isclose(one, other, rel_tol=tolerance)
-        if math.isfinite(one) and math.isfinite(other)
-        else math.isfinite(one) == math.isfinite(other)
+        math.isfinite(one) == math.isfinite(other)
+        and (not math.isfinite(one) or math.isclose(one, other, rel_tol=0.0 if is_exact else TOLERANCE))
         for one, other in zip(ones, others, strict=True)
     )
-
-
-def _same(training: Training, one: Tensor, other: Tensor) -> bool:
-    return agree(one.flatten().tolist(), other.flatten().tolist(), _tolerance(training))
-
-
-def _tolerance(training: Training) -> float:
-    is_exact = training.witness or training.context.device.type == "cpu"
-    return 0.0 if is_exact else TOLERANCE
 
 
 def _everyone(own: Tensor) -> Tensor:

@@ -164,12 +164,13 @@ def test_workers_are_seen_from_outside_even_suspended(tmp_path: Path) -> None:
         pids = agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"), LEASE_S, "cpu"))
         while any(state.step is None for state in agent.call("poll")):
             pass
+        in_count = re.compile(r"count \(.*counting\.py:\d+\) < work \(moray/cluster/ray/child\.py")
+        while not all(map(in_count.match, agent.call("stacks", 5.0).values())):
+            pass  # until both are asleep
         os.kill(pids[1], signal.SIGSTOP)
         stacks = agent.call("stacks", 5.0)
-        assert all(
-            re.match(r"count \(.*counting\.py:\d+\) < work \(moray/cluster/ray/child\.py", stacks[rank])
-            for rank in (0, 1)
-        )
+        assert sorted(stacks) == [0, 1]
+        assert all(map(in_count.match, stacks.values()))
         polled = time.monotonic()
         first = agent.call("poll")[1].suspended_s
         time.sleep(0.5)
