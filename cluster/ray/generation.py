@@ -15,7 +15,7 @@ from moray.cluster.ray.faults import Fault, doings
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import Node
 from moray.cluster.ray.patience import Patience
-from moray.cluster.ray.stacks import waits_for_peers
+from moray.cluster.ray.stacks import UNSEEN, waits_for_peers
 
 TICK_S = 0.5
 SETTLE_S = 0.1
@@ -199,10 +199,11 @@ class Generation:
     def _silence(self, silent: Sequence[WorkerState]) -> Fault:
         """When one hangs, all fall silent in the next collective: suspect who is not in it, while others are."""
         stacks = self._stacks()
-        waiting = [rank for rank, stack in stacks.items() if waits_for_peers(stack)]
-        apart = [state for state in self._states.values() if state.rank in stacks and state.rank not in waiting]
+        seen = {rank: stack for rank, stack in stacks.items() if not stack.startswith(UNSEEN)}
+        waiting = [rank for rank, stack in seen.items() if waits_for_peers(stack)]
+        apart = [self._states[rank] for rank in seen if rank not in waiting]
         state = min(apart if waiting and apart else silent, key=_suspicion)
-        patience, stack = self._watch.patience, stacks.get(state.rank)
+        patience, stack = self._watch.patience, seen.get(state.rank)
         reason = f"silent for {state.silent_s:.1f} s "
         reason += "before its first step" if state.step is None else f"after step {state.step}"
         if state.suspended_s:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+UNSEEN = "no stack"
 INNERMOST = 8
 """Frames that are kept of a stack."""
 
@@ -28,9 +29,9 @@ def _stack(pid: int, within_s: float) -> str:
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=True).stdout
     except subprocess.CalledProcessError as error:
-        return f"no stack: {' '.join(error.stderr.split())[:200]}"
+        return f"{UNSEEN}: {' '.join(error.stderr.split())[:200]}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"no stack: {error}"
+        return f"{UNSEEN}: {error}"
     frames = [frame for thread in json.loads(out) if thread["os_thread_id"] == pid for frame in thread["frames"]]
     return " < ".join(f"{frame['name']} ({frame['short_filename']}:{frame['line']})" for frame in frames[:INNERMOST])
 
