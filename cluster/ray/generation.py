@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.ray.connection import RayLostError
-from moray.cluster.ray.faults import Fault, doings
+from moray.cluster.ray.faults import Fault, as_ranges, doings
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import Node
 from moray.cluster.ray.patience import Patience
@@ -201,8 +201,9 @@ class Generation:
         stacks = self._stacks()
         seen = {rank: stack for rank, stack in stacks.items() if not stack.startswith(UNSEEN)}
         waiting = [rank for rank, stack in seen.items() if waits_for_peers(stack)]
-        apart = [self._states[rank] for rank in seen if rank not in waiting]
-        state = min(apart if waiting and apart else silent, key=_suspicion)
+        apart = [self._states[rank] for rank in seen if waiting and rank not in waiting]
+        suspended = [state for state in silent if state.suspended_s]
+        state = min(suspended or apart or silent, key=_suspicion)
         patience, stack = self._watch.patience, seen.get(state.rank)
         reason = f"silent for {state.silent_s:.1f} s "
         reason += "before its first step" if state.step is None else f"after step {state.step}"
@@ -213,7 +214,7 @@ class Generation:
         if stack:
             reason += f"; it is in {stack.split(' < ')[0]}"
         if waiting and state.rank not in waiting:
-            reason += f", while {len(waiting)} others wait for their peers in a collective"
+            reason += f", while ranks {as_ranges(waiting)} wait for it in a collective"
         return Fault(reason, step=state.step, ranks=self._doings(stacks), **self._place(state))
 
     def _stacks(self) -> dict[int, str]:
@@ -253,6 +254,6 @@ def _precedence(state: WorkerState) -> tuple[bool, float]:
     return state.failure.traceback is not None, state.failure.time
 
 
-def _suspicion(state: WorkerState) -> tuple[bool, int, float]:
-    """The suspended first, then the furthest behind."""
-    return not state.suspended_s, -1 if state.step is None else state.step, -state.silent_s
+def _suspicion(state: WorkerState) -> tuple[int, float]:
+    """The furthest behind first."""
+    return -1 if state.step is None else state.step, -state.silent_s

@@ -37,5 +37,5 @@ def _stack(pid: int, within_s: float) -> str:
 
 
 def waits_for_peers(stack: str) -> bool:
-    """Whether a process is in a collective."""
-    return "torch/distributed/" in stack
+    """Whether a process is in a collective; torch's wrappers around a model are further out."""
+    return any("torch/distributed/" in frame for frame in stack.split(" < ")[:3])

@@ -18,6 +18,7 @@ from counting import Plan, beat, count, end_silently, history, leave_a_helper, l
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.stacks import stacks as look
+from moray.cluster.ray.stacks import waits_for_peers
 
 HOST, LEASE_S = "127.0.0.1", 60.0
 
@@ -177,6 +178,18 @@ def test_workers_are_seen_from_outside_even_suspended(tmp_path: Path) -> None:
         suspended = [state.suspended_s for state in agent.call("poll")]
         assert suspended[0] == 0.0
         assert first + 0.4 < suspended[1] <= first + time.monotonic() - polled
+
+
+def test_a_collective_is_told_from_what_is_wrapped_around_a_model() -> None:
+    for waits, stack in (
+        (True, "all_reduce (torch/distributed/distributed_c10d.py:1) < wrapper (torch/distributed/c10d_logger.py:8)"),
+        (
+            True,
+            "__call__ (torch/_ops.py:1) < wait_tensor (torch/distributed/_functional_collectives.py:2) < f (a.py:3)",
+        ),
+        (False, "sleep (a.py:1) < g (a.py:2) < f (a.py:3) < wrapped (torch/distributed/fsdp/_fully_shard.py:4)"),
+    ):
+        assert waits_for_peers(stack) == waits
 
 
 def test_what_cannot_be_seen_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
