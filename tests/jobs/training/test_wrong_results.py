@@ -105,7 +105,7 @@ def audit(data: str, run: str, layout: dict[str, int], rank: int) -> tuple[bool,
     degrees = {f"layout__{name}": degree for name, degree in layout.items()}
     plain = begin(data, run, notes, **degrees)
     audited = begin(data, run, notes, train__audit_every=1, **degrees)
-    rows = [steps(plain, 2), steps(audited, 2)]
+    rows = [steps(plain, 1), steps(audited, 1)]
     is_same = rows[0] == rows[1] and alike(bits(plain), bits(audited))
     # A rank computes another's micro-batch, its own ones, and for the decision another's again.
     own = range(1, 1 + len(audited.lanes) // audited.config.train.micro_batch)
