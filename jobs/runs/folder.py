@@ -115,7 +115,9 @@ def _changes(commit: Commit, now: RunConfig) -> list[str]:
     there, wanted = commit.manifest.metadata["config"], now.model_dump(include={"train", "optimizer"})
     if now.train.dtype == "auto":
         wanted["train"]["dtype"] = there["train"]["dtype"]  # it stays as it was chosen
-    return _differing(dict(flatten({name: there[name] for name in wanted})), dict(flatten(wanted)))
+    before = dict(flatten({name: there[name] for name in wanted}))
+    # A setting that is younger than the commit has not been changed.
+    return _differing(before, {name: value for name, value in flatten(wanted) if name in before})
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
