@@ -17,6 +17,14 @@ class WorkerError(RuntimeError):
     """
 
 
+class WrongResultError(RuntimeError):
+    """Hardware has computed wrongly: that of these ranks, or of one of them. Every rank may raise it."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 @dataclass(frozen=True)
 class Memory:
     """Memory of this node that outlives its workers: what one leaves there, those of later generations find.

@@ -16,6 +16,7 @@ from moray.model.decoder import IGNORED, Decoder
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.layer import MoE
 from moray.model.sharded import local
+from moray.parallel.witness import Witness
 
 
 @dataclass(frozen=True)
@@ -60,42 +61,54 @@ class MicroBatch:
 class GlobalLosses:
     """Of one global batch: cross-entropy and output z-loss per valid token, auxiliary loss per routing group.
 
-    tokens: the valid ones. flops: what its micro-batches said that they ask for.
+    tokens: the valid ones. flops: what its micro-batches said that they ask for. own_M4 (fp64): what this rank itself
+    computed for each of its M micro-batches: the sums of cross-entropy, z-loss and auxiliary loss, and its witness's
+    checksum of the gradient, or 0.
     """
 
     cross_entropy: float
     z: float
     auxiliary: float
     tokens: int
-    flops: float = 0.0
+    flops: float
+    own_M4: Tensor
 
 
-def accumulate_gradients(decoder: Decoder, micro_batches: Sequence[MicroBatch], tp: int) -> GlobalLosses:
+def accumulate_gradients(
+    decoder: Decoder,
+    micro_batches: Sequence[MicroBatch],
+    tp: int,
+    witness: Witness | None = None,
+    of: Sequence[MicroBatch] | None = None,
+) -> GlobalLosses:
     """Adds the gradient of the global batch's loss to every parameter, and returns that loss.
 
     The loss is sum(cross-entropy + z) / (valid tokens of the global batch) + sum(auxiliary) / (its routing groups),
     whatever ranks and micro-batches the batch is spread over. `tp` peers hold the same sequences. Each micro-batch's
     gradient is reduced to this rank's shard at once, so that no rank ever holds the whole model's; replicas (HSDP)
-    exchange theirs once, with the last. Collective.
+    exchange theirs once, with the last. `of` are this rank's micro-batches of the global batch, where these are not
+    they. Collective.
     """
     config = decoder.config
-    held = [(batch.n_targets, len(batch.tokens_BT), batch.flops) for batch in micro_batches]
+    held = [(batch.n_targets, len(batch.tokens_BT), batch.flops) for batch in of or micro_batches]
     tokens, sequences, flops = (world_sum(torch.tensor(held, dtype=torch.float64).sum(0)) / tp).tolist()
     # A batch without a single target has loss 0, not 0/0.
     group_size = config.moe.group_size if config.moe else 1
     per_token, per_group = 1 / max(tokens, 1), group_size / sequences
-    sums = None
+    own = []
     for i, batch in enumerate(micro_batches):
         if isinstance(decoder, FSDPModule):
             decoder.set_requires_all_reduce(i == len(micro_batches) - 1)
         losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents, batch.randomness)
         loss = (losses.cross_entropy + losses.z) * per_token + losses.auxiliary * per_group
         loss.backward()
-        found = torch.stack([part.detach().double() for part in losses])
-        sums = found if sums is None else sums + found
-    assert sums is not None
+        checksum = witness.take() if witness else torch.zeros_like(loss, dtype=torch.float64)
+        own.append(torch.stack([*(part.detach().double() for part in losses), checksum]))
+    sums = sum(own[1:], own[0])[:3].clone()  # which the exchange overwrites
     cross_entropy, z, auxiliary = (world_sum(sums) / tp).tolist()
-    return GlobalLosses(cross_entropy * per_token, z * per_token, auxiliary * per_group, int(tokens), flops)
+    return GlobalLosses(
+        cross_entropy * per_token, z * per_token, auxiliary * per_group, int(tokens), flops, torch.stack(own)
+    )
 
 
 @torch.no_grad()
@@ -146,6 +159,14 @@ def _n_holders(gradient: Tensor) -> int:
     return dist.get_world_size() // prod(shards)
 
 
+def drop_gradients(decoder: Decoder) -> None:
+    """Undoes what passes forward and backward have left: gradients, and counts of routed tokens."""
+    decoder.zero_grad()
+    for module in decoder.modules():
+        if isinstance(module, MoE):
+            module.forget_counts()
+
+
 class ExpertLoad(NamedTuple):
     """Of one global batch, on the CPU (int64): tokens that chose each expert, and choices that found theirs full.
 
@@ -170,6 +191,5 @@ def update_routing_bias(decoder: Decoder) -> ExpertLoad | None:
     tokens_LE, dropped_L = counts_LX[:, :-1], counts_LX[:, -1]
     for layer, tokens_E in zip(layers, tokens_LE, strict=True):
         layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, tokens_E, layer.moe.bias_update_rate))
-        layer.tokens_E.zero_()
-        layer.dropped.zero_()
+        layer.forget_counts()
     return ExpertLoad(tokens_LE.cpu(), dropped_L.cpu())

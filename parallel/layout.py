@@ -1,5 +1,6 @@
 """Layout: how many ranks share the work in which way, and the device meshes that follow from it."""
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -79,6 +80,11 @@ class Layout(BaseModel):
     @property
     def world_size(self) -> int:
         return self.dp * self.tp
+
+    @property
+    def span(self) -> int:
+        """Data-parallel ranks, neighbours, whose results depend on each other: they share experts."""
+        return math.lcm(self.tp, self.ep) // self.tp
 
     def dp_rank(self, rank: int) -> int:
         return rank // self.tp

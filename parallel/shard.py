@@ -34,8 +34,7 @@ def build_decoder(config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, co
     decoder.to_empty(device=meshes.dense.device_type)
     for module in decoder.modules():
         if isinstance(module, MoE):
-            module.tokens_E.zero_()
-            module.dropped.zero_()
+            module.forget_counts()
             module.router.bias_E.zero_()
     return decoder
 

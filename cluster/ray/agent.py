@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
@@ -24,11 +25,15 @@ from typing import Any
 
 from moray.cluster.ray.left import Left, Vault
 from moray.cluster.ray.messages import Assignment, Failure, Note, Phase, WorkerState
+from moray.cluster.ray.stacks import stacks
 from moray.cluster.signals import hold_sigterm
 from moray.cluster.versions import versions
 
 POLL_S = 0.2
 EXIT_CHECK_S = 0.05
+USUAL = 0.95
+NEWEST = 256
+"""Silences of a worker, of which the USUAL quantile is taken."""
 
 
 class AgentProcess:
@@ -67,7 +72,10 @@ class _Worker:
     heard: float = field(default_factory=time.monotonic)
     phase: str = "starting"
     entered: dict[str, float] = field(default_factory=dict)
+    silences_s: deque[float] = field(default_factory=lambda: deque(maxlen=NEWEST))
     longest_silence_s: float | None = None
+    runs: float = field(default_factory=time.monotonic)
+    """When it was last seen not to be suspended."""
     step: int | None = None
     status: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
@@ -112,9 +120,13 @@ class _Worker:
         before, (self.step, self.status) = self.step, message
         if self.longest_silence_s is not None or before not in (None, self.step):
             self.longest_silence_s = max(silence_s, self.longest_silence_s or 0.0)
+            self.silences_s.append(silence_s)
         return before is None
 
     def state(self) -> WorkerState:
+        now, silences_s = time.monotonic(), sorted(self.silences_s)
+        if self.is_gone or not _is_suspended(self.pid):
+            self.runs = now
         return WorkerState(
             rank=self.rank,
             pid=self.pid,
@@ -122,9 +134,10 @@ class _Worker:
             status=self.status,
             phase=self.phase,
             entered=self.entered,
-            silent_s=time.monotonic() - self.heard,
+            silent_s=now - self.heard,
+            usual_silence_s=silences_s[int(USUAL * (len(silences_s) - 1))] if silences_s else None,
             longest_silence_s=self.longest_silence_s,
-            is_suspended=not self.is_gone and _is_suspended(self.pid),
+            suspended_s=now - self.runs,
             exit_code=self.exit_code if self.is_gone else None,
             failure=self.failure,
         )
@@ -252,6 +265,10 @@ class Agent:
         """Asks the workers to stop when they can."""
         for worker in self._living():
             os.kill(worker.pid, signal.SIGTERM)
+
+    def stacks(self, within_s: float) -> dict[int, str]:
+        """Where each worker is, by rank, as seen from outside."""
+        return stacks({worker.rank: worker.pid for worker in self._living()}, within_s)
 
     def kill(self) -> None:
         """Ends every worker now, suspended ones included, and waits until they are gone."""

@@ -15,11 +15,11 @@ from moray.cluster.cores import usable_cores
 from moray.cluster.devices import check_health, pick_device
 from moray.cluster.exit_codes import EXIT_DONE
 from moray.cluster.network import use_interface_of
-from moray.cluster.parent import die_with_parent
+from moray.cluster.parent import be_seen_by_parent, die_with_parent
 from moray.cluster.ray.left import Left
 from moray.cluster.ray.messages import Assignment, Failure, Note, Phase
 from moray.cluster.signals import stop_on_signals
-from moray.cluster.worker import Memory, WorkerContext, WorkerFunction
+from moray.cluster.worker import Memory, WorkerContext, WorkerFunction, WrongResultError
 
 
 def work(
@@ -38,6 +38,7 @@ def work(
     connections open until its agent kills it, so that no peer fails of a closed one before the reason is known.
     """
     die_with_parent()
+    be_seen_by_parent()
     use_interface_of(own_host)
     with stop_on_signals(impatient=False) as should_stop:
         try:
@@ -81,4 +82,5 @@ def _open_store(assignment: Assignment, listener: socket.socket | None) -> dist.
 def _describe(error: BaseException) -> Failure:
     is_users_mistake = isinstance(error, UserError)
     reason = str(error) if is_users_mistake else f"{type(error).__name__}: {error}"
-    return Failure(reason, time.time(), "".join(traceback.format_exception(error)), is_users_mistake)
+    suspects = error.ranks if isinstance(error, WrongResultError) else ()
+    return Failure(reason, time.time(), "".join(traceback.format_exception(error)), is_users_mistake, suspects)

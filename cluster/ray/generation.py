@@ -1,25 +1,29 @@
 """One generation of the group: start its workers on the nodes, watch them, and end them all when one fails."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError
 
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.ray.connection import RayLostError
+from moray.cluster.ray.faults import Fault, as_ranges, doings
 from moray.cluster.ray.laps import Laps
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import Node
 from moray.cluster.ray.patience import Patience
+from moray.cluster.ray.stacks import UNSEEN, waits_for_peers
 
 TICK_S = 0.5
 SETTLE_S = 0.1
 CALL_S = 30.0
 KILL_S = 10.0
+STACKS_S = 2.0
 SUSPENDED_S = 5.0
 
 
@@ -35,37 +39,6 @@ class Watch:
     on_status: OnStatus
     should_stop: Callable[[], bool]
     check_ray: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """The failure that ended a generation: the first one, not what its peers made of it."""
-
-    reason: str
-    rank: int | None = None
-    pid: int | None = None
-    node: str | None = None
-    traceback: str | None = None
-    is_users_mistake: bool = False
-    step: int | None = None
-    """The last one that the rank did; None before the first, or where the fault is no rank's."""
-
-    def repeats(self, before: "Fault") -> bool:
-        """Whether a rank failed for the same reason at the same step: what failed twice alike fails again.
-
-        One retry is justified, for a GPU may flip a bit. Which rank is the first to raise what all do is chance, and
-        one resumed right before the bad step has no step to show; one that dies without a word must be the same one.
-        """
-        if self.rank is None or self.reason != before.reason:
-            return False
-        if self.traceback is None:
-            return (self.rank, self.step) == (before.rank, before.step)
-        return self.step in (before.step, None)
-
-    def __str__(self) -> str:
-        if self.rank is not None:
-            return f"rank {self.rank} (pid {self.pid} on {self.node}): {self.reason}"
-        return f"node {self.node}: {self.reason}" if self.node else self.reason
 
 
 class Generation:
@@ -193,27 +166,71 @@ class Generation:
         if failed:
             return self._describe(min(failed, key=_precedence))
         silent = [state for state in self._states.values() if self._is_silent(state)]
-        if silent:
-            return self._describe(min(silent, key=_suspicion))
-        return None
+        return self._silence(silent) if silent else None
 
     def _loss(self) -> Fault:
-        return Fault("the node or its agent was lost", node=", ".join(node.host for node in self.lost))
+        lost = ", ".join(node.host for node in self.lost)
+        return Fault("the node or its agent was lost", node=lost, ranks=self._doings())
+
+    def _doings(self, stacks: Mapping[int, str] | None = None) -> tuple[dict[str, Any], ...]:
+        return doings(self._states.values(), [node.host for node in self._node_of], stacks)
 
     def _is_overdue(self, node: Node, asked: float) -> bool:
         return node not in self.lost and time.monotonic() - asked > self._watch.patience.with_node
 
     def _is_silent(self, state: WorkerState) -> bool:
-        return state.exit_code is None and state.silent_s > self._watch.patience.with_worker(state.longest_silence_s)
+        patience = self._watch.patience
+        is_late = state.silent_s > patience.with_worker(state.usual_silence_s, state.longest_silence_s)
+        return state.exit_code is None and (is_late or state.suspended_s > patience.with_suspended)
 
     def _describe(self, state: WorkerState) -> Fault:
-        node = self._node_of[state.rank].host
-        if failure := state.failure:
-            is_mistake = failure.is_users_mistake
-            return Fault(failure.reason, state.rank, state.pid, node, failure.traceback, is_mistake, state.step)
-        last = "before its first step" if state.step is None else f"after step {state.step}"
-        why = "its process is suspended" if state.is_suspended else self._watch.patience.why(state.longest_silence_s)
-        return Fault(f"silent for {state.silent_s:.1f} s {last}, {why}", state.rank, state.pid, node, step=state.step)
+        failure = state.failure
+        assert failure
+        suspect = self._states[failure.suspects[0]] if failure.suspects else state
+        return Fault(
+            failure.reason,
+            traceback=failure.traceback,
+            is_users_mistake=failure.is_users_mistake,
+            step=state.step,
+            suspects=failure.suspects,
+            ranks=self._doings(),
+            **self._place(suspect),
+        )
+
+    def _place(self, state: WorkerState) -> dict[str, Any]:
+        node = self._node_of[state.rank]
+        return {"rank": state.rank, "pid": state.pid, "node": node.host, "node_id": node.node_id}
+
+    def _silence(self, silent: Sequence[WorkerState]) -> Fault:
+        """When one hangs, all fall silent in the next collective: suspect who is not in it, while others are."""
+        stacks = self._stacks()
+        seen = {rank: stack for rank, stack in stacks.items() if not stack.startswith(UNSEEN)}
+        waiting = [rank for rank, stack in seen.items() if waits_for_peers(stack)]
+        apart = [self._states[rank] for rank in seen if waiting and rank not in waiting]
+        suspended = [state for state in silent if state.suspended_s]
+        state = min(suspended or apart or silent, key=_suspicion)
+        patience, stack = self._watch.patience, seen.get(state.rank)
+        reason = f"silent for {state.silent_s:.1f} s "
+        reason += "before its first step" if state.step is None else f"after step {state.step}"
+        if state.suspended_s:
+            reason += ", its process is suspended"
+        else:
+            reason += f", {patience.why(state.usual_silence_s, state.longest_silence_s)}"
+        if stack:
+            reason += f"; it is in {stack.split(' < ')[0]}"
+        if waiting and state.rank not in waiting:
+            reason += f", while ranks {as_ranges(waiting)} wait for it in a collective"
+        return Fault(reason, step=state.step, ranks=self._doings(stacks), **self._place(state))
+
+    def _stacks(self) -> dict[int, str]:
+        """Where the workers are, of those that can be seen in time."""
+        answers = [node.call("stacks", STACKS_S) for node in self._nodes]
+        ready, _ = ray.wait(answers, num_returns=len(answers), timeout=2 * STACKS_S)
+        found: dict[int, str] = {}
+        for answer in ready:
+            with suppress(RayError):
+                found |= ray.get(answer)
+        return found
 
     def _kill(self) -> None:
         """Ends all workers; a node that does not confirm it is lost."""
@@ -242,6 +259,6 @@ def _precedence(state: WorkerState) -> tuple[bool, float]:
     return state.failure.traceback is not None, state.failure.time
 
 
-def _suspicion(state: WorkerState) -> tuple[bool, int, float]:
-    """When one hangs, all fall silent in the next collective: suspect the suspended, then the furthest behind."""
-    return not state.is_suspended, -1 if state.step is None else state.step, -state.silent_s
+def _suspicion(state: WorkerState) -> tuple[int, float]:
+    """The furthest behind first."""
+    return -1 if state.step is None else state.step, -state.silent_s

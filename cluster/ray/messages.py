@@ -47,21 +47,26 @@ class Phase:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a worker ended before its time. `time` is unix seconds; `traceback` is None where it died without a word."""
+    """Why a worker ended before its time. `time` is unix seconds; `traceback` is None where it died without a word.
+
+    `suspects` are ranks whose hardware has computed wrongly, or that of one of them.
+    """
 
     reason: str
     time: float
     traceback: str | None = None
     is_users_mistake: bool = False
+    suspects: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class WorkerState:
     """What its agent knows of a worker: the last heartbeat (step None before the first), and how it ended, if so.
 
-    `longest_silence_s` is the longest that lay between two heartbeats; None until a step has been seen from its
-    beginning to its end, for what comes before says nothing about steps. `phase` is what it does now; `entered` says
-    when it began with each phase for the first time, in seconds after its fork.
+    `usual_silence_s` is what hardly any silence between two heartbeats exceeds, `longest_silence_s` the longest one;
+    None until a step has been seen from its beginning to its end, for what comes before says nothing about steps.
+    `suspended_s`: for how long its process has been suspended. `phase` is what it does now; `entered` says when it began
+    with each phase for the first time, in seconds after its fork.
     """
 
     rank: int
@@ -71,7 +76,8 @@ class WorkerState:
     phase: str
     entered: dict[str, float]
     silent_s: float
+    usual_silence_s: float | None
     longest_silence_s: float | None
-    is_suspended: bool
+    suspended_s: float
     exit_code: int | None
     failure: Failure | None

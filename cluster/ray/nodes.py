@@ -65,12 +65,12 @@ def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
     return {node: share for node, share in shares.items() if share}
 
 
-def sound(free: Mapping[str, int], lost: Collection[str], missing: int) -> Mapping[str, int]:
-    """The free slots without those of nodes that were lost, if that leaves enough for `missing` workers.
+def sound(free: Mapping[str, int], avoided: Collection[str], missing: int) -> Mapping[str, int]:
+    """The free slots without those of nodes that were lost or set aside, if that leaves enough for `missing` workers.
 
     Ray needs up to a minute to see that a node has gone, and until then would have us wait for an agent there.
     """
-    others = {node: slots for node, slots in free.items() if node not in lost}
+    others = {node: slots for node, slots in free.items() if node not in avoided}
     return others if sum(others.values()) >= missing else free
 
 
@@ -84,7 +84,7 @@ class Gang:
     def __init__(self, task: bytes, group: Group, connection: Connection, on_event: OnEvent) -> None:
         """Device auto: what this Ray has now, and the same for all generations, whatever nodes join later."""
         self.nodes: list[Node] = []
-        self._lost: set[str] = set()
+        self._avoided: set[str] = set()
         self._gap = 0
         """Where in `nodes` the next ones belong: in the place of those that were lost, so that other ranks stay."""
         self._task, self._versions = task, versions()
@@ -111,7 +111,7 @@ class Gang:
                 return
             total, free = self._slots()
             if sum(free.values()) >= missing:
-                self._place(split(missing, sound(free, self._lost, missing)))
+                self._place(split(missing, sound(free, self._avoided, missing)))
                 continue
             # A cluster may still be growing; a machine is not.
             patience_s = 0.0 if self._connection.is_local and sum(total.values()) < self._workers else self.patience_s
@@ -131,8 +131,21 @@ class Gang:
         self._gap = min(map(self.nodes.index, nodes))
         for node in nodes:
             self.nodes.remove(node)
-            self._lost.add(node.node_id)
+            self._avoided.add(node.node_id)
             node.release()
+
+    def set_aside(self, node_id: str) -> bool:
+        """Gives up a node that is suspect, where others have room for its workers; otherwise it stays: False."""
+        avoided = {*self._avoided, node_id}
+        room = sum(slots for other, slots in self._slots()[1].items() if other not in avoided)
+        suspect = [node for node in self.nodes if node.node_id == node_id]
+        if not suspect or room < sum(node.slots for node in suspect):
+            return False
+        self._avoided = avoided
+        for node in suspect:
+            self.nodes.remove(node)
+            node.release()
+        return True
 
     def abandon(self) -> None:
         """Gives up all nodes of a Ray that is lost. Agents in a cluster may be within reach even so: they are told."""

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
-SLOWEST_STEPS = 10
+USUAL_STEPS = 10
+SLOWEST_STEPS = 3
+FLOOR_S = 15.0
+"""A disk, a network or a busy machine may hold up any worker for so long."""
+SUSPENDED_S = 5.0
 LEASES = 1.5
 
 
@@ -14,18 +18,29 @@ class Patience:
     heartbeat_s: float
     lease_s: float
 
-    def with_worker(self, longest_s: float | None) -> float:
-        """For a worker whose longest silence since its steps began was `longest_s`; None before that.
+    def with_worker(self, usual_s: float | None, longest_s: float | None) -> float:
+        """For a worker that is usually silent for `usual_s`, and was once for `longest_s`; None before its steps began.
 
-        It follows the run's own steps: what means a hang where they take seconds is nothing where they take minutes.
+        It follows the run's own steps: what means a hang where they take a tenth of a second is nothing where they
+        take minutes. `heartbeat_s` is the most, unless steps are nearly as long as that.
         """
-        return self.startup_s if longest_s is None else max(self.heartbeat_s, SLOWEST_STEPS * longest_s)
+        if usual_s is None or longest_s is None:
+            return self.startup_s
+        return max(min(max(USUAL_STEPS * usual_s, FLOOR_S), self.heartbeat_s), SLOWEST_STEPS * longest_s)
 
-    def why(self, longest_s: float | None) -> str:
+    def why(self, usual_s: float | None, longest_s: float | None) -> str:
         """What a worker that exceeded it has exceeded, in words."""
-        if longest_s is None:
+        if usual_s is None or longest_s is None:
             return f"longer than cluster.startup_timeout_s={self.startup_s:g}"
-        return f"longer than cluster.heartbeat_timeout_s={self.heartbeat_s:g} and {SLOWEST_STEPS} of its slowest steps"
+        limit_s = self.with_worker(usual_s, longest_s)
+        if limit_s == self.heartbeat_s:
+            return f"longer than cluster.heartbeat_timeout_s={self.heartbeat_s:g}"
+        return f"longer than the {limit_s:.3g} s that steps of {usual_s:.2g} s, the slowest of {longest_s:.2g} s, allow"
+
+    @property
+    def with_suspended(self) -> float:
+        """For a process that is suspended, and so cannot speak."""
+        return min(SUSPENDED_S, self.heartbeat_s)
 
     @property
     def with_node(self) -> float:

@@ -13,7 +13,8 @@ from moray.cluster.exit_codes import EXIT_INTERRUPTED
 from moray.cluster.group import SILENT, Group, Hooks
 from moray.cluster.ray.address import is_open
 from moray.cluster.ray.connection import Connection, RayLostError, connected
-from moray.cluster.ray.generation import Fault, Generation, Watch
+from moray.cluster.ray.faults import Fault, History
+from moray.cluster.ray.generation import Generation, Watch
 from moray.cluster.ray.laps import Laps
 from moray.cluster.ray.nodes import Gang, NoRoomError
 from moray.cluster.ray.patience import Patience
@@ -27,8 +28,9 @@ def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hook
     With `device` cuda each takes a GPU, and waits for one; cpu, a CPU slot; auto, GPUs if this Ray has any now.
 
     A worker that dies, raises, or is silent for too long (see Patience) ends its generation: all workers are killed and
-    started again, at most `max_restarts` times. SIGTERM and Ctrl-C make `should_stop()` true on all workers; a second
-    Ctrl-C kills them. Workers end by themselves where this process says nothing for `lease_timeout_s`.
+    started again, at most `max_restarts` times within an hour, and on other nodes than one that is suspect, where there
+    are some. SIGTERM and Ctrl-C make `should_stop()` true on all workers; a second Ctrl-C kills them. Workers end by
+    themselves where this process says nothing for `lease_timeout_s`.
     Raises UserError for what the function itself raises as one (no retry would help), and where the cluster has not
     had enough slots for `placement_timeout_s` at the start; WorkerError where it has not had them after a fault, once
     the restarts are spent, where two generations in a row failed alike, and where the cluster itself is lost.
@@ -55,7 +57,7 @@ def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_res
     """Runs generations, as many as it takes; returns the exit code of the last one."""
     laps, is_lost = Laps(time.monotonic()), False
     number: int | None = None
-    before: Fault | None = None
+    history = History(max_restarts)
     outcome: int | Fault | None
 
     def should_leave() -> bool:
@@ -63,19 +65,19 @@ def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_res
             hooks.check_generation(number)
         return watch.should_stop()
 
-    for _ in range(max_restarts + 1):
+    while True:
         try:
             if is_lost:
                 connection.renew()
                 is_lost = False
-            outcome = _fill(gang, should_leave, before)
+            outcome = _fill(gang, should_leave, history.last)
             if not outcome and watch.should_stop():
                 return EXIT_INTERRUPTED
             if not outcome:
                 # As late as can be: whoever takes one puts an end to all others.
                 number = hooks.take_generation(number)
                 laps.lap("placing")
-                generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
+                generation = Generation(number, gang.nodes, watch, "recovered" if history.last else "ready")
                 outcome = generation.run(laps)
                 laps = Laps(generation.noticed)
                 laps.lap("killing")
@@ -91,11 +93,11 @@ def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_res
             return EXIT_INTERRUPTED  # the newest commit stands, and the same command resumes from it
         if outcome.is_users_mistake:
             raise UserError(outcome.reason)
-        if before and outcome.repeats(before):
-            raise _worker_error(outcome, "the generation before failed alike, and so would the next")
-        before = outcome
-    assert before
-    raise _worker_error(before, f"cluster.max_restarts={max_restarts} is spent")
+        if why_no_more := history.add(outcome, time.monotonic()):
+            raise _worker_error(outcome, why_no_more)
+        if outcome.node_id and (why := history.why_set_aside()):
+            kind = "node_set_aside" if gang.set_aside(outcome.node_id) else "node_kept"
+            watch.on_event(kind, {"node": outcome.node, "node_id": outcome.node_id, "why": why})
 
 
 def _worker_error(fault: Fault, why_no_more: str) -> WorkerError:

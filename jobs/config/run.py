@@ -71,6 +71,16 @@ class TrainSection(Section):
     auto: bfloat16 where all workers' devices have instructions for it; once chosen, it stays. bf16 and fp32 will do."""
     eval_every: int = Field(100, ge=0)
     """Steps between two passes over the validation split; 0: only at the end."""
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite, or a spike, twice: it is not applied, and the run
+    stops; or skips its batch; or goes back to an older commit and skips all batches since."""
+    max_skipped: int = Field(0, ge=0)
+    """Most batches that skip and rollback leave out in a row, before the run stops after all."""
+    spike_sigmas: float | None = Field(None, gt=0)
+    """A loss or gradient norm counts as a spike this many deviations above the median of the last 128 steps; 6 is
+    usual, none: never."""
+    audit_every: int = Field(0, ge=0)
+    """Steps between two in which other ranks compute a micro-batch again, to find hardware that computes wrongly."""
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -128,9 +138,10 @@ class ClusterSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What workers compute on. auto: GPUs, if the cluster has any when the run starts; cuda waits for them."""
     max_restarts: int = Field(3, ge=0)
-    """How often the group may start again after a fault."""
+    """How often within an hour the group may start again after a fault."""
     heartbeat_timeout_s: float = Field(60.0, gt=0)
-    """Seconds of a worker's silence after which it counts as lost; never less than ten times its slowest step."""
+    """Most seconds of a worker's silence before it counts as lost. Ten of its usual steps are enough, or 15 s if they
+    are shorter; never less than three of its slowest."""
     startup_timeout_s: float = Field(600.0, gt=0)
     """The same before its first steps, whose pace nobody knows yet: loading a commit and the first step may be long."""
     lease_timeout_s: float = Field(20.0, gt=0)
@@ -221,10 +232,32 @@ class RunConfig(Section):
                 f"train.global_batch={self.train.global_batch} must be a multiple of the {layout.dp} data-parallel "
                 f"ranks of layout {layout}; try {nearest}"
             )
+        self._check_bounds(layout)
         if self.model.moe:
             self._check_routing_groups(self.model.moe, layout)
             self._check_router_learns(self.model.moe)
         return self
+
+    def _check_bounds(self, layout: Layout) -> None:
+        """Of what is done about bad steps and wrong results."""
+        train, every = self.train, self.checkpoint.every
+        least = {"stop": 0, "skip": 1, "rollback": every + 1}[train.on_bad_step]
+        if train.max_skipped < least:
+            why = f", as it may go back over checkpoint.every={every} steps" if least > 1 else ""
+            raise UserError(
+                f"train.on_bad_step={train.on_bad_step} needs a bound: train.max_skipped={train.max_skipped}, the most "
+                f"batches in a row, must be at least {least}{why}"
+            )
+        if train.on_bad_step == "rollback" and self.checkpoint.keep < 2:
+            raise UserError(
+                f"checkpoint.keep={self.checkpoint.keep} must be at least 2 with train.on_bad_step=rollback, which "
+                "goes to an older commit"
+            )
+        if train.audit_every and layout.dp <= layout.span:
+            raise UserError(
+                f"train.audit_every={train.audit_every} needs others who can compute the same: layout {layout} has no "
+                "second group of data-parallel ranks; take twice the workers, smaller degrees, or 0"
+            )
 
     def _check_routing_groups(self, moe: MoEConfig, layout: Layout) -> None:
         """A routing group lies within one rank's lanes and one micro-batch, or its statistics would depend on both."""

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moray import UserError
-from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.ledger import ledger_problems, skipped_positions
 from moray.parallel.checkpoint.commits import commit_paths, list_commits, sound_commit, verify
 
 DAMAGED = "damaged: refused on resume"
@@ -45,7 +45,7 @@ def show_checkpoints(run: Path, check: bool, console: Console) -> int:
             DAMAGED if problems else _state(path in current, check),
         )
     console.print(table)
-    lacks = [f"{run}: {problem}" for problem in ledger_problems(run)]
+    lacks = [f"{run}: {line}" for line in ledger_problems(run) + skipped_positions(run)]
     for problem in wrong + lacks:  # below the table, whose columns would break a path
         console.print(problem, markup=False, highlight=False, soft_wrap=True)
     return int(bool(wrong))

@@ -100,11 +100,12 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
             f"run.dir={now.run.dir} holds a different run: {', '.join(differing)}; "
             "choose another run.dir or these settings"
         )
-    position, expected = metadata["data"]["position"], commit.step * now.train.global_batch
-    if position != expected:
+    position, skipped = metadata["data"]["position"], metadata["data"].get("skipped", 0)
+    if position != (expected := commit.step * now.train.global_batch + skipped):
         raise UserError(
             f"{commit.path} was committed at data position {position}, not at step {commit.step} * "
-            f"train.global_batch={now.train.global_batch} = {expected}: going on would skip or repeat sequences"
+            f"train.global_batch={now.train.global_batch} + {skipped} skipped = {expected}: going on would skip or "
+            "repeat sequences"
         )
     dataset.check_fingerprint(metadata["data"]["fingerprint"])
 
@@ -114,7 +115,9 @@ def _changes(commit: Commit, now: RunConfig) -> list[str]:
     there, wanted = commit.manifest.metadata["config"], now.model_dump(include={"train", "optimizer"})
     if now.train.dtype == "auto":
         wanted["train"]["dtype"] = there["train"]["dtype"]  # it stays as it was chosen
-    return _differing(dict(flatten({name: there[name] for name in wanted})), dict(flatten(wanted)))
+    before = dict(flatten({name: there[name] for name in wanted}))
+    # A setting that is younger than the commit has not been changed.
+    return _differing(before, {name: value for name, value in flatten(wanted) if name in before})
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

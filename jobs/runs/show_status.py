@@ -77,6 +77,10 @@ def _parts(status: Status) -> Iterator[tuple[str, str]]:
         yield "commit", f"step {status.commit_step}, {span(status.commit_seconds_ago)} ago"
     if status.stragglers:
         yield "slow", f"{', '.join(status.stragglers)}: the others wait at each step"
+    for node in status.set_aside:
+        yield "aside", f"node {node}"
+    if status.skipped:
+        yield "skipped", f"{status.skipped:,} sequences, for bad steps"
     again = f"{status.steps_again} steps computed again"
     if status.faults:
         yield "faults", f"{status.faults}: {status.fault_seconds:.1f} s until all were at work again, {again}"

@@ -78,7 +78,8 @@ class Status(BaseModel):
     """`moray status --json`. Seconds are ages; what is not known, or does not hold of the state, is null.
 
     `fault_seconds` are those from each fault until all workers were at work again; `steps_again` counts steps that
-    were computed a second time, after whatever fault or kill. `stragglers`: who is slower than the others, now.
+    were computed a second time, after whatever fault or kill. `skipped`: sequences that bad steps left out of what is
+    committed. `set_aside`: nodes that this attempt does without. `stragglers`: who is slower than the others, now.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -106,6 +107,8 @@ class Status(BaseModel):
     fault_seconds: float
     steps_again: int
     last_fault: str | None
+    skipped: int
+    set_aside: tuple[str, ...]
     stragglers: tuple[str, ...]
 
     @property
@@ -150,6 +153,8 @@ def status_of(run: Path) -> Status:
         fault_seconds=sum(seconds for _, seconds in faults),
         steps_again=steps_again,
         last_fault=faults[-1][0] if faults else None,
+        skipped=manifest.metadata.get("data", {}).get("skipped", 0) if manifest else 0,
+        set_aside=_set_aside(events, beat.since if beat else 0.0),
         stragglers=_stragglers(events) if state == "running" else (),
     )
 
@@ -241,6 +246,14 @@ def _stragglers(events: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         if event.get("kind") == "straggler":
             return tuple(f"rank {one.get('rank')} on {one.get('node')}" for one in event.get("ranks", []))
     return ()
+
+
+def _set_aside(events: Sequence[dict[str, Any]], since: float) -> tuple[str, ...]:
+    return tuple(
+        f"{event.get('node')}: {event.get('why')}"
+        for event in events
+        if event["kind"] == "node_set_aside" and (_number(event.get("time")) or 0.0) >= since
+    )
 
 
 def _fault(event: dict[str, Any]) -> str:

@@ -143,12 +143,22 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         )
     if kind == "recovered":
         return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
+    if kind == "node_set_aside":
+        return f"node {fields.get('node')} is set aside: {fields.get('why')}; others take its place"
+    if kind == "node_kept":
+        return (
+            f"node {fields.get('node')} is suspect: {fields.get('why')}; no other has room for its workers, so it stays"
+        )
     if kind == "commit_refused":
         return f"refused the damaged commit of step {fields.get('step')}: {'; '.join(fields.get('problems', []))}"
     if kind == "commit_given_up":
         return f"removed the commits of steps {fields.get('steps')}: another attempt's, not of this history"
     if kind == "commit_failed":
         return f"{fields.get('error')}; the next commit tries again"
+    if kind in ("skip", "rollback"):
+        back = f"back to step {fields.get('step')}, and " if kind == "rollback" else ""
+        at, (first, end) = fields.get("bad_step", fields.get("step")), fields.get("positions", (0, 0))
+        return f"step {at}: {fields.get('why')}; {back}positions {first} to {end} are skipped"
     if kind == "tracker_failed":
         failed = f"{fields.get('tracker')} failed: {fields.get('error')}"
         return f"{failed}; the run goes on without it, and the next start sends what it lacks"

@@ -1,7 +1,9 @@
 """What a worker works on, and from where it goes on: built once, before its first step."""
 
+import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,15 @@ from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
 from moray.parallel.checkpoint.checkpointer import Checkpointer
+from moray.parallel.checkpoint.commits import Commit
 from moray.parallel.checkpoint.generations import SEEN_WITHIN_S, sees_generation
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
+from moray.parallel.witness import Witness
+
+WINDOW = 128
+"""Applied steps that a spike is measured against."""
 
 
 class Pulse:
@@ -52,7 +59,11 @@ class Pulse:
 
 @dataclass
 class Training:
-    """What the loop works on. `step` counts the optimizer steps done; all else but it keeps its identity."""
+    """What the loop works on. Below `step` stands what changes: the rest keeps its identity.
+
+    step: optimizer steps done. position: of the stream, behind the batch of the last one. applied: loss and gradient
+    norm of the newest steps. skipped: the positions that were passed over since, and why.
+    """
 
     context: WorkerContext
     pulse: Pulse
@@ -66,7 +77,24 @@ class Training:
     lanes: range
     work: Work
     peak_flops: float
+    witness: Witness | None
+    on_event: Callable[[str, dict[str, Any]], None]
     step: int = 0
+    position: int = 0
+    applied: list[tuple[float, float]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """An event of the whole group, which all ranks know of and rank 0 writes down."""
+        if self.is_first_rank:
+            self.on_event(kind, fields)
+
+    def note_applied(self, loss: float, norm: float, position: int) -> list[dict[str, Any]]:
+        """Counts a step that ended at `position`; returns what was skipped before it."""
+        self.step, self.position = self.step + 1, position
+        self.applied = [*self.applied[1 - WINDOW :], (loss, norm)]
+        skipped, self.skipped = self.skipped, []
+        return skipped
 
     @property
     def is_first_rank(self) -> bool:
@@ -76,6 +104,8 @@ class Training:
 def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
     context.enter("opening")
+    if config.train.audit_every:
+        _compute_reproducibly()
     layout = config.layout.resolve(context.world_size)
     dataset = _open_storage(context, config)
     dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
@@ -117,10 +147,18 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         lanes=range(dp_rank * share, (dp_rank + 1) * share),
         work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(peak)).item(),
+        witness=Witness(decoder) if config.train.audit_every else None,
+        on_event=on_event,
     )
     context.enter("loading")
     resume(training, events)
     return training
+
+
+def _compute_reproducibly() -> None:
+    """Kernels of a GPU that add in any order do not give the same bits twice."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of which cuBLAS takes note as it begins
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _open_storage(context: WorkerContext, config: RunConfig) -> Dataset:
@@ -142,27 +180,39 @@ def resume(training: Training, events: EventLog) -> None:
 
     Raises UserError if the commit is of another run, or ended elsewhere.
     """
-    state = training_state(training.decoder, training.optimizer)
-    commit = training.checkpointer.load(state, older_names(training.decoder))
-    share_step(training.optimizer)
+    commit = load_commit(training)
     if commit is None and training.config.weights_from:
         fill_shards(training.decoder, Path(training.config.weights_from))
     elif commit is None:
         initialise_shards(training.decoder, training.config.train.seed)
-    position = 0
     if commit:
         check_same_run(commit, training.config, training.dataset)
-        training.step, position = commit.step, commit.manifest.metadata["data"]["position"]
+        go_on_from(training, commit)
     if training.is_first_rank:
         digest = commit.manifest.digest if commit else None
         found = {
             "step": training.step,
-            "position": position,
+            "position": training.position,
             "layout": str(training.layout),
             "dtype": training.config.train.dtype,
             "digest": digest,
         }
         events.write("resume" if commit else "begin", generation=training.context.generation, **found)
+
+
+def load_commit(training: Training, among: Callable[[int], bool] = lambda step: True) -> Commit | None:
+    """Fills weights and optimizer from the newest whole commit of these steps, if there is one."""
+    state = training_state(training.decoder, training.optimizer)
+    commit = training.checkpointer.load(state, among, older_names(training.decoder))
+    share_step(training.optimizer)
+    return commit
+
+
+def go_on_from(training: Training, commit: Commit) -> None:
+    """Takes up what a commit holds beside the tensors."""
+    metadata = commit.manifest.metadata
+    training.step, training.position = commit.step, metadata["data"]["position"]
+    training.applied = [(loss, norm) for loss, norm in metadata.get("applied", [])]
 
 
 def note_event(events: EventLog, pulse: Pulse, generation: int, kind: str, fields: dict[str, Any]) -> None:

@@ -18,7 +18,12 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
     metadata = {
         "config": config.model_dump(),
         "layout": training.layout.model_dump(),
-        "data": {"position": training.step * config.train.global_batch, "fingerprint": training.dataset.fingerprint},
+        "data": {
+            "position": training.position,
+            "skipped": training.position - training.step * config.train.global_batch,
+            "fingerprint": training.dataset.fingerprint,
+        },
+        "applied": training.applied,
         "schedule": {"step": training.step, "lr": row["lr"]},
         # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
         "rng": {"seed": config.train.seed},

@@ -30,20 +30,28 @@ class MetricsLog:
         self._run = run
         self._rows = JsonLines(run / "metrics.jsonl")
         if step < _reached(self._rows.path):
-            self._rows.append({"resumed_from": step, "generation": generation})
+            self._undo(step, generation)
+        self._step = step
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one step; a reader sees the line at once, whole, or when a full disk has room again.
 
-        Raises UserError where the run's folder is gone.
+        Where it goes back behind the last one, those in between are undone. Raises UserError where the run's folder is
+        gone.
         """
         try:
+            if row["step"] <= self._step:
+                self._undo(row["step"] - 1, row["generation"])
             self._rows.append(row)
+            self._step = row["step"]
         except FileNotFoundError:
             raise UserError(
                 f"run.dir={self._run} was removed, or its disk unmounted, while the run was writing to it: with its "
                 "commits back in place the same command goes on from the newest, else it begins anew"
             ) from None
+
+    def _undo(self, step: int, generation: int) -> None:
+        self._rows.append({"resumed_from": step, "generation": generation})
 
     def flush_to_disk(self) -> None:
         """Before a commit appears: its steps must have their lines even if the machine loses power.

@@ -14,27 +14,28 @@ import torch.distributed as dist
 from moray.cluster.devices import peak_memory_bytes
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED
 from moray.cluster.worker import WorkerContext
-from moray.data.stream import Batch, Stream, evaluation_batches
+from moray.data.stream import Batch, evaluation_batches
 from moray.jobs.config.run import RunConfig
+from moray.jobs.training.bad_steps import STEADIER, pass_over, what_is_wrong
+from moray.jobs.training.batches import micro_batches, stream_of
 from moray.jobs.training.begin import Training, checkpoints_of, set_up
 from moray.jobs.training.commit import commit, finish_commits
 from moray.jobs.training.metrics import MetricsLog, expert_metrics
 from moray.jobs.training.optimizer import set_learning_rate
 from moray.jobs.training.schedule import learning_rate
-from moray.model import Randomness
+from moray.jobs.training.wrong_results import Computed, check_alike, compare, recomputed
 from moray.parallel.checkpoint.generations import SupersededError, newest_generation
 from moray.parallel.gradients import (
-    GlobalLosses,
     MicroBatch,
     accumulate_gradients,
     clip_gradients,
+    drop_gradients,
     evaluate,
     update_routing_bias,
     world_sum,
 )
 
 BEAT_S = 1.0
-STEADIER = "Try a lower optimizer.lr, more warm-up, or train.dtype=float32"
 
 
 def train(context: WorkerContext, config: RunConfig) -> int:
@@ -49,25 +50,16 @@ def train(context: WorkerContext, config: RunConfig) -> int:
 def run_steps(training: Training) -> int:
     """The steps that are left, with all that comes between them; returns the exit code."""
     context, config = training.context, training.config
-    stream = Stream(
-        training.dataset,
-        "train",
-        seq_len=config.train.seq_len,
-        global_batch=config.train.global_batch,
-        seed=config.train.seed,
-        lanes=training.lanes,
-    )
+    stream = stream_of(training.dataset, config.train, training.lanes)
     leaving = agree_to_leave(context, config)
     log = None
     if training.is_first_rank:
         log = MetricsLog(Path(config.run.dir), training.step, context.generation)
-    with closing(stream.batches(training.step)) as batches:
+    with closing(stream.batches(training.position // config.train.global_batch)) as batches:
         while training.step < config.train.steps and leaving is None:
             began = time.perf_counter()
             context.enter("step")
-            batch = next(batches)
-            with training.vitals.measure(training.step + 1, fetching_s=time.perf_counter() - began):
-                row = take_step(training, batch)
+            row = next_step(training, batches)
             row |= speed(training, row["tokens"], row["flops"], time.perf_counter() - began)
             row |= training.vitals.read(training.step)
             last = training.step == config.train.steps
@@ -92,19 +84,34 @@ def run_steps(training: Training) -> int:
     return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
 
 
-def take_step(training: Training, batch: Batch) -> dict[str, Any]:
-    """One optimizer step on one global batch: forward, backward, combine, check, clip, update."""
+def next_step(training: Training, batches: Iterator[Batch]) -> dict[str, Any]:
+    """The next step that is applied, after those that are passed over."""
+    while True:
+        began = time.perf_counter()
+        batch = next(batches)
+        with training.vitals.measure(training.step + 1, fetching_s=time.perf_counter() - began):
+            row = take_step(training, batch)
+        if row:
+            return row
+        training.pulse.again()
+
+
+def take_step(training: Training, batch: Batch) -> dict[str, Any] | None:
+    """One optimizer step on one global batch: forward, backward, combine, clip, check, update; None: it was bad."""
     config, decoder = training.config, training.decoder
     decoder.train()
-    losses = accumulate_gradients(decoder, micro_batches(training, batch), training.layout.tp)
-    norm = clip_gradients(decoder.parameters(), config.optimizer.clip_norm)
-    check_finite(training.step, losses, norm)
+    losses, norm = found = compute(training, batch)
+    if why := what_is_wrong(losses.cross_entropy, norm, training.applied, config.train.spike_sigmas):
+        drop_gradients(decoder)
+        check_alike(training, why, found, compute(training, batch))
+        pass_over(training, batch, why)
+        return None
     rate = learning_rate(training.step, config.train.steps, config.optimizer)
     set_learning_rate(training.optimizer, rate)
     training.optimizer.step()
     training.optimizer.zero_grad()
     load = update_routing_bias(decoder)
-    training.step += 1
+    skipped = training.note_applied(losses.cross_entropy, norm, batch.first + config.train.global_batch)
     return {
         "step": training.step,
         "loss": losses.cross_entropy,
@@ -112,13 +119,25 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any]:
         "auxiliary_loss": losses.auxiliary,
         "tokens": losses.tokens,
         "flops": losses.flops,
-        "positions": [batch.first, batch.first + config.train.global_batch],
+        "positions": [batch.first, training.position],
+        **({"skipped": skipped} if skipped else {}),
         "grad_norm": norm,
         "lr": rate,
         **expert_metrics(load),
         "generation": training.context.generation,
         "layout": str(training.layout),
     }
+
+
+def compute(training: Training, batch: Batch) -> Computed:
+    """The losses of a global batch, and the norm of its gradient, which is clipped then; audited when that is due."""
+    pieces, tp = micro_batches(training, batch, training.lanes), training.layout.tp
+    is_audited = is_due(training.step + 1, training.config.train.audit_every)
+    second_W4 = recomputed(training, batch, pieces, groups=1) if is_audited else None
+    losses = accumulate_gradients(training.decoder, pieces, tp, training.witness)
+    if second_W4 is not None:
+        compare(training, batch, pieces, losses.own_M4, second_W4)
+    return losses, clip_gradients(training.decoder.parameters(), training.config.optimizer.clip_norm)
 
 
 def wait_for_all(training: Training) -> None:
@@ -131,15 +150,6 @@ def wait_for_all(training: Training) -> None:
     while not are_here.wait(BEAT_S):
         training.pulse.again()
     meeting.wait()
-
-
-def check_finite(step: int, losses: GlobalLosses, norm: float) -> None:
-    """Raises FloatingPointError before a bad gradient can reach the weights."""
-    if not (math.isfinite(losses.cross_entropy) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"step {step + 1}: loss {losses.cross_entropy}, gradient norm {norm}; the weights are as step {step} left "
-            f"them. {STEADIER}"
-        )
 
 
 def validate(training: Training) -> dict[str, float]:
@@ -160,7 +170,7 @@ def validate(training: Training) -> dict[str, float]:
     def pieces() -> Iterator[MicroBatch]:
         nonlocal was_stopped
         for batch in batches:
-            yield from micro_batches(training, batch)
+            yield from micro_batches(training, batch, training.lanes)
             training.pulse.again()
             if was_stopped := agree_to_leave(training.context, config) is not None:
                 return
@@ -173,27 +183,6 @@ def validate(training: Training) -> dict[str, float]:
             f"step {training.step}: validation loss {loss}; the step broke the weights and is not committed. {STEADIER}"
         )
     return {"validation_loss": loss}
-
-
-def micro_batches(training: Training, batch: Batch) -> list[MicroBatch]:
-    """This rank's lanes in pieces of at most micro_batch sequences, on its device."""
-    train, device = training.config.train, training.context.device
-    sequences_B = torch.arange(batch.first + training.lanes.start, batch.first + training.lanes.stop)
-    tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT, sequences_B)
-    return [
-        MicroBatch.of(
-            tokens,
-            targets,
-            positions,
-            documents,
-            device,
-            Randomness(train.seed, training.step, sequences.to(device)),
-            training.work.flops(documents),
-        )
-        for tokens, targets, positions, documents, sequences in zip(
-            *(tensor.split(train.micro_batch) for tensor in tensors), strict=True
-        )
-    ]
 
 
 def speed(training: Training, tokens: int, flops: float, seconds: float) -> dict[str, Any]:

@@ -58,6 +58,11 @@ class MoE(nn.Module):
         out_ND = self.dispatcher.combine(self.experts(rows_MD, counts_E), plan, routing.gates_BTK.flatten(0, 1))
         return self._with_shared(out_ND.view_as(x_BTD), x_BTD, context), statistics
 
+    def forget_counts(self) -> None:
+        """Begins to count routed tokens anew."""
+        self.tokens_E.zero_()
+        self.dropped.zero_()
+
     def _with_shared(self, out_BTD: Tensor, x_BTD: Tensor, context: Context) -> Tensor:
         if self.shared is None:
             return out_BTD

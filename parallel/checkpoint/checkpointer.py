@@ -12,6 +12,7 @@ for who may write.
 
 import errno
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,9 +32,9 @@ from moray.parallel.checkpoint.commits import (
     Commit,
     clean,
     commit_name,
-    commit_paths,
     discard,
     give_up_between,
+    numbered_paths,
     prune,
     read_commit,
     verify,
@@ -178,17 +179,23 @@ class Checkpointer:
         if last and last.failure:
             raise last.failure
 
-    def load(self, state: dict[str, Tensor], older_names: Mapping[str, str] = MappingProxyType({})) -> Commit | None:
+    def load(
+        self,
+        state: dict[str, Tensor],
+        among: Callable[[int], bool] = lambda step: True,
+        older_names: Mapping[str, str] = MappingProxyType({}),
+    ) -> Commit | None:
         """Reads the newest whole commit into the tensors of `state`, in place; None when there is no commit at all.
 
-        `older_names` are those under which an older commit may hold a tensor instead.
+        Only steps for which `among` holds are looked at. `older_names` are those under which an older commit may hold a
+        tensor instead.
         Before a tensor is touched, the ranks check all digests, each file being read by one of them. A damaged commit
         is refused (`commit_refused`) by all, and the one before it tried. Values take the dtype of their target.
         Raises UserError when no commit is whole, and when `state` has names or shapes that the commit has not; OSError,
         on all ranks, when one could not read a commit that may well be whole.
         """
         self._settle()
-        paths = self._ranks.from_rank_0(self._candidates)
+        paths = self._ranks.from_rank_0(lambda: [path for step, path in self._candidates() if among(step)])
         for path in reversed(paths):
             commit = self._examine(path)
             if commit:
@@ -199,6 +206,12 @@ class Checkpointer:
             names = [path.name for path in paths]
             raise UserError(f"{self._folder} holds no whole commit, but damaged ones: {names}; move them away to start")
         return None
+
+    def give_up_later(self) -> None:
+        """Removes the commits after the one that was loaded: what comes now is another line. Collective."""
+        given_up = self._ranks.from_rank_0(lambda: give_up_between(self._folder, self._head.step, sys.maxsize))
+        if given_up and self._ranks.rank == 0:
+            self._on_event("commit_given_up", {"steps": given_up})
 
     def _share_of(self, state: dict[str, Tensor]) -> list[str]:
         """The tensors of which this rank writes its part: found out once for a state, for all ranks take part in it."""
@@ -293,16 +306,17 @@ class Checkpointer:
         except DamagedError:
             return False
 
-    def _candidates(self) -> list[Path]:
+    def _candidates(self) -> list[tuple[int, Path]]:
         """What may be resumed from, oldest step first: lines that were given up are not, damage is named when tried."""
         found: dict[Path, Commit | None] = {}
-        for path in commit_paths(self._folder):
+        paths = numbered_paths(self._folder)
+        for _, path in paths:
             try:
                 found[path] = read_commit(path)
             except DamagedError:
                 found[path] = None
         kept = {commit.path for commit in without_given_up([commit for commit in found.values() if commit])}
-        return [path for path, commit in found.items() if commit is None or path in kept]
+        return [(step, path) for step, path in paths if found[path] is None or path in kept]
 
     def _examine(self, path: Path) -> Commit | None:
         """The commit if it is whole in the eyes of all ranks, each of which checks its share of the files."""

@@ -45,10 +45,11 @@ def commit_name(step: int) -> str:
 
 def commit_paths(folder: Path) -> list[Path]:
     """Every folder named like a commit, whole or not, oldest step first."""
-    return [path for _, path in _numbered(folder)]
+    return [path for _, path in numbered_paths(folder)]
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
+def numbered_paths(folder: Path) -> list[tuple[int, Path]]:
+    """The same, each with its step."""
     found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step-*"))
     return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -177,7 +178,7 @@ def prune(folder: Path, step: int, keep: int, keep_every: int | None) -> list[in
 
 def give_up_between(folder: Path, after: int, before: int) -> list[int]:
     """Removes the commits of the steps between these two, which are of another line; returns their steps."""
-    paths = {step: path for step, path in _numbered(folder) if after < step < before}
+    paths = {step: path for step, path in numbered_paths(folder) if after < step < before}
     for path in paths.values():
         discard(path)
     return list(paths)

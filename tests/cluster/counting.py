@@ -18,9 +18,12 @@ from moray.cluster.events import EventLog, read_events
 from moray.cluster.exit_codes import EXIT_INTERRUPTED
 from moray.cluster.group import Group, Hooks
 from moray.cluster.launch import launch
-from moray.cluster.worker import TakeGeneration, WorkerContext
+from moray.cluster.worker import TakeGeneration, WorkerContext, WrongResultError
 
-TROUBLES = {kind.__name__: kind for kind in (RuntimeError, ValueError, UserError)}
+TROUBLES = {
+    **{kind.__name__: kind for kind in (RuntimeError, ValueError, UserError)},
+    "WrongResultError": lambda words: WrongResultError(words, (2,)),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,19 @@ def never_begin(context: WorkerContext, plan: Plan) -> int:
     """Hangs before its first heartbeat in generation 1."""
     if context.generation == 1:
         time.sleep(1000)
+    return count(context, plan)
+
+
+def sleep_at(context: WorkerContext, plan: Plan) -> int:
+    """As `count`, but in generation 1 rank 1 sleeps for ever instead of step `trouble_at`."""
+    heartbeat = context.heartbeat
+
+    def sleep_instead(step: int, **status: object) -> None:
+        heartbeat(step, **status)
+        if (context.generation, context.rank, step + 1) == (1, 1, plan.trouble_at):
+            time.sleep(1000)
+
+    object.__setattr__(context, "heartbeat", sleep_instead)
     return count(context, plan)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ from counting import Plan, beat, count, end_silently, history, leave_a_helper, l
 
 from moray.cluster.ray.agent import AgentProcess
 from moray.cluster.ray.messages import Assignment, WorkerState
+from moray.cluster.ray.stacks import stacks as look
+from moray.cluster.ray.stacks import waits_for_peers
 
 HOST, LEASE_S = "127.0.0.1", 60.0
 
@@ -154,6 +158,50 @@ def test_steps_are_measured_once_one_has_been_seen_whole(tmp_path: Path) -> None
         assert longest[1] is None
         assert longest[2] is not None
         assert 0.5 <= longest[2] < 5
+
+
+def test_workers_are_seen_from_outside_even_suspended(tmp_path: Path) -> None:
+    with agent_for(count, Plan(str(tmp_path), 100000, 1000.0)) as agent:
+        pids = agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"), LEASE_S, "cpu"))
+        while any(state.step is None for state in agent.call("poll")):
+            pass
+        in_count = re.compile(r"count \(.*counting\.py:\d+\) < work \(moray/cluster/ray/child\.py")
+        while not all(map(in_count.match, agent.call("stacks", 5.0).values())):
+            pass  # until both are asleep
+        os.kill(pids[1], signal.SIGSTOP)
+        stacks = agent.call("stacks", 5.0)
+        assert sorted(stacks) == [0, 1]
+        assert all(map(in_count.match, stacks.values()))
+        polled = time.monotonic()
+        first = agent.call("poll")[1].suspended_s
+        time.sleep(0.5)
+        suspended = [state.suspended_s for state in agent.call("poll")]
+        assert suspended[0] == 0.0
+        assert first + 0.4 < suspended[1] <= first + time.monotonic() - polled
+
+
+def test_a_collective_is_told_from_what_is_wrapped_around_a_model() -> None:
+    for waits, stack in (
+        (True, "all_reduce (torch/distributed/distributed_c10d.py:1) < wrapper (torch/distributed/c10d_logger.py:8)"),
+        (
+            True,
+            "__call__ (torch/_ops.py:1) < wait_tensor (torch/distributed/_functional_collectives.py:2) < f (a.py:3)",
+        ),
+        (False, "sleep (a.py:1) < g (a.py:2) < f (a.py:3) < wrapped (torch/distributed/fsdp/_fully_shard.py:4)"),
+    ):
+        assert waits_for_peers(stack) == waits
+
+
+def test_what_cannot_be_seen_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = subprocess.Popen(["sleep", "1000"])
+    try:
+        assert look({3: sleeper.pid}, 5.0)[3].startswith("no stack: Error: ")
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        assert look({3: sleeper.pid}, 5.0) == {3: "no stack: [Errno 2] No such file or directory: '/nowhere/py-spy'"}
+    finally:
+        sleeper.kill()
+        sleeper.wait()
 
 
 def test_a_function_the_agent_cannot_import_is_named() -> None:

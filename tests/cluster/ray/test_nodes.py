@@ -1,3 +1,5 @@
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -5,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from counting import Plan, count, history
+from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
 from moray import UserError
@@ -72,6 +75,34 @@ def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nod
     summary = str(raised.value).splitlines()[0]
     assert "was lost; the cluster had no room for all workers again within cluster.placement_timeout_s=0.5" in summary
     assert summary.endswith("the same command resumes once it has")
+
+
+def test_a_node_on_which_two_ranks_failed_is_set_aside(two_nodes: Cluster, tmp_path: Path) -> None:
+    """Of three nodes, the first has ranks 0 and 1. They are killed one after the other, and it gets no rank again."""
+    spare = two_nodes.add_node(num_cpus=2)
+    events: list[tuple[str, dict[str, Any]]] = []
+    to_kill = {10: 0, 30: 1}
+    free: list[dict[str, Any]] = []
+
+    def kill(rank: int, step: int, status: dict[str, Any]) -> None:
+        starts = [fields for kind, fields in events if kind == "start"]
+        if at := next((at for at in to_kill if step >= at and len(starts) == 3 - len(to_kill)), None):
+            os.kill(starts[-1]["ranks"][to_kill.pop(at)]["pid"], signal.SIGKILL)
+        if step >= 50 and not free:
+            free.append(available_resources_per_node())
+
+    try:
+        plan = Plan(str(tmp_path), 60, pause_s=0.02)
+        hooks = Hooks(on_event=lambda kind, fields: events.append((kind, fields)), on_status=kill)
+        assert supervise(count, plan, Group(workers=4), hooks) == 0
+    finally:
+        two_nodes.remove_node(spare)
+    faults = [fields for kind, fields in events if kind == "fault"]
+    assert [fault["rank"] for fault in faults] == [0, 1]
+    (aside,) = [fields for kind, fields in events if kind == "node_set_aside"]
+    assert aside["why"] == "ranks 0-1 failed there within an hour"
+    assert aside["node_id"] == faults[0]["node_id"] == faults[1]["node_id"]
+    assert free[0][aside["node_id"]]["CPU"] == 2.0, "nothing runs there any more"
 
 
 def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: Path) -> None:

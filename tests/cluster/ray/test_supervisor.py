@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import ray
-from counting import Plan, count, counting_from, history, never_begin
+from counting import Plan, count, counting_from, history, never_begin, sleep_at
 
 from moray import UserError
 from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.connection import _join
-from moray.cluster.ray.generation import Fault
+from moray.cluster.ray.faults import Fault, History, as_ranges, doings
+from moray.cluster.ray.messages import WorkerState
 from moray.cluster.ray.supervisor import supervise
 from moray.cluster.worker import WorkerError
 
@@ -182,6 +183,26 @@ def test_steps_longer_than_the_limit_are_no_hangs(ray_cluster: str, tmp_path: Pa
     assert observer.kinds() == ["start", "ready", "end"]
 
 
+def test_the_rank_that_its_peers_wait_for_is_the_one_at_fault(ray_cluster: str, tmp_path: Path) -> None:
+    """All four are silent at the same step. Seen from outside, three are in a collective, and one is not."""
+    observer = Observer()
+    plan = Plan(str(tmp_path), 20, pause_s=0.02, trouble_at=12)
+    assert supervise(sleep_at, plan, Group(workers=4, heartbeat_timeout_s=2.0), observer.hooks) == 0
+    assert counted_once(tmp_path, 20)
+    fault = observer.fields("fault")
+    assert (fault["rank"], fault["step"]) == (1, 11)
+    assert re.fullmatch(
+        r"silent for [23]\.\d s after step 11, longer than cluster.heartbeat_timeout_s=2; it is in "
+        r"sleep_at.<locals>.sleep_instead \(.*\), while ranks 0, 2-3 wait for it in a collective",
+        fault["reason"],
+    )
+    asleep, waiting = fault["ranks"]
+    assert (asleep["ranks"], asleep["step"], waiting["ranks"], waiting["step"]) == ("1", 11, "0, 2-3", 11)
+    assert asleep["stack"].startswith("sleep_at.<locals>.sleep_instead (")
+    assert "all_reduce (torch/distributed/" in waiting["stack"]
+    assert " < count (" in waiting["stack"]
+
+
 def test_a_worker_that_never_begins_is_restarted(ray_cluster: str, tmp_path: Path) -> None:
     observer = Observer()
     plan = Plan(str(tmp_path), 3)
@@ -200,9 +221,8 @@ def test_a_spent_budget_shows_the_first_failure(ray_cluster: str, tmp_path: Path
             Hooks(take_generation=counting_from(3), on_event=observer.on_event),
         )
     summary, *details = str(raised.value).splitlines()
-    assert re.fullmatch(
-        r"rank 1 \(pid \d+ on .*\): RuntimeError: one too many apples; cluster.max_restarts=0 is spent", summary
-    )
+    spent = "RuntimeError: one too many apples; cluster.max_restarts=0 within an hour is spent"
+    assert re.fullmatch(rf"rank 1 \(pid \d+ on .*\): {spent}", summary)
     assert any("counting.py" in line for line in details)
     # A worker that fails at once may do so before the driver has heard that all began.
     assert observer.kinds(but="ready") == ["start", "fault"]
@@ -224,6 +244,16 @@ def test_what_failed_twice_alike_is_not_tried_a_third_time(ray_cluster: str, tmp
     assert observer.fields("fault")["step"] == 4
 
 
+def test_who_computed_wrongly_is_at_fault_whoever_says_so(ray_cluster: str, tmp_path: Path) -> None:
+    observer = Observer()
+    plan = Plan(str(tmp_path), 10, trouble="WrongResultError", trouble_at=5)
+    with pytest.raises(WorkerError, match=r"^rank 2 \(pid .*\): WrongResultError: one too many apples; the generation"):
+        supervise(count, plan, Group(workers=4), Hooks(on_event=observer.on_event))
+    fault, kept = observer.fields("fault"), observer.fields("node_kept")
+    assert (fault["rank"], fault["suspects"], fault["pid"]) == (2, (2,), observer.pids(1)[2])
+    assert (kept["node_id"], kept["why"]) == (fault["node_id"], "it computed wrongly")
+
+
 def fault(**changes: Any) -> Fault:
     return replace(Fault("RuntimeError: apples", rank=1, pid=9, node="a", traceback="at line 3", step=4), **changes)
 
@@ -237,6 +267,8 @@ def fault(**changes: Any) -> Fault:
         (fault(), fault(reason="RuntimeError: pears"), False),
         (fault(traceback=None), fault(traceback=None), True),
         (fault(traceback=None), fault(traceback=None, rank=2), False),
+        (fault(traceback=None, reason="silent for 5.1 s"), fault(traceback=None, reason="silent for 5.3 s"), True),
+        (fault(), fault(traceback=None), False),
         (fault(step=None), fault(step=None), True),
         (fault(step=None), fault(), True),  # resumed right before the bad step, and raised in it again
         (fault(), fault(step=None), False),
@@ -246,6 +278,52 @@ def fault(**changes: Any) -> Fault:
 )
 def test_alike_is_the_same_reason_at_the_same_step(fault: Fault, before: Fault, repeats: bool) -> None:
     assert fault.repeats(before) == repeats
+
+
+def test_restarts_are_counted_within_an_hour() -> None:
+    history = History(max_restarts=3)
+    for month_s in range(0, 30 * 24 * 3600, 1201):  # three within any hour
+        assert history.add(fault(step=month_s), float(month_s)) is None
+    assert history.add(fault(step=1), month_s + 10.0) == "cluster.max_restarts=3 within an hour is spent"
+    assert History(max_restarts=0).add(fault(), 0.0) == "cluster.max_restarts=0 within an hour is spent"
+
+
+def test_a_node_on_which_different_ranks_fail_is_suspect() -> None:
+    history = History(max_restarts=9)
+    for at, rank, node, expected in (
+        (0, 1, "a", None),
+        (60, 1, "a", None),
+        (90, 4, "b", None),
+        (99, 2, "a", "ranks 1-2 failed there within an hour"),
+        (3700, 3, "a", None),  # of which one had failed an hour before
+    ):
+        if at == 3700:
+            history = History(max_restarts=9)
+            history.add(fault(rank=1, node_id="a"), 0.0)
+        history.add(fault(rank=rank, node_id=node, step=at), float(at))
+        assert history.why_set_aside() == expected
+    history.add(Fault("the node or its agent was lost", node="a"), 3800.0)
+    assert history.why_set_aside() is None
+    history.add(fault(node_id="c", suspects=(1,)), 3900.0)
+    assert history.why_set_aside() == "it computed wrongly"
+
+
+def state(rank: int, step: int | None) -> WorkerState:
+    return WorkerState(rank, 100 + rank, step, {}, 9.0, 0.1, 0.1, 0.0, None, None)
+
+
+def test_of_thousands_of_ranks_those_that_do_the_same_are_told_together() -> None:
+    states = [state(rank, 4 if rank != 77 else 3) for rank in range(2048)]
+    nodes = [f"node{rank // 8}" for rank in range(2048)]
+    stacks = dict.fromkeys(range(2048), "all_reduce") | {77: "read", 5: "write"}
+    assert doings(states, nodes, stacks)[:2] == (
+        {"ranks": "5", "nodes": ["node0"], "step": 4, "stack": "write"},
+        {"ranks": "77", "nodes": ["node9"], "step": 3, "stack": "read"},
+    )
+    assert doings(states, nodes, stacks)[2]["ranks"] == "0-4, 6-76, 78-2047"
+    everyone_elsewhere = {rank: f"frame {rank}" for rank in range(2048)}
+    assert len(str(doings(states, nodes, everyone_elsewhere))) < 4000
+    assert as_ranges([]) == ""
 
 
 def test_two_other_deaths_at_other_steps_are_both_survived(ray_cluster: str, tmp_path: Path) -> None:
@@ -261,6 +339,7 @@ def test_two_other_deaths_at_other_steps_are_both_survived(ray_cluster: str, tmp
     assert supervise(count, plan, Group(workers=4), Hooks(on_event=observer.on_event, on_status=kill)) == 0
     assert counted_once(tmp_path, 50)
     assert {generation for _, generation in history(tmp_path)} == {1, 2, 3}
+    assert observer.fields("node_kept")["why"] == "ranks 2-3 failed there within an hour", "there is no other one"
 
 
 def test_a_users_mistake_is_not_retried(ray_cluster: str, tmp_path: Path) -> None:

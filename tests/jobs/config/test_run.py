@@ -124,6 +124,22 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
             {"train.steps": "5", "optimizer.warmup_steps": "20"},
             "optimizer.warmup_steps=20 must be at most train.steps=5",
         ),
+        ({"train.on_bad_step": "ignore"}, "train.on_bad_step=ignore must be stop, skip or rollback"),
+        (
+            {"train.on_bad_step": "skip"},
+            "train.on_bad_step=skip needs a bound: train.max_skipped=0, the most batches in a row, must be at least 1",
+        ),
+        (
+            {"train.on_bad_step": "rollback", "train.max_skipped": "100"},
+            "train.max_skipped=100, the most batches in a row, must be at least 101, as it may go back over "
+            "checkpoint.every=100 steps",
+        ),
+        (
+            {"train.on_bad_step": "rollback", "train.max_skipped": "101", "checkpoint.keep": "1"},
+            "checkpoint.keep=1 must be at least 2 with train.on_bad_step=rollback, which goes to an older commit",
+        ),
+        ({"train.spike_sigmas": "0"}, "train.spike_sigmas=0 must be more than 0"),
+        ({"train.audit_every": "9"}, "train.audit_every=9 needs others who can compute the same"),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_its_name_value_and_remedy(settings: dict[str, str], message: str) -> None:
@@ -169,6 +185,11 @@ ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}
         ({"train__global_batch": "30"}, "train.global_batch=30 must be a multiple of the 4 data-parallel ranks"),
         ({"train__global_batch": "30"}, "; try 32"),
         ({"train__global_batch": "1"}, "; try 4"),
+        (
+            {"train__audit_every": "9", "layout__ep": "4"},
+            "who can compute the same: layout dp_replicate=1 dp_shard=4 tp=1 ep=4 has no "
+            "second group of data-parallel ranks; take twice the workers, smaller degrees, or 0",
+        ),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused(settings: dict[str, str], message: str) -> None:

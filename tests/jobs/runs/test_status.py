@@ -150,6 +150,18 @@ def test_what_faults_cost(tmp_path: Path) -> None:
     assert "faults   3: 6.5 s until all were at work again, 52 steps computed again" in shown.getvalue()
 
 
+def test_what_this_attempt_does_without(tmp_path: Path) -> None:
+    run, log = beat(tmp_path), EventLog(tmp_path / "events.jsonl")
+    log.write("node_set_aside", node="n2", node_id="f00", why="it computed wrongly")
+    log.write("node_kept", node="n3", node_id="f01", why="ranks 0-1 failed there within an hour")
+    assert status_of(run).set_aside == ("n2: it computed wrongly",)
+    shown = io.StringIO()
+    show_status([run], watch=False, as_json=False, console=Console(file=shown, width=80))
+    assert "aside    node n2: it computed wrongly\n" in shown.getvalue()
+    beat(tmp_path, since=time.time() + 1)
+    assert status_of(run).set_aside == (), "another attempt takes what it gets"
+
+
 def test_who_is_slow_now(tmp_path: Path) -> None:
     run, log = beat(tmp_path), EventLog(tmp_path / "events.jsonl")
     slow = {"rank": 5, "node": "n2", "own_seconds": 2.0}

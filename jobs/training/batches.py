@@ -1,0 +1,45 @@
+"""A rank's lanes of a global batch: out of the stream, and into the model in pieces."""
+
+import torch
+
+from moray.data.blocks import CACHE_BYTES
+from moray.data.dataset import Dataset
+from moray.data.stream import Batch, Stream
+from moray.jobs.config.run import TrainSection
+from moray.jobs.training.begin import Training
+from moray.model import Randomness
+from moray.parallel.gradients import MicroBatch
+
+
+def stream_of(dataset: Dataset, train: TrainSection, lanes: range, cache_bytes: int = CACHE_BYTES) -> Stream:
+    """The training split, as a run with these settings reads it."""
+    return Stream(
+        dataset,
+        "train",
+        seq_len=train.seq_len,
+        global_batch=train.global_batch,
+        seed=train.seed,
+        lanes=lanes,
+        cache_bytes=cache_bytes,
+    )
+
+
+def micro_batches(training: Training, batch: Batch, lanes: range) -> list[MicroBatch]:
+    """These lanes of a global batch in pieces of at most micro_batch sequences, on this rank's device."""
+    train, device = training.config.train, training.context.device
+    sequences_B = torch.arange(batch.first + lanes.start, batch.first + lanes.stop)
+    tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT, sequences_B)
+    return [
+        MicroBatch.of(
+            tokens,
+            targets,
+            positions,
+            documents,
+            device,
+            Randomness(train.seed, training.step, sequences.to(device)),
+            training.work.flops(documents),
+        )
+        for tokens, targets, positions, documents, sequences in zip(
+            *(tensor.split(train.micro_batch) for tensor in tensors), strict=True
+        )
+    ]
