@@ -44,8 +44,8 @@ from moray.parallel.checkpoint.host_copy import HostCopy
 from moray.parallel.checkpoint.manifest import DamagedError, StoredFile, StoredTensor
 from moray.parallel.checkpoint.plan import assign, describe
 from moray.parallel.checkpoint.writer import CommitWriter
-from moray.parallel.chunks import held_chunks
 from moray.parallel.control_plane import ControlPlane, RanksError
+from moray.parallel.held import held_chunks
 
 Event = Callable[[str, dict[str, Any]], None]
 
