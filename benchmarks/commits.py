@@ -28,7 +28,8 @@ from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import ModelConfig
 from moray.parallel.checkpoint.manifest import Manifest, StoredFile
 from moray.parallel.checkpoint.plan import Held, assign, describe, file_name
-from moray.parallel.chunks import Chunk, held_chunk, held_chunks
+from moray.parallel.chunks import Chunk
+from moray.parallel.held import held_chunk, held_chunks
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder
 

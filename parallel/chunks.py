@@ -1,13 +1,10 @@
-"""Chunks: the part of a tensor that a rank holds, and whether some of them make up the whole."""
+"""Chunks of tensors, and whether some of them make up the whole. Needs no torch: nor does who reads a manifest."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 """Where it begins in the tensor, and how long it is, by dimension."""
@@ -16,26 +13,6 @@ Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 def whole(shape: Sequence[int]) -> Chunk:
     """The chunk that is all of a tensor."""
     return (0,) * len(shape), tuple(shape)
-
-
-def held_chunk(tensor: Tensor) -> Chunk:
-    """The part of the whole tensor that this rank holds."""
-    if not isinstance(tensor, DTensor):
-        return whole(tensor.shape)
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(offsets), tuple(sizes)
-
-
-def held_chunks(state: Mapping[str, Tensor]) -> dict[str, Chunk]:
-    """The same for many tensors, most of which are cut alike: torch takes a millisecond for one."""
-    known: dict[Hashable, Chunk] = {}
-    held = {}
-    for name, tensor in state.items():
-        cut = (tensor.shape, id(getattr(tensor, "device_mesh", None)), getattr(tensor, "placements", None))
-        if cut not in known:
-            known[cut] = held_chunk(tensor)
-        held[name] = known[cut]
-    return held
 
 
 @dataclass(frozen=True)

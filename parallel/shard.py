@@ -13,8 +13,8 @@ from moray.model.moe.experts import Experts
 from moray.model.moe.layer import MoE, Router
 from moray.model.sharded import local
 from moray.model.tensors import Read, tensor_shapes
-from moray.parallel.chunks import held_chunk
 from moray.parallel.expert import apply_expert_parallel
+from moray.parallel.held import held_chunk
 from moray.parallel.layout import Meshes
 from moray.parallel.tensor import apply_tensor_parallel
 

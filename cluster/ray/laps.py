@@ -30,7 +30,8 @@ class Laps:
 
         A phase ends with the last worker's; `entered` has each worker's phases, in seconds after its start.
         """
-        started, phases = self._last, {}
+        started = self._last
+        phases: dict[str, float] = {}
         for of_worker in entered:
             for phase, seconds in of_worker.items():
                 phases[phase] = max(phases.get(phase, 0.0), seconds)

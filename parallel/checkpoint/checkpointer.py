@@ -45,8 +45,8 @@ from moray.parallel.checkpoint.host_copy import HostCopy
 from moray.parallel.checkpoint.manifest import DamagedError, StoredFile, StoredTensor
 from moray.parallel.checkpoint.plan import assign, describe
 from moray.parallel.checkpoint.writer import CommitWriter
-from moray.parallel.chunks import held_chunks
 from moray.parallel.control_plane import ControlPlane, RanksError
+from moray.parallel.held import held_chunks
 
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -220,7 +220,7 @@ class Checkpointer:
             held = self._ranks.each(lambda: describe(state))
             plan = self._ranks.each(lambda: assign(held, state) if held else None)
             self._tensors = plan[0].tensors if plan and plan[0] else {}
-            writes = self._ranks.from_rank_0(lambda: plan[0].writes if plan[0] else None)
+            [writes] = self._ranks.from_rank_0(lambda: [found.writes for found in plan if found])
             mine = [name for name, is_mine in zip(state, writes[self._ranks.rank], strict=True) if is_mine]
             self._planned = signature, mine
         return self._planned[1]

@@ -17,7 +17,8 @@ from moray import UserError
 from moray.model.sharded import local
 from moray.parallel.checkpoint.manifest import StoredTensor
 from moray.parallel.checkpoint.tensor_file import dtype_name
-from moray.parallel.chunks import Chunk, Grid, coverage_problem, held_chunks
+from moray.parallel.chunks import Chunk, Grid, coverage_problem
+from moray.parallel.held import held_chunks
 
 
 @dataclass(frozen=True)
