@@ -29,8 +29,8 @@ class WrongResultError(RuntimeError):
 class Memory:
     """Memory of this node that outlives its workers: what one leaves there, those of later generations find.
 
-    `files` are descriptors of files in memory, by rank: two for each rank that this node has or had, and for each rank of
-    the node before it, for which it stands in. `ranks` are those of each node, of which this is the `node`-th.
+    `files` are descriptors of files in memory, by rank: two for each rank that this node has or had, and for each rank
+    of the node before it, for which it stands in. `ranks` are those of each node, of which this is the `node`-th.
     """
 
     files: Mapping[int, Sequence[int]]

@@ -65,8 +65,8 @@ class WorkerState:
 
     `usual_silence_s` is what hardly any silence between two heartbeats exceeds, `longest_silence_s` the longest one;
     None until a step has been seen from its beginning to its end, for what comes before says nothing about steps.
-    `suspended_s`: for how long its process has been suspended. `phase` is what it does now; `entered` says when it began
-    with each phase for the first time, in seconds after its fork.
+    `suspended_s`: for how long its process has been suspended. `phase` is what it does now; `entered` says when it
+    began with each phase for the first time, in seconds after its fork.
     """
 
     rank: int

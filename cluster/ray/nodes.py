@@ -128,11 +128,7 @@ class Gang:
             return
         time.sleep(SETTLE_S)  # that end takes a moment to show, and a lost Ray cannot release anything
         self._connection.check()
-        self._gap = min(map(self.nodes.index, nodes))
-        for node in nodes:
-            self.nodes.remove(node)
-            self._avoided.add(node.node_id)
-            node.release()
+        self._give_up(nodes)
 
     def set_aside(self, node_id: str) -> bool:
         """Gives up a node that is suspect, where others have room for its workers; otherwise it stays: False."""
@@ -141,11 +137,15 @@ class Gang:
         suspect = [node for node in self.nodes if node.node_id == node_id]
         if not suspect or room < sum(node.slots for node in suspect):
             return False
-        self._avoided = avoided
-        for node in suspect:
-            self.nodes.remove(node)
-            node.release()
+        self._give_up(suspect)
         return True
+
+    def _give_up(self, nodes: Sequence[Node]) -> None:
+        self._gap = min(map(self.nodes.index, nodes))
+        for node in nodes:
+            self.nodes.remove(node)
+            self._avoided.add(node.node_id)
+            node.release()
 
     def abandon(self) -> None:
         """Gives up all nodes of a Ray that is lost. Agents in a cluster may be within reach even so: they are told."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from moray.data.stream import Batch
-from moray.jobs.training.begin import WINDOW, Training, go_on_from
+from moray.jobs.training.begin import WINDOW, Training, go_on_from, load_commit
 from moray.parallel.checkpoint.commits import Commit
 from moray.parallel.gradients import drop_gradients
 

@@ -1,9 +1,9 @@
 """Copies of a run's state in memory that outlives its workers: the next generation goes on from the newest whole one.
 
-Every few steps each rank copies its part of the state into a file in memory of its node, and a thread sends it on to the
-node after, which stands in for a node that is lost. There are two files a rank, written in turn, so that one is whole at
-any instant. The rule is that of a commit: a snapshot is whole on all ranks, in its record and its checksums, or it does
-not exist. What lies in memory is of one attempt alone, for it ends with the agents.
+Every few steps each rank copies its part of the state into a file in memory of its node, and a thread sends it on to
+the node after, which stands in for a node that is lost. There are two files a rank, written in turn, so that one is
+whole at any instant. The rule is that of a commit: a snapshot is whole on all ranks, in its record and its checksums, or
+it does not exist. What lies in memory is of one attempt alone, for it ends with the agents.
 """
 
 import math
@@ -31,8 +31,8 @@ WAIT_S = 1.0
 class Snapshots:
     """Of the ranks' state, in `files` (descriptors, two for each rank that this node holds or stands in for).
 
-    `ranks` are those of each node, of which this is the `node`-th. `every` counts steps; None: as often as keeps the cost
-    below COST, and at least once in `at_least_every`. Every method, the constructor too, is collective.
+    `ranks` are those of each node, of which this is the `node`-th. `every` counts steps; None: as often as keeps the
+    cost below COST, and at least once in `at_least_every`. Every method, the constructor too, is collective.
     `on_event` hears, on rank 0, of `snapshot_refused` (step, problems).
     """
 
@@ -206,7 +206,7 @@ class Snapshots:
     def _restore(
         self, key: tuple[int, int], providers: Mapping[int, Sequence[int]], state: Mapping[str, Tensor]
     ) -> str | None:
-        """Fetches this rank's file where this node has none, and fills `state` with it; returns what is wrong with it."""
+        """Fetches this rank's file where its node has none, and fills `state` with it; returns what is wrong with it."""
         node_of = {rank: ranks for ranks in self._ranks for rank in ranks}
         # Whoever's node has none gets it from the first that has.
         moves = [(rank, of[0]) for rank, of in providers.items() if not any(p in node_of[rank] for p in of)]
