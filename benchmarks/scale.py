@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py index N_SHARDS
     python benchmarks/scale.py metrics STEPS
+    python benchmarks/scale.py driver [--nodes 256] [--workers 8]
 
 Everything is synthetic, and of the form and size that a run of that scale would have. Each line is measured in a
 process of its own; own memory is what that process shares with no file (RssAnon), beyond its imports.
@@ -13,17 +14,28 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
+from rich.console import Console
 
+from moray.cluster.ray import generation as generations
+from moray.cluster.ray.generation import Watch
+from moray.cluster.ray.messages import WorkerState
+from moray.cluster.ray.nodes import POLLS
+from moray.cluster.ray.patience import Patience
 from moray.data.dataset import Dataset
 from moray.data.index import SAMPLE, SHARD, Extent, Sample, Split, sample_key, shard_name, write_index
 from moray.data.stream import Stream
+from moray.jobs.config.run import load_config
 from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.reporter import Reporter
+from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.metrics import MetricsLog, read_metrics
 
 SAMPLES = 256
@@ -175,13 +187,125 @@ def metrics_row(step: int) -> dict[str, Any]:
     }
 
 
+def driver(nodes: int, workers: int, seconds: float = 30.0) -> None:
+    """The driver's share of a core while every worker takes a step a second.
+
+    The generation, the watcher and the reporter are real, the nodes are not: they answer as agents do, without Ray.
+    What Ray itself costs a driver is measured on a few real actors, a poll, and added for as many as there were.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        share, synthetic = driver_share(Path(folder), nodes, workers, seconds)
+    answers, waits = synthetic.answers / seconds, synthetic.waits / seconds
+    an_answer, a_wait = seconds_of_ray(nodes, workers)
+    of_ray = answers * an_answer + waits * a_wait
+    print(f"{nodes * workers:,} workers on {nodes:,} nodes: {answers:.0f} answers/s, {waits:.0f} calls of ray.wait/s")
+    print(f"Ray's work {of_ray:.1%} of a core ({an_answer * 1e3:.2f} ms an answer, {a_wait * 1e3:.2f} ms a wait)")
+    print(f"the driver's own {share:.1%}")
+    print(f"together {of_ray + share:.1%}")
+
+
+class SyntheticRay:
+    """`wait` and `get` over answers that are due at a time."""
+
+    def __init__(self) -> None:
+        self.answers = self.waits = 0
+
+    def wait(self, answers: list["Due"], num_returns: int = 1, timeout: float = 0.0) -> tuple[list["Due"], None]:
+        self.waits += 1
+        first = min(answer.at for answer in answers)
+        if num_returns == 1:
+            time.sleep(max(0.0, min(first - time.monotonic(), timeout)))
+        now = time.monotonic()
+        return [answer for answer in answers if answer.at <= now][:num_returns], None
+
+    def get(self, answer: "Due") -> list[WorkerState]:
+        self.answers += 1
+        return [
+            WorkerState(rank, 1000 + rank, int(time.monotonic()), {"step": 1}, 0.5, 1.0, False, None, None)
+            for rank in answer.ranks
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Due:
+    at: float
+    ranks: range
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticNode:
+    host: str
+    slots: int
+    first: int
+
+    def poll(self, wait_s: float) -> Due:
+        return Due(time.monotonic() + wait_s, range(self.first, self.first + self.slots))
+
+
+def driver_share(run: Path, nodes: int, workers: int, seconds: float) -> tuple[float, SyntheticRay]:
+    """The share of a core that a generation without Ray takes, and what it asked of Ray."""
+    config = load_config(None, {"data.path": "data", "run.dir": str(run), "model.preset": "demo-moe"})
+    group = [SyntheticNode(f"node-{n}", workers, n * workers) for n in range(nodes)]
+    began, cpu = time.monotonic(), time.process_time()
+
+    def leave() -> None:
+        if time.monotonic() - began > seconds:
+            raise TimeoutError
+
+    with Reporter(config, Listener()) as reporter, Watcher(config, Console(quiet=True), reporter) as watcher:
+        patience = Patience(startup_s=600, heartbeat_s=60, lease_s=20)
+        watch = Watch(patience, watcher.on_event, watcher.on_status, lambda: False, leave)
+        generations.ray = synthetic = SyntheticRay()
+        followed = generations.Generation(1, group, watch, "ready")
+        for node in group:
+            followed._poll(node)
+        with suppress(TimeoutError):
+            followed._follow(began)
+    return (time.process_time() - cpu) / (time.monotonic() - began), synthetic
+
+
+def seconds_of_ray(nodes: int, workers: int, actors: int = 4, polls: int = 500) -> tuple[float, float]:
+    """CPU seconds that a driver's process spends on a poll (to ask an actor, to fetch and unpack its answer), and on a
+    look at whether any of as many as there are nodes has been answered."""
+    ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    agents = [ray.remote(concurrency_groups={POLLS: 1})(Answering).remote(workers) for _ in range(actors)]
+    asked = [agent.call.options(concurrency_group=POLLS) for agent in agents]
+    ray.get([ask.remote(0.0) for ask in asked])
+    cpu = time.process_time()
+    for _ in range(polls // actors):
+        waiting = [ask.remote(0.05) for ask in asked]
+        ray.wait(waiting, num_returns=actors, timeout=10)
+        for answer in waiting:
+            ray.get(answer)
+    a_poll = (time.process_time() - cpu) / polls
+    waiting = [asked[node % actors].remote(60.0) for node in range(nodes)]
+    cpu = time.process_time()
+    for _ in range(100):
+        ray.wait(waiting, num_returns=nodes, timeout=0)
+    a_wait = (time.process_time() - cpu) / 100
+    ray.shutdown()
+    return a_poll, a_wait
+
+
+class Answering:
+    def __init__(self, workers: int) -> None:
+        self.states = [WorkerState(n, 1000 + n, 1, {"step": 1}, 0.5, 1.0, False, None, None) for n in range(workers)]
+
+    def call(self, wait_s: float) -> list[WorkerState]:
+        time.sleep(wait_s)
+        return self.states
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("index").add_argument("n_shards", type=int)
     commands.add_parser("metrics").add_argument("steps", type=int)
+    of_driver = commands.add_parser("driver")
+    of_driver.add_argument("--nodes", type=int, default=256)
+    of_driver.add_argument("--workers", type=int, default=8)
     arguments = vars(parser.parse_args())
-    {"index": index, "metrics": metrics}[arguments.pop("command")](**arguments)
+    {"index": index, "metrics": metrics, "driver": driver}[arguments.pop("command")](**arguments)
 
 
 if __name__ == "__main__":
