@@ -3,6 +3,7 @@
     python benchmarks/scale.py index N_SHARDS
     python benchmarks/scale.py metrics STEPS
     python benchmarks/scale.py driver [--nodes 256] [--workers 8]
+    python benchmarks/scale.py sockets [--worlds 4 8 16]
 
 Everything is synthetic, and of the form and size that a run of that scale would have. Each line is measured in a
 process of its own; own memory is what that process shares with no file (RssAnon), beyond its imports.
@@ -10,6 +11,8 @@ process of its own; own memory is what that process shares with no file (RssAnon
 
 import argparse
 import json
+import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,13 +25,17 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from moray.cluster.ray import generation as generations
+from moray.cluster.ray.child import _open_store
 from moray.cluster.ray.generation import Watch
-from moray.cluster.ray.messages import WorkerState
+from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import POLLS
 from moray.cluster.ray.patience import Patience
+from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.data.index import SAMPLE, SHARD, Extent, Sample, Split, sample_key, shard_name, write_index
 from moray.data.stream import Stream
@@ -37,6 +44,8 @@ from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.reporter import Reporter
 from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.metrics import MetricsLog, read_metrics
+from moray.parallel.control_plane import ControlPlane
+from moray.parallel.layout import Layout
 
 SAMPLES = 256
 SAMPLE_TOKENS = 1 << 16
@@ -296,6 +305,71 @@ class Answering:
         return self.states
 
 
+def sockets(worlds: list[int]) -> None:
+    """The sockets of ranks whose groups have had every kind of collective that a run has, on the CPU."""
+    print("| ranks | rank 0, full meshes | others, full meshes | rank 0, as needed | others, as needed |")
+    print("|---|---|---|---|---|")
+    for world in worlds:
+        counts = [count for is_lazy in (False, True) for count in sockets_of(world, is_lazy)]
+        print("| " + " | ".join(map(str, [world, *counts])) + " |", flush=True)
+
+
+def sockets_of(world: int, is_lazy: bool) -> tuple[int, int]:
+    """Those of rank 0, and the most that another rank has."""
+    context = get_context("fork")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        counts = context.SimpleQueue()
+        ranks = [
+            context.Process(target=count_sockets, args=(rank, world, listener, is_lazy, counts))
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        of_rank = dict(counts.get() for _ in ranks)
+        for process in ranks:
+            process.join()
+    return of_rank.pop(0), max(of_rank.values())
+
+
+def count_sockets(rank: int, world: int, listener: socket.socket, is_lazy: bool, counts: Any) -> None:
+    os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(is_lazy))
+    at = Assignment(1, world, 0, world, "127.0.0.1", listener.getsockname()[1], 60.0, "cpu")
+    context = WorkerContext(
+        rank=rank,
+        world_size=world,
+        local_rank=rank,
+        local_world_size=world,
+        generation=1,
+        device=torch.device("cpu"),
+        open_store=lambda: _open_store(at, None if rank else listener),
+        report=lambda step, status: None,
+        should_stop=lambda: False,
+    )
+    with context.process_group():
+        meshes = Layout(dp_replicate=1, dp_shard=world // 2, tp=2, ep=4).resolve(world).meshes("cpu")
+        ranks = ControlPlane()
+        for numbers in (4, 400_000):  # gloo sums few numbers otherwise than many
+            dist.all_reduce(torch.zeros(numbers))
+        ranks.from_rank_0(lambda: 1)
+        ranks.gather(1)
+        told = [None] * world if rank == 0 else None
+        dist.gather_object(rank, told, group=ranks.group)  # a commit's plans, and what becomes of them
+        dist.scatter_object_list([None], told, group=ranks.group)
+        for group in (
+            mesh.get_group(name) for mesh in (meshes.dense, meshes.sparse) for name in mesh.mesh_dim_names or ()
+        ):
+            n = dist.get_world_size(group)
+            dist.all_gather_into_tensor(torch.zeros(n * 1000), torch.zeros(1000), group=group)
+            dist.reduce_scatter_tensor(torch.zeros(1000), torch.zeros(n * 1000), group=group)
+            dist.all_reduce(torch.zeros(1000), group=group)
+        ep = meshes.sparse.get_group("ep")
+        dist.all_to_all_single(torch.zeros(4000), torch.zeros(4000), group=ep)
+        dist.barrier()
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        counts.put((rank, sum(os.path.islink(link) and os.readlink(link).startswith("socket") for link in links)))
+        dist.barrier()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -304,8 +378,9 @@ def main() -> None:
     of_driver = commands.add_parser("driver")
     of_driver.add_argument("--nodes", type=int, default=256)
     of_driver.add_argument("--workers", type=int, default=8)
+    commands.add_parser("sockets").add_argument("--worlds", type=int, nargs="+", default=[4, 8, 16])
     arguments = vars(parser.parse_args())
-    {"index": index, "metrics": metrics, "driver": driver}[arguments.pop("command")](**arguments)
+    {"index": index, "metrics": metrics, "driver": driver, "sockets": sockets}[arguments.pop("command")](**arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def sockets_of_groups() -> tuple[int, int]:
 
 
 def test_a_rank_has_no_connection_to_each_other_one_in_each_group(pool: Any) -> None:
-    """Full meshes would be 7 connections in the default group, 7 in the control plane's, and 8 in those of the meshes."""
+    """Full meshes: 7 connections in the default group, 7 in the control plane's, and 8 in those of the meshes."""
     for before, after in pool.run(sockets_of_groups, 8):
         assert before <= 14, "a listener a group, and hardly a connection"
         assert after <= before + 5 + 2, "a barrier reaches the neighbours at 1, 2 and 4; a ring has two"
