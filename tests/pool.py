@@ -72,7 +72,8 @@ def _work(
             report=lambda step, status: None,
             should_stop=lambda: False,
         )
-        context.process_group(timedelta(seconds=CALL_S)).__enter__()
+        group = context.process_group(timedelta(seconds=CALL_S))
+        group.__enter__()  # for good: this process does not end by itself
         torch.manual_seed(0)
         reply = (True, getattr(_load(path), name)(*pickle.loads(arguments)))
     except BaseException:
