@@ -27,7 +27,7 @@ class Places:
     sequences: np.ndarray  # index of the sequence within the shard
 
 
-def sequence_counts(shard_tokens: Sequence[int], seq_len: int) -> np.ndarray:
+def sequence_counts(shard_tokens: np.ndarray | Sequence[int], seq_len: int) -> np.ndarray:
     """Sequences in each shard, int64 [shards]: every token after a shard's first is the target of exactly one."""
     return -(-(np.asarray(shard_tokens, np.int64) - 1) // seq_len)
 

@@ -206,8 +206,9 @@ class Gang:
             strategy="STRICT_PACK",
             bundle_label_selector=[{"ray.io/node-id": node_id}],
         )
-        actor: Any = (
-            ray.remote(concurrency_groups={POLLS: 1})(AgentActor)
+        remote: Any = ray.remote  # its types know of no concurrency groups
+        actor = (
+            remote(concurrency_groups={POLLS: 1})(AgentActor)
             .options(
                 num_cpus=slots if self._resource == "CPU" else 0,
                 num_gpus=slots if self._resource == "GPU" else 0,
