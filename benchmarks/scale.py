@@ -32,6 +32,7 @@ from rich.console import Console
 from moray.cluster.ray import generation as generations
 from moray.cluster.ray.child import _open_store
 from moray.cluster.ray.generation import Watch
+from moray.cluster.ray.laps import Laps
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import POLLS
 from moray.cluster.ray.patience import Patience
@@ -213,6 +214,11 @@ def driver(nodes: int, workers: int, seconds: float = 30.0) -> None:
     print(f"together {of_ray + share:.1%}")
 
 
+def working(rank: int, step: int) -> WorkerState:
+    entered = dict.fromkeys(("joining", "building", "reading", "computing"), 0.5)
+    return WorkerState(rank, 1000 + rank, step, {"step": step}, "computing", entered, 0.5, 1.0, False, None, None)
+
+
 class SyntheticRay:
     """`wait` and `get` over answers that are due at a time."""
 
@@ -229,10 +235,7 @@ class SyntheticRay:
 
     def get(self, answer: "Due") -> list[WorkerState]:
         self.answers += 1
-        return [
-            WorkerState(rank, 1000 + rank, int(time.monotonic()), {"step": 1}, 0.5, 1.0, False, None, None)
-            for rank in answer.ranks
-        ]
+        return [working(rank, int(time.monotonic())) for rank in answer.ranks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +272,7 @@ def driver_share(run: Path, nodes: int, workers: int, seconds: float) -> tuple[f
         for node in group:
             followed._poll(node)
         with suppress(TimeoutError):
-            followed._follow(began)
+            followed._follow(Laps(began))
     return (time.process_time() - cpu) / (time.monotonic() - began), synthetic
 
 
@@ -298,7 +301,7 @@ def seconds_of_ray(nodes: int, workers: int, actors: int = 4, polls: int = 500) 
 
 class Answering:
     def __init__(self, workers: int) -> None:
-        self.states = [WorkerState(n, 1000 + n, 1, {"step": 1}, 0.5, 1.0, False, None, None) for n in range(workers)]
+        self.states = [working(rank, step=1) for rank in range(workers)]
 
     def call(self, wait_s: float) -> list[WorkerState]:
         time.sleep(wait_s)

@@ -36,6 +36,8 @@ class WorkerContext:
     notes: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What workers of this node noted in the generations before."""
     note: Callable[[str, Any], None] = field(default=lambda name, value: None, repr=False)
+    enter: Callable[[str], None] = field(default=lambda phase: None, repr=False)
+    """Tells whoever watches what this worker does from now on, in a word; to be called where that changes."""
 
     def heartbeat(self, step: int, **status: Any) -> None:
         """Says that `step` is done; to be called after every step, and within long work between steps.
@@ -59,6 +61,7 @@ class WorkerContext:
         Collectives may wait `timeout`; a peer that dies or hangs is noticed by the supervisor long before.
         A rank is connected with those that its collectives have met: it is not, once a group, with all others.
         """
+        self.enter("joining")
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         # Rank 0 alone has a connection from each: for the store.
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

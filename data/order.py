@@ -6,11 +6,11 @@ of shards, no state but that list's order in an epoch: the permutations are Feis
 library upgrade can change.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 # 4 full shards are 128 MiB of uint16 tokens, or 256 MiB of uint32: what the stream's cache holds by default.
 WINDOW_SHARDS = 4
@@ -27,7 +27,7 @@ class Places:
     sequences: np.ndarray  # index of the sequence within the shard
 
 
-def sequence_counts(shard_tokens: np.ndarray | Sequence[int], seq_len: int) -> np.ndarray:
+def sequence_counts(shard_tokens: npt.ArrayLike, seq_len: int) -> np.ndarray:
     """Sequences in each shard, int64 [shards]: every token after a shard's first is the target of exactly one."""
     return -(-(np.asarray(shard_tokens, np.int64) - 1) // seq_len)
 

@@ -1,11 +1,20 @@
 """How ranks agree on small things (a list of folders, a list of problems) through host memory."""
 
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+class RanksError(RuntimeError):
+    """What went wrong, by the rank on which it did."""
+
+    def __init__(self, failures: dict[int, Exception]) -> None:
+        super().__init__("; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, e in sorted(failures.items())))
+        self.failures = failures
 
 
 class ControlPlane:
@@ -33,6 +42,26 @@ class ControlPlane:
         if error:
             raise error
         return value  # type: ignore[return-value]
+
+    def each(self, function: Callable[[], T]) -> list[T]:
+        """What function() gives on every rank, in rank order; on rank 0, and nothing on the others.
+
+        Raises RanksError on all ranks where it has raised on any.
+        """
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        try:
+            outcome = (function(), None)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # which hold what the function worked on
+            outcome = (None, error)
+        outcomes = [outcome]
+        if self.group:
+            outcomes = [outcome] * self.world_size if self.rank == 0 else []
+            dist.gather_object(outcome, outcomes or None, dst=0, group=self.group)
+        failures = self.from_rank_0(lambda: {rank: error for rank, (_, error) in enumerate(outcomes) if error})
+        if failures:
+            raise RanksError(failures)
+        return [value for value, _ in outcomes]  # type: ignore[misc]
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order, on all ranks."""

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import Shard
 
 from moray.model import ModelConfig
 from moray.model.decoder import Decoder
@@ -15,6 +14,7 @@ from moray.model.moe.layer import MoE, Router
 from moray.model.sharded import local
 from moray.model.tensors import Read, tensor_shapes
 from moray.parallel.expert import apply_expert_parallel
+from moray.parallel.held import held_chunk
 from moray.parallel.layout import Meshes
 from moray.parallel.tensor import apply_tensor_parallel
 
@@ -103,7 +103,4 @@ def load_shards(decoder: Decoder, read: Read) -> None:
 
 def _held_box(parameter: Tensor) -> list[slice]:
     """Which part of the whole tensor this rank holds."""
-    if not isinstance(parameter, DTensor):
-        return [slice(0, size) for size in parameter.shape]
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return [slice(start, start + size) for start, size in zip(offset, shape, strict=True)]
+    return [slice(start, start + size) for start, size in zip(*held_chunk(parameter), strict=True)]

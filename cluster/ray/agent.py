@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from moray.cluster.ray.messages import Assignment, Failure, Note, WorkerState
+from moray.cluster.ray.messages import Assignment, Failure, Note, Phase, WorkerState
 from moray.cluster.signals import hold_sigterm
 from moray.cluster.versions import versions
 
@@ -72,7 +72,10 @@ class _Worker:
     pid: int
     pipe: Connection
     notes: dict[str, Any]
+    forked: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
+    phase: str = "starting"
+    entered: dict[str, float] = field(default_factory=dict)
     longest_silence_s: float | None = None
     step: int | None = None
     status: dict[str, Any] = field(default_factory=dict)
@@ -100,11 +103,15 @@ class _Worker:
                 self.failure = Failure(_cause_of_death(wait_status), time.time())
         return is_news
 
-    def _take(self, message: Failure | Note | int | tuple[int, dict[str, Any]]) -> bool:
+    def _take(self, message: Failure | Note | Phase | int | tuple[int, dict[str, Any]]) -> bool:
         if isinstance(message, Note):
             self.notes[message.name] = message.value
             return False
         silence_s, self.heard = time.monotonic() - self.heard, time.monotonic()
+        if isinstance(message, Phase):
+            self.phase = message.name
+            self.entered.setdefault(message.name, self.heard - self.forked)
+            return False
         if isinstance(message, Failure):
             self.failure = message
             return True
@@ -122,6 +129,8 @@ class _Worker:
             pid=self.pid,
             step=self.step,
             status=self.status,
+            phase=self.phase,
+            entered=self.entered,
             silent_s=time.monotonic() - self.heard,
             longest_silence_s=self.longest_silence_s,
             is_suspended=not self.is_gone and _is_suspended(self.pid),

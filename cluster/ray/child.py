@@ -17,7 +17,7 @@ from moray.cluster.devices import check_health, pick_device
 from moray.cluster.exit_codes import EXIT_DONE
 from moray.cluster.network import use_interface_of
 from moray.cluster.parent import die_with_parent
-from moray.cluster.ray.messages import Assignment, Failure, Note
+from moray.cluster.ray.messages import Assignment, Failure, Note, Phase
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import WorkerContext, WorkerFunction
 
@@ -57,6 +57,7 @@ def work(
                 should_stop=should_stop,
                 notes=notes,
                 note=lambda name, value: pipe.send(Note(name, value)),
+                enter=lambda phase: pipe.send(Phase(phase)),
             )
             pipe.send(int(function(context, argument) or EXIT_DONE))
         except BaseException as error:

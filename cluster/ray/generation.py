@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.ray.agent import POLL_S
 from moray.cluster.ray.connection import RayLostError
+from moray.cluster.ray.laps import Laps
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.nodes import Node
 from moray.cluster.ray.patience import Patience
@@ -78,6 +79,7 @@ class Generation:
     ) -> None:
         """`ready_kind` is the event to send once all workers have begun."""
         self.lost: list[Node] = []
+        self.noticed = time.monotonic()
         self._number = number
         self._ready_kind = ready_kind
         self._nodes = list(nodes)
@@ -89,13 +91,14 @@ class Generation:
         self._asked: dict[Node, float] = {}
         self._looked = time.monotonic()
 
-    def run(self, since: float) -> int | Fault:
+    def run(self, laps: Laps) -> int | Fault:
         """The exit code of the group, or why it failed; then all workers are gone, and `lost` names dead nodes.
 
-        `since` is the time.monotonic() of the last fault or, in the first generation, of the start.
+        `laps` began with the last fault or, in the first generation, with the start; those that this generation needs
+        until all are at work go with the event. `noticed` is when it saw its own fault.
         """
         try:
-            outcome = self._start() or self._follow(since)
+            outcome = self._start() or self._follow(laps)
         except RayLostError:
             raise  # through what is lost, no worker can be ended
         except BaseException:
@@ -103,6 +106,7 @@ class Generation:
             raise
         if isinstance(outcome, int):
             return outcome
+        self.noticed = time.monotonic()
         self._kill()
         # Ranks feel the end of a node's connections before Ray knows that the node is gone.
         return self._loss() if self.lost and outcome.traceback and not outcome.is_users_mistake else outcome
@@ -133,8 +137,9 @@ class Generation:
             self._poll(node)
         return None
 
-    def _follow(self, since: float) -> int | Fault:
+    def _follow(self, laps: Laps) -> int | Fault:
         n_workers = len(self._node_of)
+        laps.lap("forking")
         is_ready = is_stopping = False
         begun: set[int] = set()
         codes: dict[int, int] = {}
@@ -147,8 +152,9 @@ class Generation:
             codes.update((state.rank, state.exit_code) for state in news if state.exit_code is not None)
             if not is_ready and len(begun) == n_workers:
                 is_ready = True
-                seconds = time.monotonic() - since
-                self._watch.on_event(self._ready_kind, {"generation": self._number, "seconds": seconds})
+                laps.split([state.entered for state in self._states.values()])
+                times = {"seconds": laps.seconds, "phases": laps.rounded}
+                self._watch.on_event(self._ready_kind, {"generation": self._number, **times})
             if len(codes) == n_workers:
                 return max(codes.values())
             if not is_stopping and self._watch.should_stop():

@@ -31,6 +31,13 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What a worker does from now on."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why a worker ended before its time. `time` is unix seconds; `traceback` is None where it died without a word."""
 
@@ -45,13 +52,16 @@ class WorkerState:
     """What its agent knows of a worker: the last heartbeat (step None before the first), and how it ended, if so.
 
     `longest_silence_s` is the longest that lay between two heartbeats; None until a step has been seen from its
-    beginning to its end, for what comes before says nothing about steps.
+    beginning to its end, for what comes before says nothing about steps. `phase` is what it does now; `entered` says
+    when it began with each phase for the first time, in seconds after its fork.
     """
 
     rank: int
     pid: int
     step: int | None
     status: dict[str, Any]
+    phase: str
+    entered: dict[str, float]
     silent_s: float
     longest_silence_s: float | None
     is_suspended: bool

@@ -14,6 +14,7 @@ from moray.cluster.group import SILENT, Group, Hooks
 from moray.cluster.ray.address import is_open
 from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.generation import Fault, Generation, Watch
+from moray.cluster.ray.laps import Laps
 from moray.cluster.ray.nodes import Gang, NoRoomError
 from moray.cluster.ray.patience import Patience
 from moray.cluster.signals import stop_on_signals
@@ -52,7 +53,7 @@ def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hook
 
 def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_restarts: int) -> int:
     """Runs generations, as many as it takes; returns the exit code of the last one."""
-    since, is_lost = time.monotonic(), False
+    laps, is_lost = Laps(time.monotonic()), False
     number: int | None = None
     before: Fault | None = None
     outcome: int | Fault | None
@@ -73,14 +74,18 @@ def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_res
             if not outcome:
                 # As late as can be: whoever takes one puts an end to all others.
                 number = hooks.take_generation(number)
-                outcome = _run_generation(number, gang, watch, since, before)
+                laps.lap("placing")
+                generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
+                outcome = generation.run(laps)
+                laps = Laps(generation.noticed)
+                laps.lap("killing")
+                gang.drop(generation.lost)
         except RayLostError as error:
             gang.abandon()
             connection.close()
-            outcome, is_lost = Fault(str(error)), True
+            outcome, is_lost, laps = Fault(str(error)), True, Laps(time.monotonic())
         if isinstance(outcome, int):
             return outcome
-        since = time.monotonic()
         watch.on_event("fault", {"generation": number, **asdict(outcome)})
         if watch.should_stop():
             return EXIT_INTERRUPTED  # the newest commit stands, and the same command resumes from it
@@ -110,13 +115,6 @@ def _fill(gang: Gang, should_leave: Callable[[], bool], before: Fault | None) ->
         room = f"the cluster had no room for all workers again within cluster.placement_timeout_s={gang.patience_s:g}"
         raise _worker_error(before, f"{room}; the same command resumes once it has") from None
     return None
-
-
-def _run_generation(number: int, gang: Gang, watch: Watch, since: float, before: Fault | None) -> int | Fault:
-    generation = Generation(number, gang.nodes, watch, "recovered" if before else "ready")
-    outcome = generation.run(since)
-    gang.drop(generation.lost)
-    return outcome
 
 
 def _pickle(function: WorkerFunction, argument: Any) -> bytes:

@@ -74,7 +74,7 @@ class Watcher(Listener):
         if (line := status.get("told")) and line not in self._told:
             self._told.add(line)
             self._print(line)
-        if now - self._looked_at >= LOOK_EVERY_S:
+        if rank == 0 or now - self._looked_at >= LOOK_EVERY_S:
             self._looked_at = now
             self._show_new_events()
         self._next.on_status(rank, step, status)

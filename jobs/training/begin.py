@@ -18,7 +18,7 @@ from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.watcher import describe
 from moray.jobs.training.dtype import choose_dtype
 from moray.jobs.training.metrics import worker_peak
-from moray.jobs.training.optimizer import build_optimizer, training_state
+from moray.jobs.training.optimizer import build_optimizer, older_names, share_step, training_state
 from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
@@ -75,10 +75,12 @@ class Training:
 
 def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
+    context.enter("opening")
     layout = config.layout.resolve(context.world_size)
     dataset = _open_storage(context, config)
     dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
     compute_dtype = getattr(torch, dtype)
+    context.enter("building")
     decoder = build_decoder(
         config.model,
         layout.meshes(context.device.type),
@@ -116,6 +118,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(peak)).item(),
     )
+    context.enter("loading")
     resume(training, events)
     return training
 
@@ -139,7 +142,9 @@ def resume(training: Training, events: EventLog) -> None:
 
     Raises UserError if the commit is of another run, or ended elsewhere.
     """
-    commit = training.checkpointer.load(training_state(training.decoder, training.optimizer))
+    state = training_state(training.decoder, training.optimizer)
+    commit = training.checkpointer.load(state, older_names(training.decoder))
+    share_step(training.optimizer)
     if commit is None and training.config.weights_from:
         fill_shards(training.decoder, Path(training.config.weights_from))
     elif commit is None:

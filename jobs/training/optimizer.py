@@ -48,12 +48,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What a commit holds: `model.NAME` (weights and routing biases), `optimizer.NAME.exp_avg` and so on.
 
-    A weight that two modules share is there once, by its first name: a tied head as the embedding.
+    A weight that two modules share is there once, by its first name: a tied head as the embedding. So is the number of
+    steps (`optimizer.step`), which AdamW counts for each weight: once it is filled, `share_step` is to be called.
     """
     tensors = module.state_dict()
     # Unlike a state dict, these name what is shared once.
     named = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     state = {f"model.{name}": tensor.detach() for name, tensor in tensors.items() if name in named}
     for name, parameter in module.named_parameters():
-        state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+        moments = dict(optimizer.state[parameter])
+        state.setdefault("optimizer.step", moments.pop("step"))
+        state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
     return state
+
+
+def share_step(optimizer: torch.optim.Optimizer) -> None:
+    """Gives all weights the number of steps that the first one has."""
+    first, *others = (state["step"] for state in optimizer.state.values())
+    for other in others:
+        other.copy_(first)
+
+
+def older_names(module: nn.Module) -> dict[str, str]:
+    """Where older commits have what `training_state` names: they kept a number of steps a weight."""
+    first, _ = next(module.named_parameters())
+    return {"optimizer.step": f"optimizer.{first}.step"}

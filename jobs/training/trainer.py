@@ -64,6 +64,7 @@ def run_steps(training: Training) -> int:
     with closing(stream.batches(training.step)) as batches:
         while training.step < config.train.steps and leaving is None:
             began = time.perf_counter()
+            context.enter("step")
             batch = next(batches)
             with training.vitals.measure(training.step + 1, fetching_s=time.perf_counter() - began):
                 row = take_step(training, batch)
@@ -72,6 +73,7 @@ def run_steps(training: Training) -> int:
             last = training.step == config.train.steps
             leaving = agree_to_leave(context, config)
             if leaving is None and (last or is_due(training.step, config.train.eval_every)):
+                context.enter("validation")
                 row |= validate(training)
                 leaving = agree_to_leave(context, config)
             if leaving == EXIT_SUPERSEDED:
@@ -79,8 +81,10 @@ def run_steps(training: Training) -> int:
             if log:
                 log.write(row)
             if last or leaving or is_due(training.step, config.checkpoint.every):
+                context.enter("commit")
                 commit(training, row, log)
             training.pulse.beat(row if training.is_first_rank else {"step": training.step})
+    context.enter("leaving")
     finish_commits(training)
     wait_for_all(training)
     if leaving == EXIT_SUPERSEDED:

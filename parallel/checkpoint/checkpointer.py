@@ -6,30 +6,28 @@
     checkpointer.finish()
 
 The state is a flat dict of tensors and DTensors; what they mean is the caller's business. A checkpoint is whole or it
-does not exist: see storage.py for how one is written, commits.py for what lies in the folder, generations.py for who
-may write.
+does not exist: see plan.py for who writes what, writer.py for how, commits.py for what is in the folder, generations.py
+for who may write.
 """
 
 import errno
 import json
 import threading
 import time
-import traceback
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from moray import UserError
+from moray.model.sharded import local
 from moray.parallel.checkpoint.commits import (
+    ChunkReader,
     Commit,
     clean,
     commit_name,
@@ -42,13 +40,17 @@ from moray.parallel.checkpoint.commits import (
     without_given_up,
 )
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
-from moray.parallel.checkpoint.manifest import DamagedError
-from moray.parallel.checkpoint.storage import CommitReader, CommitWriter
-from moray.parallel.control_plane import ControlPlane
+from moray.parallel.checkpoint.host_copy import HostCopy
+from moray.parallel.checkpoint.manifest import DamagedError, StoredFile, StoredTensor
+from moray.parallel.checkpoint.plan import assign, describe
+from moray.parallel.checkpoint.writer import CommitWriter
+from moray.parallel.control_plane import ControlPlane, RanksError
+from moray.parallel.held import held_chunks
 
 Event = Callable[[str, dict[str, Any]], None]
 
 WAIT_S = 1.0
+_SIGNATURE = ("shape", "dtype", "device_mesh", "placements")
 
 
 class CommitError(RuntimeError):
@@ -63,15 +65,16 @@ class DiskFullError(CommitError):
 class _Save:
     """A save under way: once it has `ended`, `failure` counts.
 
-    After a failure of I/O, which is worth a retry, `writer` still holds the copied state; else it is None.
+    After a failure of I/O alone (`is_transient`) the copied state is worth a retry.
     """
 
     step: int
-    state: dict[str, Tensor]
-    copied: threading.Event = field(default_factory=threading.Event)
+    metadata: dict[str, Any]
+    before: Callable[[], None] | None
     ended: threading.Event = field(default_factory=threading.Event)
     failure: CommitError | SupersededError | None = None
-    writer: CommitWriter | None = None
+    is_transient: bool = False
+    staging: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,10 @@ class Checkpointer:
         self._ranks = ControlPlane()
         self._pending: tuple[_Save, threading.Thread] | None = None
         self._head = _Head()
-        if not self._ranks.group:
-            # DCP warns when torch.distributed is not in use, which is no mistake here.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self._generation = self._ranks.from_rank_0(lambda: self._begin(generation))
+        self._copy = HostCopy()
+        self._planned: tuple[Any, list[str]] | None = None
+        self._tensors: dict[str, StoredTensor] = {}
+        self._writer = CommitWriter(folder, self._ranks.from_rank_0(lambda: self._begin(generation)))
 
     def _begin(self, generation: int | None) -> int:
         if generation is None:
@@ -147,23 +150,21 @@ class Checkpointer:
         `metadata` is a JSON object; rank 0's is stored. Where this step is what was loaded or saved last, its commit
         stays as it is; a commit of the same step that another line left is replaced. `before`, of rank 0, is called in
         that thread when all is written and before the commit appears; what it raises fails the save. An I/O error (a
-        full disk) of the last save has been reported, and this save is the retry; any other raises CommitError, and a
-        newer generation SupersededError.
+        full disk) of the last save has been reported, and this save is the retry; any other raises CommitError, as does
+        a state that cannot be stored, and a newer generation SupersededError.
         """
         last = self._settle()
-        if last and last.failure:
-            if not last.writer:
-                raise last.failure
-            last.writer.drop_copy()  # before the next one is made
-        snapshot = json.loads(json.dumps(metadata, allow_nan=False))
+        if last and last.failure and not last.is_transient:
+            raise last.failure
+        save = _Save(step, json.loads(json.dumps(metadata, allow_nan=False)), before)
+        try:
+            share = self._share_of(state)
+        except RanksError as error:
+            raise self._fail(save, error) from error
         if torch.accelerator.is_available():
-            # The thread copies on another stream than the one that may still be computing the state.
-            torch.accelerator.synchronize()
-        save = _Save(step, state)
-        line = self._generation, self._head.digest
-        writer = CommitWriter(self._folder, step, snapshot, save.copied.set, before, *line)
-        self._start(save, writer)
-        self._wait_for(save.copied)
+            torch.accelerator.synchronize()  # what is still computing the state may do so on another stream
+        self._copy.take(state, share)
+        self._start(save)
 
     def finish(self) -> None:
         """Waits for the pending save. Raises CommitError or SupersededError, on all ranks, if it failed.
@@ -171,15 +172,16 @@ class Checkpointer:
         An I/O error other than a full disk is worth one more try first, with the state as save() has copied it.
         """
         last = self._settle()
-        if last and last.writer and not isinstance(last.failure, DiskFullError):
-            self._start(_Save(last.step, last.state), last.writer)
+        if last and last.is_transient and not isinstance(last.failure, DiskFullError):
+            self._start(_Save(last.step, last.metadata, last.before))
             last = self._settle()
         if last and last.failure:
             raise last.failure
 
-    def load(self, state: dict[str, Tensor]) -> Commit | None:
+    def load(self, state: dict[str, Tensor], older_names: Mapping[str, str] = MappingProxyType({})) -> Commit | None:
         """Reads the newest whole commit into the tensors of `state`, in place; None when there is no commit at all.
 
+        `older_names` are those under which an older commit may hold a tensor instead.
         Before a tensor is touched, the ranks check all digests, each file being read by one of them. A damaged commit
         is refused (`commit_refused`) by all, and the one before it tried. Values take the dtype of their target.
         Raises UserError when no commit is whole, and when `state` has names or shapes that the commit has not; OSError,
@@ -190,8 +192,7 @@ class Checkpointer:
         for path in reversed(paths):
             commit = self._examine(path)
             if commit:
-                _check_names_and_shapes(commit, state)
-                self._read(commit, state)
+                self._read(commit, state, older_names)
                 self._head = _Head(commit.step, commit.manifest.digest)
                 return commit
         if paths:
@@ -199,9 +200,21 @@ class Checkpointer:
             raise UserError(f"{self._folder} holds no whole commit, but damaged ones: {names}; move them away to start")
         return None
 
-    def _start(self, save: _Save, writer: CommitWriter) -> None:
+    def _share_of(self, state: dict[str, Tensor]) -> list[str]:
+        """The tensors of which this rank writes its part: found out once for a state, for all ranks take part in it."""
+        signature = [(name, *(getattr(t, part, None) for part in _SIGNATURE)) for name, t in state.items()]
+        if self._planned is None or self._planned[0] != signature:
+            held = self._ranks.each(lambda: describe(state))
+            plan = self._ranks.each(lambda: assign(held, state) if held else None)
+            self._tensors = plan[0].tensors if plan and plan[0] else {}
+            [writes] = self._ranks.from_rank_0(lambda: [found.writes for found in plan if found])
+            mine = [name for name, is_mine in zip(state, writes[self._ranks.rank], strict=True) if is_mine]
+            self._planned = signature, mine
+        return self._planned[1]
+
+    def _start(self, save: _Save) -> None:
         # A daemon, so that a process whose peers have died can still exit.
-        thread = threading.Thread(target=self._run, args=(save, writer), name="commit", daemon=True)
+        thread = threading.Thread(target=self._run, args=[save], name="commit", daemon=True)
         thread.start()
         self._pending = save, thread
 
@@ -210,49 +223,35 @@ class Checkpointer:
         if not self._pending:
             return None
         (save, thread), self._pending = self._pending, None
-        self._wait_for(save.ended)
-        # It may still be freeing tensors, and in the middle of that no process may exit: C++ would abort it.
+        while not save.ended.wait(WAIT_S):
+            self._on_wait()
         thread.join()
         return save
 
-    def _wait_for(self, event: threading.Event) -> None:
-        while not event.wait(WAIT_S):
-            self._on_wait()
-
-    def _run(self, save: _Save, writer: CommitWriter) -> None:
+    def _run(self, save: _Save) -> None:
         """The writing thread."""
         began = time.perf_counter()
         try:
-            if self._ranks.from_rank_0(lambda: self._is_whole(save.step)):
-                return
-            self._write(writer, save.state)
-        except BaseException as error:  # as DCP's CheckpointException is, and nobody is above us to see it
-            save.failure, is_transient = _explain(save.step, self._ranks.rank, error)
-            save.writer = writer if is_transient else None
-            self._after_failure(writer, save)
-        else:
-            self._after_commit(writer, save.step, time.perf_counter() - began)
+            save.staging = self._ranks.from_rank_0(
+                lambda: None if self._is_whole(save.step) else self._writer.new_staging(save.step)
+            )
+            if staging := save.staging:
+                files = self._ranks.each(lambda: self._writer.write(staging, self._ranks.rank, self._copy.tensors))
+                self._ranks.each(lambda: self._publish(save, staging, files, began) if files else None)
+        except BaseException as error:  # for nobody is above this thread to see it
+            self._fail(save, error)
         finally:
-            save.copied.set()
             save.ended.set()
 
-    def _write(self, writer: CommitWriter, state: dict[str, Tensor]) -> None:
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.save(state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
-
-    def _read(self, commit: Commit, state: dict[str, Tensor]) -> None:
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            dcp.load(state, storage_reader=CommitReader(commit), planner=planner, process_group=self._ranks.group)
-        except CheckpointException as error:
-            raise RuntimeError(f"{commit.path} could not be read: {error}") from error
-
-    def _after_commit(self, writer: CommitWriter, step: int, seconds: float) -> None:
-        if self._ranks.rank != 0:
-            return
-        before, self._head = self._head, _Head(step, writer.digest)
-        line = {"digest": writer.digest, "parent": before.digest}
-        self._on_event("commit", {"step": step, "seconds": seconds, "bytes": writer.size, **line})
+    def _publish(self, save: _Save, staging: Path, files: list[StoredFile | None], began: float) -> None:
+        """Rank 0 makes the commit, tells of it, and removes those that are not kept."""
+        before, step = self._head, save.step
+        manifest, size = self._writer.publish(
+            staging, step, save.metadata, files, self._tensors, before.digest, save.before or (lambda: None)
+        )
+        self._head = _Head(step, manifest.digest)
+        line = {"digest": manifest.digest, "parent": before.digest}
+        self._on_event("commit", {"step": step, "seconds": time.perf_counter() - began, "bytes": size, **line})
         try:
             given_up = give_up_between(self._folder, before.step, step)
             removed = prune(self._folder, step, self._keep, self._keep_every)
@@ -264,14 +263,25 @@ class Checkpointer:
             if removed:
                 self._on_event("prune", {"steps": removed})
 
-    def _after_failure(self, writer: CommitWriter, save: _Save) -> None:
-        if self._ranks.rank != 0:
-            return
-        with suppress(OSError):  # what made the save fail may be in the way of this, too: the next run cleans up
-            if writer.staging and writer.staging.exists():
-                discard(writer.staging)
-        if not isinstance(save.failure, SupersededError):
-            self._on_event("commit_failed", {"step": save.step, "error": str(save.failure)})
+    def _fail(self, save: _Save, error: BaseException) -> CommitError | SupersededError:
+        """Notes and, on rank 0, tells why a save has failed."""
+        save.failure, save.is_transient = failure = _explain(save.step, self._ranks.rank, error)
+        if self._ranks.rank == 0:
+            with suppress(OSError):  # what made the save fail may be in the way of this, too: the next run cleans up
+                if save.staging and save.staging.exists():
+                    discard(save.staging)
+            if not isinstance(save.failure, SupersededError):
+                self._on_event("commit_failed", {"step": save.step, "error": str(save.failure)})
+        return failure[0]
+
+    def _read(self, commit: Commit, state: dict[str, Tensor], older_names: Mapping[str, str]) -> None:
+        stored = commit.manifest.tensors
+        names = {name: name if name in stored else older_names.get(name, name) for name in state}
+        _check_names_and_shapes(commit, {names[name]: tensor for name, tensor in state.items()})
+        reader = ChunkReader(commit)
+        for name, chunk in held_chunks(state).items():
+            if (part := local(state[name].detach())).numel():
+                part.copy_(reader.read(names[name], chunk))
 
     def _is_whole(self, step: int) -> bool:
         """Whether the last commit of this very line is of this step, and whole in every byte."""
@@ -326,12 +336,8 @@ def _check_names_and_shapes(commit: Commit, state: dict[str, Tensor]) -> None:
 
 
 def _explain(step: int, rank: int, error: BaseException) -> tuple[CommitError | SupersededError, bool]:
-    """The failure in words, and whether it was I/O alone."""
-    causes = {rank: error}
-    if isinstance(error, CheckpointException):
-        causes = {failed_rank: cause for failed_rank, (cause, _) in error.failures.items()}
-    for cause in causes.values():
-        traceback.clear_frames(cause.__traceback__)  # they hold the tensors that were being written
+    """The failure in words, and whether it was of I/O alone."""
+    causes = error.failures if isinstance(error, RanksError) else {rank: error}
     if superseded := next((cause for cause in causes.values() if isinstance(cause, SupersededError)), None):
         return SupersededError(str(superseded)), False
     text = "; ".join(f"rank {of}: {type(cause).__name__}: {cause}" for of, cause in sorted(causes.items()))

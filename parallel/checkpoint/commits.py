@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moray import UserError
-from moray.parallel.checkpoint.manifest import DamagedError, Manifest, StoredFile, StoredTensor, coverage_problem
+from moray.parallel.checkpoint.manifest import DamagedError, Manifest, StoredFile
 from moray.parallel.checkpoint.patience import patiently
 from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, flush_folder
+from moray.parallel.chunks import Chunk, common, coverage_problem, whole
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
@@ -102,12 +103,13 @@ def verify(commit: Commit, share: int = 0, shares: int = 1) -> list[str]:
     """
     manifest = commit.manifest
     problems = _file_problems(commit, sorted(manifest.files)[share::shares])
-    for name in sorted(manifest.tensors)[share::shares]:
+    # Of tensors that are cut alike, one tells for all.
+    distinct = {(stored.shape, id(stored.grid), id(stored.files)): name for name, stored in manifest.tensors.items()}
+    for name in sorted(distinct.values())[share::shares]:
         stored = manifest.tensors[name]
-        unknown = {chunk.file for chunk in stored.chunks} - manifest.files.keys()
-        if unknown:
+        if unknown := set(stored.files) - manifest.files.keys():
             problems.append(f"{commit.path}: tensor {name!r} lies in files the manifest does not list: {unknown}")
-        if gap := coverage_problem(stored.shape, ((chunk.offsets, chunk.sizes) for chunk in stored.chunks)):
+        if gap := coverage_problem(stored.shape, stored.grid.chunks):
             problems.append(f"{commit.path}: tensor {name!r}: {gap}")
     return problems
 
@@ -121,21 +123,34 @@ def read_tensors(commit: Commit, names: Iterable[str] | None = None) -> Iterator
     wanted = list(stored if names is None else names)
     if missing := [name for name in wanted if name not in stored]:
         raise UserError(f"{commit.path} holds no tensors named {missing}")
-    files = {chunk.file for name in wanted for chunk in stored[name].chunks}
+    files = {file for name in wanted for file in stored[name].files}
     if problems := _file_problems(commit, sorted(files)):
         raise DamagedError("; ".join(problems))
-    reader = ChunkReader(commit.path)
-    return ((name, _assemble(reader, stored[name])) for name in wanted)
+    reader = ChunkReader(commit)
+    return ((name, reader.read(name, whole(stored[name].shape))) for name in wanted)
 
 
 class ChunkReader:
-    """Chunks of a commit as tensors mapped from their files: only the pages that are used are read."""
+    """Chunks of a commit's tensors, whatever layout wrote it; of the files, only the pages that hold them are read."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, commit: Commit) -> None:
+        self._path, self._tensors = commit.path, commit.manifest.tensors
         self._open: dict[str, safe_open] = {}
 
-    def read(self, file: str, key: str) -> Tensor:
+    def read(self, name: str, chunk: Chunk) -> Tensor:
+        """Mapped from its file where one holds just that, and not to be written to."""
+        stored = self._tensors[name]
+        keys = stored.keys or (name,) * len(stored.files)
+        meeting = stored.grid.meeting(chunk)
+        if len(meeting) == 1 and stored.grid.chunks[meeting[0]] == chunk:
+            return self._get(stored.files[meeting[0]], keys[meeting[0]])
+        out = torch.empty(chunk[1], dtype=DTYPE_OF_NAME[stored.dtype])
+        for i in meeting:
+            here, there = common(chunk, stored.grid.chunks[i])
+            out[here] = self._get(stored.files[i], keys[i])[there]
+        return out
+
+    def _get(self, file: str, key: str) -> Tensor:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self._path / file, framework="pt")
@@ -202,14 +217,6 @@ def clean(folder: Path) -> None:
             # By way of a rename, so that a writer that outlived its group can't make a half-removed folder visible.
             with suppress(FileNotFoundError):  # another attempt does the same
                 discard(path)
-
-
-def _assemble(reader: ChunkReader, stored: StoredTensor) -> Tensor:
-    full = torch.empty(stored.shape, dtype=DTYPE_OF_NAME[stored.dtype])
-    for chunk in stored.chunks:
-        box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-        full[box] = reader.read(chunk.file, chunk.key)
-    return full
 
 
 def _file_problems(commit: Commit, names: Iterable[str]) -> list[str]:

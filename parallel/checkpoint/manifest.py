@@ -1,24 +1,28 @@
 """manifest.json: what a checkpoint consists of. It is written last, and a reader believes nothing else.
 
-{"sha256": digest of the rest, "format": 2, "step": 100, "generation": 1, "parent": sha256 of the manifest before,
+{"sha256": digest of the rest, "format": 3, "step": 100, "generation": 1, "parent": sha256 of the manifest before,
  "created": "2026-01-31T12:00:00+00:00", "metadata": {...},
  "files":   {"rank-00000.safetensors": {"size": 4096, "sha256": "..."}},
- "tensors": {"norm.weight": {"shape": [768], "dtype": "F32", "chunks": [
-                {"file": "rank-00000.safetensors", "key": "norm.weight", "offsets": [0], "sizes": [768]}]}}}
+ "grids":   [[[[0], [384]], [[384], [384]]]],      chunks that make up a tensor: offsets and sizes of each
+ "holders": [[0, 1]],                              and which file, in the order of their names, holds each of them
+ "tensors": {"norm.weight": {"shape": [768], "dtype": "F32", "grid": 0, "holders": 0}}}
+
+Thousands of tensors are cut alike and written by the same ranks: what they share stands there once. In a file, a chunk
+has the name of its tensor. Formats 1 and 2 repeated chunk and file for every tensor, under a key that each chunk named.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import numpy as np
+from typing import Any, Generic, TypeVar
 
 from moray import UserError
+from moray.parallel.chunks import Chunk, Grid
 
-FORMAT = 2
+FORMAT = 3
+Shared = TypeVar("Shared")
 
 
 class DamagedError(UserError):
@@ -34,22 +38,17 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor: which file holds it under which key, where it begins in the tensor, how long it is."""
-
-    file: str
-    key: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class StoredTensor:
-    """Global shape, dtype (by safetensors' name) and the boxes that make up a tensor."""
+    """Global shape, dtype (by safetensors' name), the chunks that make up a tensor, and the file that holds each.
+
+    `keys` are the names that the chunks have in their files, where that is not the tensor's.
+    """
 
     shape: tuple[int, ...]
     dtype: str
-    chunks: tuple[Chunk, ...]
+    grid: Grid
+    files: tuple[str, ...]
+    keys: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,31 @@ class Manifest:
 
     @cached_property
     def _body(self) -> dict[str, Any]:
-        # asdict leaves tuples and any keys that are not strings; a round trip makes the digest one of what is read.
-        return json.loads(json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False))
+        place = {name: i for i, name in enumerate(sorted(self.files))}
+        grids, holders = _Once[Grid](), _Once[tuple[str, ...]]()
+        tensors = {
+            name: {
+                "shape": stored.shape,
+                "dtype": stored.dtype,
+                "grid": grids.index(stored.grid),
+                "holders": holders.index(stored.files),
+            }
+            for name, stored in self.tensors.items()
+        }
+        body = {
+            "format": FORMAT,
+            "step": self.step,
+            "created": self.created,
+            "metadata": self.metadata,
+            "generation": self.generation,
+            "parent": self.parent,
+            "files": {name: vars(file) for name, file in self.files.items()},
+            "grids": [grid.chunks for grid in grids.values],
+            "holders": [[place[name] for name in files] for files in holders.values],
+            "tensors": tensors,
+        }
+        # Tuples, and any keys that are not strings: a round trip makes the digest one of what is read.
+        return json.loads(json.dumps(body, allow_nan=False))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
@@ -91,56 +113,64 @@ class Manifest:
             raise DamagedError(f"not a manifest ({error!r})") from error
         if claimed != _digest(body):
             raise DamagedError(f"altered since it was written: its sha256 is {_digest(body)}, it claims {claimed}")
-        if (version := body.pop("format")) not in (1, FORMAT):  # format 1 had no generations and no parents
+        version = body.pop("format", None)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT:
             raise DamagedError(f"of format {version}, not {FORMAT}: a newer version wrote it")
         try:
             files = {name: StoredFile(**entry) for name, entry in body.pop("files").items()}
-            tensors = {name: _stored_tensor(entry) for name, entry in body.pop("tensors").items()}
+            # Format 1 had no generations and no parents.
+            tensors = _tensors(body, sorted(files)) if version == FORMAT else _older_tensors(body)
             manifest = cls(**body, files=files, tensors=tensors)
-        except (KeyError, AttributeError, TypeError) as error:
-            raise DamagedError(f"not a manifest of format {FORMAT} ({error!r})") from error
-        named = {*files, *(chunk.file for stored in tensors.values() for chunk in stored.chunks)}
+        except (KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
+            raise DamagedError(f"not a manifest of format {version} ({error!r})") from error
+        named = {*files, *(file for stored in tensors.values() for file in stored.files)}
         if elsewhere := sorted(name for name in named if "/" in name or name in ("", ".", "..")):
             raise DamagedError(f"names {elsewhere[0]!r}, which is no file of its own folder")
+        vars(manifest)["digest"] = claimed  # under which others know it, in whichever format it was written
         return manifest
-
-
-def coverage_problem(shape: Sequence[int], boxes: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:
-    """Says where `boxes` (offsets, sizes) leave a gap in a tensor of `shape`, overlap or stick out; None if exact.
-
-    The edges of all boxes cut the tensor into a grid of cells, and each must lie in exactly one box: exact for any
-    number of dimensions, and as cheap as the grid that shards form anyway.
-    """
-    boxes = [(tuple(offsets), tuple(sizes)) for offsets, sizes in boxes]
-    for offsets, sizes in boxes:
-        fits = len(offsets) == len(sizes) == len(shape)
-        if not fits or any(o < 0 or s < 0 or o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
-            return f"the chunk at {offsets} of size {sizes} sticks out of shape {tuple(shape)}"
-    edges = [
-        sorted({0, n} | {offsets[d] for offsets, _ in boxes} | {offsets[d] + sizes[d] for offsets, sizes in boxes})
-        for d, n in enumerate(shape)
-    ]
-    cell = [{edge: i for i, edge in enumerate(edges_of_dim)} for edges_of_dim in edges]
-    count = np.zeros([len(edges_of_dim) - 1 for edges_of_dim in edges], dtype=np.int32)
-    for offsets, sizes in boxes:
-        count[
-            tuple(slice(cell[d][o], cell[d][o + s]) for d, (o, s) in enumerate(zip(offsets, sizes, strict=True)))
-        ] += 1
-    wrong = np.argwhere(count != 1)
-    if not len(wrong):
-        return None
-    where = tuple(int(i) for i in wrong[0])
-    element = tuple(edges[d][i] for d, i in enumerate(where))
-    return f"element {element} of shape {tuple(shape)} lies in {count[where]} chunks instead of one"
 
 
 def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:
-    chunks = tuple(
-        Chunk(file=chunk["file"], key=chunk["key"], offsets=tuple(chunk["offsets"]), sizes=tuple(chunk["sizes"]))
-        for chunk in entry["chunks"]
-    )
-    return StoredTensor(shape=tuple(entry["shape"]), dtype=entry["dtype"], chunks=chunks)
+class _Once(Generic[Shared]):
+    """Objects that many share, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.values: list[Shared] = []
+        self._index: dict[int, int] = {}
+
+    def index(self, value: Shared) -> int:
+        # By identity: to hash a grid of thousands of chunks for each of thousands of tensors would take seconds.
+        if id(value) not in self._index:
+            self._index[id(value)] = len(self.values)
+            self.values.append(value)
+        return self._index[id(value)]
+
+
+def _tensors(body: dict[str, Any], files: Sequence[str]) -> dict[str, StoredTensor]:
+    grids = [Grid(tuple(map(_chunk, chunks))) for chunks in body.pop("grids")]
+    holders = [tuple(files[i] for i in places) for places in body.pop("holders")]
+    found = {}
+    for name, entry in body.pop("tensors").items():
+        grid, its_files = grids[entry["grid"]], holders[entry["holders"]]
+        if len(grid.chunks) != len(its_files):
+            raise ValueError(f"tensor {name!r} has {len(grid.chunks)} chunks in {len(its_files)} files")
+        found[name] = StoredTensor(tuple(entry["shape"]), entry["dtype"], grid, its_files)
+    return found
+
+
+def _older_tensors(body: dict[str, Any]) -> dict[str, StoredTensor]:
+    found = {}
+    for name, entry in body.pop("tensors").items():
+        chunks = entry["chunks"]
+        grid = Grid(tuple(_chunk((chunk["offsets"], chunk["sizes"])) for chunk in chunks))
+        files, keys = tuple(chunk["file"] for chunk in chunks), tuple(chunk["key"] for chunk in chunks)
+        found[name] = StoredTensor(tuple(entry["shape"]), entry["dtype"], grid, files, keys)
+    return found
+
+
+def _chunk(entry: Any) -> Chunk:
+    offsets, sizes = entry
+    return tuple(map(int, offsets)), tuple(map(int, sizes))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moray.model.tensors import Box, Read
 from moray.parallel.checkpoint.commits import ChunkReader, Commit, clean, commit_name, publish
-from moray.parallel.checkpoint.manifest import Chunk, Manifest, StoredFile, StoredTensor
-from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, dtype_name, write_tensors
+from moray.parallel.checkpoint.manifest import Manifest, StoredFile, StoredTensor
+from moray.parallel.checkpoint.tensor_file import dtype_name, write_tensors
+from moray.parallel.chunks import Chunk, Grid
 
 FILE_BYTES = 1 << 28
 PREFIX = "model."
@@ -26,24 +27,15 @@ class CommitWeights:
     """
 
     def __init__(self, commit: Commit) -> None:
-        self._tensors, self._reader = commit.manifest.tensors, ChunkReader(commit.path)
+        self._tensors, self._reader = commit.manifest.tensors, ChunkReader(commit)
 
     def read(self, name: str, box: Box) -> Tensor:
-        """A part of a tensor, whatever layout wrote it; of the files, only the pages that hold it are read."""
-        stored = self._tensors[PREFIX + name]
-        bounds = [part.indices(size)[:2] for part, size in zip(box, stored.shape, strict=True)]
-        out = torch.empty([end - start for start, end in bounds], dtype=DTYPE_OF_NAME[stored.dtype])
-        for chunk in stored.chunks:
-            # Of each dimension, from where to where chunk and box overlap.
-            common = [
-                (max(start, offset), min(end, offset + size))
-                for (start, end), offset, size in zip(bounds, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if all(start < end for start, end in common):
-                there = tuple(slice(a - o, b - o) for (a, b), o in zip(common, chunk.offsets, strict=True))
-                here = tuple(slice(a - s, b - s) for (a, b), (s, _) in zip(common, bounds, strict=True))
-                out[here] = self._reader.read(chunk.file, chunk.key)[there]
-        return out
+        """A part of a tensor, whatever layout wrote it."""
+        shape = self._tensors[PREFIX + name].shape
+        bounds = [part.indices(size)[:2] for part, size in zip(box, shape, strict=True)]
+        return self._reader.read(
+            PREFIX + name, (tuple(start for start, _ in bounds), tuple(end - start for start, end in bounds))
+        )
 
 
 def write_weights(
@@ -58,30 +50,40 @@ def write_weights(
     staging = folder / f".staging-{commit_name(step)}-{secrets.token_hex(4)}"
     staging.mkdir()
     files: dict[str, StoredFile] = {}
-    chunks: dict[str, list[Chunk]] = {PREFIX + name: [] for name in shapes}
+    chunks: dict[str, list[Chunk]] = {name: [] for name in shapes}
+    holders: dict[str, list[str]] = {name: [] for name in shapes}
     dtypes: dict[str, str] = {}
     batch: dict[str, Tensor] = {}
-    for name, box, is_last in _pieces(shapes):
-        piece, offsets = read(name, box).contiguous(), tuple(part.start for part in box)
-        key, file = f"{PREFIX}{name}@{','.join(map(str, offsets))}", f"weights-{len(files):05d}.safetensors"
-        batch[key] = piece
-        chunks[PREFIX + name].append(Chunk(file, key, offsets, tuple(piece.shape)))
-        dtypes[PREFIX + name] = dtype_name(name, piece.dtype)
-        if is_last or sum(tensor.nbytes for tensor in batch.values()) >= FILE_BYTES:
+
+    def flush() -> None:
+        nonlocal batch
+        if batch:
+            file = f"weights-{len(files):05d}.safetensors"
+            for name in batch:
+                holders[name.removeprefix(PREFIX)].append(file)
             files[file], batch = write_tensors(staging / file, batch), {}
+
+    for name, box in _pieces(shapes):
+        piece = read(name, box).contiguous()
+        # A file holds one chunk of a tensor, under the tensor's name.
+        if PREFIX + name in batch or sum(tensor.nbytes for tensor in batch.values()) >= FILE_BYTES:
+            flush()
+        batch[PREFIX + name] = piece
+        chunks[name].append((tuple(part.start for part in box), tuple(piece.shape)))
+        dtypes[name] = dtype_name(name, piece.dtype)
+    flush()
     tensors = {
-        PREFIX + name: StoredTensor(tuple(shape), dtypes[PREFIX + name], tuple(chunks[PREFIX + name]))
+        PREFIX + name: StoredTensor(tuple(shape), dtypes[name], Grid(tuple(chunks[name])), tuple(holders[name]))
         for name, shape in shapes.items()
     }
     created = datetime.now(UTC).isoformat(timespec="seconds")
     publish(staging, folder / commit_name(step), Manifest(step, created, metadata, files, tensors))
 
 
-def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Box, bool]]:
-    """Boxes of whole rows that fit a file (one row at least), tensor after tensor; and whether it is the last."""
-    boxes = []
+def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Box]]:
+    """Boxes of whole rows that fit a file (one row at least), tensor after tensor."""
     for name, (height, *rest) in shapes.items():
         rows = max(1, FILE_BYTES // (torch.float32.itemsize * math.prod(rest)))
         everything = tuple(slice(0, size) for size in rest)
-        boxes += [(name, (slice(row, min(row + rows, height)), *everything)) for row in range(0, height, rows)]
-    return ((*box, i == len(boxes)) for i, box in enumerate(boxes, 1))
+        for row in range(0, height, rows):
+            yield name, (slice(row, min(row + rows, height)), *everything)

@@ -11,7 +11,13 @@ from pool import Pool
 from torch import Tensor, nn
 
 from moray.jobs.config.run import OptimizerSection
-from moray.jobs.training.optimizer import build_optimizer, set_learning_rate, training_state
+from moray.jobs.training.optimizer import (
+    build_optimizer,
+    older_names,
+    set_learning_rate,
+    share_step,
+    training_state,
+)
 from moray.model import Decoder, ModelConfig, initialise
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import list_commits, read_tensors
@@ -89,7 +95,7 @@ def test_the_state_exists_before_the_first_step_and_holds_all_a_commit_needs() -
         assert state[f"model.{name}"].data_ptr() == parameter.data_ptr(), "not a copy: loading fills it in place"
         for key in ("exp_avg", "exp_avg_sq"):
             assert state[f"optimizer.{name}.{key}"].shape == parameter.shape
-        assert state[f"optimizer.{name}.step"] == 0
+    assert [name for name in state if name.endswith("step")] == ["optimizer.step"]
     assert "model.blocks.1.ffn.router.bias_E" in state
     assert not any("tokens_E" in name for name in state), "counts of a step begun belong to no commit"
 
@@ -98,7 +104,7 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_itself() -> None:
     for is_tied in (True, False):
         module = Decoder(CONFIG.but(tied_embeddings=is_tied))
         state = training_state(module, build_optimizer(module, OptimizerSection()))
-        heads = {"model.head.weight", *(f"optimizer.head.weight.{key}" for key in ("step", "exp_avg", "exp_avg_sq"))}
+        heads = {"model.head.weight", *(f"optimizer.head.weight.{key}" for key in ("exp_avg", "exp_avg_sq"))}
         assert heads & state.keys() == (set() if is_tied else heads)
         assert "model.embedding.weight" in state
 
@@ -110,6 +116,7 @@ def taken_up(folder: Path, layout: Layout, until: int) -> None:
     checkpointer = Checkpointer(folder, keep=9, keep_every=None, on_event=lambda kind, fields: None)
     state = training_state(decoder, optimizer)
     commit = checkpointer.load(state)
+    share_step(optimizer)
     if not commit:
         initialise_shards(decoder, 0)
     rank, lanes = (dist.get_rank() if dist.is_initialized() else 0), BATCH // layout.dp
@@ -121,6 +128,21 @@ def taken_up(folder: Path, layout: Layout, until: int) -> None:
         optimizer.zero_grad()
     checkpointer.save(until, training_state(decoder, optimizer), {})
     checkpointer.finish()
+
+
+def test_a_commit_that_counts_steps_for_each_weight_is_read(tmp_path: Path) -> None:
+    module = decoder()
+    state = training_state(module, build_optimizer(module, OptimizerSection()))
+    older = dict(state)
+    older |= {f"optimizer.{name}.step": torch.tensor(7.0) for name, _ in module.named_parameters()}
+    del older["optimizer.step"]
+    checkpointer = Checkpointer(tmp_path, keep=9, keep_every=None, on_event=lambda kind, fields: None)
+    checkpointer.save(7, older, {})
+    again = decoder()
+    optimizer = build_optimizer(again, OptimizerSection())
+    assert checkpointer.load(training_state(again, optimizer), older_names(again))
+    share_step(optimizer)
+    assert [float(state["step"]) for state in optimizer.state.values()] == [7.0] * len(optimizer.state)
 
 
 def test_a_tied_model_goes_on_under_any_layout(pool: Pool, tmp_path: Path) -> None:
@@ -155,6 +177,7 @@ def test_a_filled_state_goes_on_where_the_other_stopped() -> None:
     with torch.no_grad():
         for name, tensor in training_state(second, second_optimizer).items():
             tensor.copy_(source[name])
+    share_step(second_optimizer)
     expected = moved(first, first_optimizer)
     for name, value in moved(second, second_optimizer).items():
         assert torch.equal(value, expected[name]), name

@@ -20,9 +20,9 @@ from listing import names_in
 from pool import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from moray.parallel.checkpoint import storage
+from moray.parallel.checkpoint import writer
 from moray.parallel.checkpoint.checkpointer import Checkpointer, CommitError
 from moray.parallel.checkpoint.commits import list_commits, read_tensors, verify
 
@@ -282,7 +282,7 @@ def test_what_is_removed_while_it_is_written_is_no_loss_of_the_run(
     """The whole folder goes between the last byte of the commit and its manifest."""
     checkpointer, events = checkpointer_and_events(tmp_path / "checkpoints")
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "flush_folder", lambda path: shutil.rmtree(tmp_path / "checkpoints"))
+        patch.setattr(writer, "flush_folder", lambda path: shutil.rmtree(tmp_path / "checkpoints"))
         checkpointer.save(1, {"w": torch.zeros(4)}, {})
         checkpointer.save(2, {"w": torch.zeros(4)}, {})
     checkpointer.finish()
@@ -382,7 +382,10 @@ def save_much(folder: Path, rank: int, world_size: int) -> None:
     checkpointer = Checkpointer(folder, keep=9, keep_every=None, on_event=report)
     checkpointer.save(1, {"w": torch.arange(4.0)}, {})
     checkpointer.finish()
-    checkpointer.save(2, {f"w{rank}": torch.zeros(KILL_TEST_BYTES, dtype=torch.uint8)}, {})
+    much = torch.zeros(KILL_TEST_BYTES, dtype=torch.uint8)
+    if world_size > 1:
+        much = DTensor.from_local(much, init_device_mesh("cpu", (world_size,)), [Shard(0)], run_check=False)
+    checkpointer.save(2, {"w": much}, {})
     try:
         checkpointer.finish()
     except CommitError as error:

@@ -88,14 +88,14 @@ def saves_of_an_old_generation(folder: Path) -> tuple[list[str], Events]:
     events: Events = []
     checkpointer = Checkpointer(folder, keep=9, keep_every=None, on_event=lambda *event: events.append(event))
     rank, said = dist.get_rank(), []
-    checkpointer.save(1, {f"w{rank}": torch.zeros(4)}, {})
+    checkpointer.save(1, {"w": torch.zeros(4)}, {})
     checkpointer.finish()
     dist.barrier()
     if rank == 0:
         take_generation(folder)
     dist.barrier()
-    checkpointer.save(2, {f"w{rank}": torch.zeros(4)}, {})
-    for again in (checkpointer.finish, lambda: checkpointer.save(3, {f"w{rank}": torch.zeros(4)}, {})):
+    checkpointer.save(2, {"w": torch.zeros(4)}, {})
+    for again in (checkpointer.finish, lambda: checkpointer.save(3, {"w": torch.zeros(4)}, {})):
         try:
             again()
             checkpointer.finish()
@@ -229,16 +229,24 @@ def test_an_error_of_reading_that_stays_is_told_as_what_it_is(tmp_path: Path, mo
     assert (tmp_path / "step-000000002" / "manifest.json").exists()
 
 
-def test_a_commit_of_the_first_format_is_read(tmp_path: Path) -> None:
-    """It had no generation and no parent."""
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_commit_of_an_older_format_is_read(tmp_path: Path, number: int) -> None:
+    """The first had no generation and no parent, and both had chunk, file and key in each tensor."""
     save(checkpointer_for(tmp_path), 1)
     path = tmp_path / "step-000000001" / "manifest.json"
-    body = json.loads(path.read_text()) | {"format": 1}
-    del body["generation"], body["parent"], body["sha256"]
+    body = json.loads(path.read_text()) | {"format": number}
+    del body["grids"], body["holders"], body["sha256"]
+    chunk = {"file": "rank-00000.safetensors", "key": "w", "offsets": [0], "sizes": [4]}
+    body["tensors"] = {"w": {"shape": [4], "dtype": "F32", "chunks": [chunk]}}
+    if number == 1:
+        del body["generation"], body["parent"]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({"sha256": digest, **body}))
     again = checkpointer_for(tmp_path)
-    loaded = again.load({"w": torch.zeros(4)})
+    state = {"w": torch.zeros(4)}
+    loaded = again.load(state)
     assert loaded
+    assert torch.equal(state["w"], torch.full((4,), 1.0))
+    assert loaded.manifest.digest == digest
     save(again, 2)
     assert read_commit(tmp_path / "step-000000002").manifest.parent == loaded.manifest.digest

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from moray.parallel.checkpoint.manifest import Chunk, Manifest, StoredFile, StoredTensor, coverage_problem
+from moray.parallel.checkpoint.manifest import Manifest, StoredFile, StoredTensor
+from moray.parallel.chunks import Grid, coverage_problem
 
 MANIFEST = Manifest(
     step=100,
@@ -18,7 +19,7 @@ MANIFEST = Manifest(
         "by_layer": {2: 1, 10: 2},
     },
     files={"rank-00000.safetensors": StoredFile(4096, "ab" * 32)},
-    tensors={"w": StoredTensor((2, 3), "F32", (Chunk("rank-00000.safetensors", "w", (0, 0), (2, 3)),))},
+    tensors={"w": StoredTensor((2, 3), "F32", Grid((((0, 0), (2, 3)),)), ("rank-00000.safetensors",))},
 )
 
 
@@ -33,8 +34,8 @@ def test_reads_back_what_was_written() -> None:
 def test_is_plain_json_with_the_documented_fields() -> None:
     document = json.loads(MANIFEST.to_json())
     assert document["files"] == {"rank-00000.safetensors": {"size": 4096, "sha256": "ab" * 32}}
-    chunk = {"file": "rank-00000.safetensors", "key": "w", "offsets": [0, 0], "sizes": [2, 3]}
-    assert document["tensors"] == {"w": {"shape": [2, 3], "dtype": "F32", "chunks": [chunk]}}
+    assert document["tensors"] == {"w": {"shape": [2, 3], "dtype": "F32", "grid": 0, "holders": 0}}
+    assert (document["grids"], document["holders"]) == ([[[[0, 0], [2, 3]]]], [[0]])
 
 
 def test_every_changed_digit_is_noticed() -> None:
