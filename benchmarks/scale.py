@@ -2,6 +2,8 @@
 
     python benchmarks/scale.py index N_SHARDS
     python benchmarks/scale.py metrics STEPS
+    python benchmarks/scale.py driver [--nodes 256] [--workers 8]
+    python benchmarks/scale.py sockets [--worlds 4 8 16]
 
 Everything is synthetic, and of the form and size that a run of that scale would have. Each line is measured in a
 process of its own; own memory is what that process shares with no file (RssAnon), beyond its imports.
@@ -9,22 +11,42 @@ process of its own; own memory is what that process shares with no file (RssAnon
 
 import argparse
 import json
+import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from rich.console import Console
 
+from moray.cluster.ray import generation as generations
+from moray.cluster.ray.child import _open_store
+from moray.cluster.ray.generation import Watch
+from moray.cluster.ray.laps import Laps
+from moray.cluster.ray.messages import Assignment, WorkerState
+from moray.cluster.ray.nodes import POLLS
+from moray.cluster.ray.patience import Patience
+from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.data.index import SAMPLE, SHARD, Extent, Sample, Split, sample_key, shard_name, write_index
 from moray.data.stream import Stream
+from moray.jobs.config.run import load_config
 from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.reporter import Reporter
+from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.metrics import MetricsLog, read_metrics
+from moray.parallel.control_plane import ControlPlane
+from moray.parallel.layout import Layout
 
 SAMPLES = 256
 SAMPLE_TOKENS = 1 << 16
@@ -175,13 +197,193 @@ def metrics_row(step: int) -> dict[str, Any]:
     }
 
 
+def driver(nodes: int, workers: int, seconds: float = 30.0) -> None:
+    """The driver's share of a core while every worker takes a step a second.
+
+    The generation, the watcher and the reporter are real, the nodes are not: they answer as agents do, without Ray.
+    What Ray itself costs a driver is measured on a few real actors, a poll, and added for as many as there were.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        share, synthetic = driver_share(Path(folder), nodes, workers, seconds)
+    answers, waits = synthetic.answers / seconds, synthetic.waits / seconds
+    an_answer, a_wait = seconds_of_ray(nodes, workers)
+    of_ray = answers * an_answer + waits * a_wait
+    print(f"{nodes * workers:,} workers on {nodes:,} nodes: {answers:.0f} answers/s, {waits:.0f} calls of ray.wait/s")
+    print(f"Ray's work {of_ray:.1%} of a core ({an_answer * 1e3:.2f} ms an answer, {a_wait * 1e3:.2f} ms a wait)")
+    print(f"the driver's own {share:.1%}")
+    print(f"together {of_ray + share:.1%}")
+
+
+def working(rank: int, step: int) -> WorkerState:
+    entered = dict.fromkeys(("joining", "building", "reading", "computing"), 0.5)
+    return WorkerState(rank, 1000 + rank, step, {"step": step}, "computing", entered, 0.5, 1.0, False, None, None)
+
+
+class SyntheticRay:
+    """`wait` and `get` over answers that are due at a time."""
+
+    def __init__(self) -> None:
+        self.answers = self.waits = 0
+
+    def wait(self, answers: list["Due"], num_returns: int = 1, timeout: float = 0.0) -> tuple[list["Due"], None]:
+        self.waits += 1
+        first = min(answer.at for answer in answers)
+        if num_returns == 1:
+            time.sleep(max(0.0, min(first - time.monotonic(), timeout)))
+        now = time.monotonic()
+        return [answer for answer in answers if answer.at <= now][:num_returns], None
+
+    def get(self, answer: "Due") -> list[WorkerState]:
+        self.answers += 1
+        return [working(rank, int(time.monotonic())) for rank in answer.ranks]
+
+
+@dataclass(frozen=True, eq=False)
+class Due:
+    at: float
+    ranks: range
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticNode:
+    host: str
+    slots: int
+    first: int
+
+    def poll(self, wait_s: float) -> Due:
+        return Due(time.monotonic() + wait_s, range(self.first, self.first + self.slots))
+
+
+def driver_share(run: Path, nodes: int, workers: int, seconds: float) -> tuple[float, SyntheticRay]:
+    """The share of a core that a generation without Ray takes, and what it asked of Ray."""
+    config = load_config(None, {"data.path": "data", "run.dir": str(run), "model.preset": "demo-moe"})
+    group = [SyntheticNode(f"node-{n}", workers, n * workers) for n in range(nodes)]
+    began, cpu = time.monotonic(), time.process_time()
+
+    def leave() -> None:
+        if time.monotonic() - began > seconds:
+            raise TimeoutError
+
+    with Reporter(config, Listener()) as reporter, Watcher(config, Console(quiet=True), reporter) as watcher:
+        patience = Patience(startup_s=600, heartbeat_s=60, lease_s=20)
+        watch = Watch(patience, watcher.on_event, watcher.on_status, lambda: False, leave)
+        generations.ray = synthetic = SyntheticRay()
+        followed = generations.Generation(1, group, watch, "ready")
+        for node in group:
+            followed._poll(node)
+        with suppress(TimeoutError):
+            followed._follow(Laps(began))
+    return (time.process_time() - cpu) / (time.monotonic() - began), synthetic
+
+
+def seconds_of_ray(nodes: int, workers: int, actors: int = 4, polls: int = 500) -> tuple[float, float]:
+    """CPU seconds that a driver's process spends on a poll (to ask an actor, to fetch and unpack its answer), and on a
+    look at whether any of as many as there are nodes has been answered."""
+    ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    agents = [ray.remote(concurrency_groups={POLLS: 1})(Answering).remote(workers) for _ in range(actors)]
+    asked = [agent.call.options(concurrency_group=POLLS) for agent in agents]
+    ray.get([ask.remote(0.0) for ask in asked])
+    cpu = time.process_time()
+    for _ in range(polls // actors):
+        waiting = [ask.remote(0.05) for ask in asked]
+        ray.wait(waiting, num_returns=actors, timeout=10)
+        for answer in waiting:
+            ray.get(answer)
+    a_poll = (time.process_time() - cpu) / polls
+    waiting = [asked[node % actors].remote(60.0) for node in range(nodes)]
+    cpu = time.process_time()
+    for _ in range(100):
+        ray.wait(waiting, num_returns=nodes, timeout=0)
+    a_wait = (time.process_time() - cpu) / 100
+    ray.shutdown()
+    return a_poll, a_wait
+
+
+class Answering:
+    def __init__(self, workers: int) -> None:
+        self.states = [working(rank, step=1) for rank in range(workers)]
+
+    def call(self, wait_s: float) -> list[WorkerState]:
+        time.sleep(wait_s)
+        return self.states
+
+
+def sockets(worlds: list[int]) -> None:
+    """The sockets of ranks whose groups have had every kind of collective that a run has, on the CPU."""
+    print("| ranks | rank 0, full meshes | others, full meshes | rank 0, as needed | others, as needed |")
+    print("|---|---|---|---|---|")
+    for world in worlds:
+        counts = [count for is_lazy in (False, True) for count in sockets_of(world, is_lazy)]
+        print("| " + " | ".join(map(str, [world, *counts])) + " |", flush=True)
+
+
+def sockets_of(world: int, is_lazy: bool) -> tuple[int, int]:
+    """Those of rank 0, and the most that another rank has."""
+    context = get_context("fork")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        counts = context.SimpleQueue()
+        ranks = [
+            context.Process(target=count_sockets, args=(rank, world, listener, is_lazy, counts))
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        of_rank = dict(counts.get() for _ in ranks)
+        for process in ranks:
+            process.join()
+    return of_rank.pop(0), max(of_rank.values())
+
+
+def count_sockets(rank: int, world: int, listener: socket.socket, is_lazy: bool, counts: Any) -> None:
+    os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(is_lazy))
+    at = Assignment(1, world, 0, world, "127.0.0.1", listener.getsockname()[1], 60.0, "cpu")
+    context = WorkerContext(
+        rank=rank,
+        world_size=world,
+        local_rank=rank,
+        local_world_size=world,
+        generation=1,
+        device=torch.device("cpu"),
+        open_store=lambda: _open_store(at, None if rank else listener),
+        report=lambda step, status: None,
+        should_stop=lambda: False,
+    )
+    with context.process_group():
+        meshes = Layout(dp_replicate=1, dp_shard=world // 2, tp=2, ep=4).resolve(world).meshes("cpu")
+        ranks = ControlPlane()
+        for numbers in (4, 400_000):  # gloo sums few numbers otherwise than many
+            dist.all_reduce(torch.zeros(numbers))
+        ranks.from_rank_0(lambda: 1)
+        ranks.gather(1)
+        told = [None] * world if rank == 0 else None
+        dist.gather_object(rank, told, group=ranks.group)  # a commit's plans, and what becomes of them
+        dist.scatter_object_list([None], told, group=ranks.group)
+        for group in (
+            mesh.get_group(name) for mesh in (meshes.dense, meshes.sparse) for name in mesh.mesh_dim_names or ()
+        ):
+            n = dist.get_world_size(group)
+            dist.all_gather_into_tensor(torch.zeros(n * 1000), torch.zeros(1000), group=group)
+            dist.reduce_scatter_tensor(torch.zeros(1000), torch.zeros(n * 1000), group=group)
+            dist.all_reduce(torch.zeros(1000), group=group)
+        ep = meshes.sparse.get_group("ep")
+        dist.all_to_all_single(torch.zeros(4000), torch.zeros(4000), group=ep)
+        dist.barrier()
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        counts.put((rank, sum(os.path.islink(link) and os.readlink(link).startswith("socket") for link in links)))
+        dist.barrier()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("index").add_argument("n_shards", type=int)
     commands.add_parser("metrics").add_argument("steps", type=int)
+    of_driver = commands.add_parser("driver")
+    of_driver.add_argument("--nodes", type=int, default=256)
+    of_driver.add_argument("--workers", type=int, default=8)
+    commands.add_parser("sockets").add_argument("--worlds", type=int, nargs="+", default=[4, 8, 16])
     arguments = vars(parser.parse_args())
-    {"index": index, "metrics": metrics}[arguments.pop("command")](**arguments)
+    {"index": index, "metrics": metrics, "driver": driver, "sockets": sockets}[arguments.pop("command")](**arguments)
 
 
 if __name__ == "__main__":

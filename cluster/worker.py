@@ -1,5 +1,7 @@
 """What a worker function sees of its cluster: the same under Ray, torchrun and alone."""
 
+import os
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,8 +91,13 @@ class WorkerContext:
         """The default process group over all workers: gloo on CPU, gloo and NCCL on CUDA.
 
         Collectives may wait `timeout`; a peer that dies or hangs is noticed by the supervisor long before.
+        A rank is connected with those that its collectives have met: it is not, once a group, with all others.
         """
         self.enter("joining")
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        # Rank 0 alone has a connection from each: for the store.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)

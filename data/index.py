@@ -21,19 +21,8 @@ import numpy as np
 INDEX = "index.json"
 VERSION = 2
 
-SAMPLE = np.dtype(
-    [
-        ("crc32", "<u4"),
-        ("ends_length", "<i8"),
-        ("ends_offset", "<i8"),
-        ("json_length", "<i8"),
-        ("json_offset", "<i8"),
-        ("n_documents", "<i8"),
-        ("n_tokens", "<i8"),
-        ("tokens_length", "<i8"),
-        ("tokens_offset", "<i8"),
-    ]
-)
+_LENGTHS = "ends_length ends_offset json_length json_offset n_documents n_tokens tokens_length tokens_offset"
+SAMPLE = np.dtype([("crc32", "<u4"), *((name, "<i8") for name in _LENGTHS.split())])
 SHARD = np.dtype([("size", "<i8"), ("sha256", "S64"), ("n_tokens", "<i8"), ("n_documents", "<i8"), ("end", "<i8")])
 """`end` is the number of samples in this shard and all before it."""
 

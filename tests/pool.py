@@ -56,13 +56,24 @@ def _work(
     import torch
     import torch.distributed as dist
 
+    from moray.cluster.worker import WorkerContext
+
     torch.set_num_threads(1)
     gc.freeze()
     try:
-        store = dist.FileStore(rendezvous, world_size)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=CALL_S)
+        context = WorkerContext(
+            rank=rank,
+            world_size=world_size,
+            local_rank=rank,
+            local_world_size=world_size,
+            generation=1,
+            device=torch.device("cpu"),
+            open_store=lambda: dist.FileStore(rendezvous, world_size),
+            report=lambda step, status: None,
+            should_stop=lambda: False,
         )
+        group = context.process_group(timedelta(seconds=CALL_S))
+        group.__enter__()  # for good: this process does not end by itself
         torch.manual_seed(0)
         reply = (True, getattr(_load(path), name)(*pickle.loads(arguments)))
     except BaseException:

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -37,10 +38,11 @@ NEWEST = 256
 
 
 class AgentProcess:
-    """The owner's end: starts the agent and calls its methods one at a time."""
+    """The owner's end: starts the agent and calls its methods, which answers one after the other."""
 
     def __init__(self, import_path: list[str]) -> None:
         self._pipe, theirs = Pipe()
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
         # One thread a process, as torchrun has it: many processes share the cores, and a fork must not lose a thread.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(import_path)}
         descriptor = theirs.fileno()
@@ -49,9 +51,17 @@ class AgentProcess:
         theirs.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The agent's answer; raises RuntimeError with its traceback, or EOFError where the agent is gone."""
-        self._pipe.send((method, arguments))
-        is_answer, value = self._pipe.recv()
+        """The agent's answer; raises RuntimeError with its traceback, or EOFError where the agent is gone.
+
+        Any thread may call: one that does while another waits for a poll's answer ends that poll.
+        """
+        with self._sending:
+            self._pipe.send((method, arguments))
+            self._receiving.acquire()  # in the order of sending, in which the answers come
+        try:
+            is_answer, value = self._pipe.recv()
+        finally:
+            self._receiving.release()
         if not is_answer:
             raise RuntimeError(value)
         return value
@@ -253,11 +263,14 @@ class Agent:
             sys.stderr.flush()
             os._exit(code)
 
-    def poll(self) -> list[WorkerState]:
-        """What became of the workers: at once where one began, failed or ended, else after a while."""
-        deadline = time.monotonic() + POLL_S
-        while not self._has_news and (left_s := deadline - time.monotonic()) > 0:
-            self._hear(at_most_s=left_s)
+    def poll(self, wait_s: float = POLL_S) -> list[WorkerState]:
+        """What became of the workers: at once where one began, failed or ended, or the owner has another call.
+
+        Else after so long.
+        """
+        deadline = time.monotonic() + wait_s
+        while not self._has_news and not self._owner.poll() and (left_s := deadline - time.monotonic()) > 0:
+            self._hear(self._owner, at_most_s=left_s)
         self._has_news = False
         return [worker.state() for worker in self._workers]
 

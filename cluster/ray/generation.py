@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from moray.cluster.events import OnEvent, OnStatus
+from moray.cluster.ray.agent import POLL_S
 from moray.cluster.ray.connection import RayLostError
 from moray.cluster.ray.faults import Fault, as_ranges, doings
 from moray.cluster.ray.laps import Laps
@@ -20,6 +21,9 @@ from moray.cluster.ray.patience import Patience
 from moray.cluster.ray.stacks import UNSEEN, waits_for_peers
 
 TICK_S = 0.5
+GATHER_S = 0.05
+ANSWERS_PER_S = 50
+"""How many answers without news a driver asks for, of all nodes together: each costs it most of a millisecond."""
 SETTLE_S = 0.1
 CALL_S = 30.0
 KILL_S = 10.0
@@ -56,6 +60,7 @@ class Generation:
         self._watch = watch
         self._node_of = [node for node in nodes for _ in range(node.slots)]
         self._states: dict[int, WorkerState] = {}
+        self._pause_s = pause_between_answers(len(nodes), watch.patience.lease_s)
         self._polls: dict[ray.ObjectRef, Node] = {}
         self._asked: dict[Node, float] = {}
         self._looked = time.monotonic()
@@ -108,19 +113,22 @@ class Generation:
         n_workers = len(self._node_of)
         laps.lap("forking")
         is_ready = is_stopping = False
+        begun: set[int] = set()
+        codes: dict[int, int] = {}
         while True:
-            self._receive(TICK_S)
+            news = self._receive(TICK_S)
             self._watch.check_ray()
-            if fault := self._find_fault():
+            if fault := self._find_fault(news):
                 return fault
-            states = self._states.values()
-            if not is_ready and len(states) == n_workers and all(has_begun(state) for state in states):
+            begun.update(state.rank for state in news if has_begun(state))
+            codes.update((state.rank, state.exit_code) for state in news if state.exit_code is not None)
+            if not is_ready and len(begun) == n_workers:
                 is_ready = True
-                laps.split([state.entered for state in states])
+                laps.split([state.entered for state in self._states.values()])
                 times = {"seconds": laps.seconds, "phases": laps.rounded}
                 self._watch.on_event(self._ready_kind, {"generation": self._number, **times})
-            if len(states) == n_workers and all(state.exit_code is not None for state in states):
-                return max(state.exit_code or 0 for state in states)
+            if len(codes) == n_workers:
+                return max(codes.values())
             if not is_stopping and self._watch.should_stop():
                 is_stopping = True
                 self._watch.on_event("stop", {"generation": self._number})
@@ -128,17 +136,20 @@ class Generation:
                     node.call("stop")
 
     def _poll(self, node: Node) -> None:
-        self._polls[node.call("poll")] = node
+        self._polls[node.poll(self._pause_s)] = node
         self._asked[node] = time.monotonic()
 
-    def _receive(self, timeout_s: float) -> None:
-        """Takes in the agents' answers: waits for one, then takes all that are there."""
+    def _receive(self, timeout_s: float) -> list[WorkerState]:
+        """Takes in the agents' answers: waits for one, then takes all that are there. Returns what they say."""
+        # To look costs as much as there are nodes: what comes close together is taken in at once.
+        time.sleep(max(0.0, self._looked + GATHER_S - time.monotonic()))
         ray.wait(list(self._polls), timeout=timeout_s)
         looked, self._looked = self._looked, time.monotonic()
         if self._looked - looked > SUSPENDED_S:
             # It was this process that was away: what the nodes have answered meanwhile is still to be read.
             self._asked = dict.fromkeys(self._asked, self._looked)
         ready, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
+        news: list[WorkerState] = []
         for poll in ready:
             node = self._polls.pop(poll)
             try:
@@ -146,27 +157,36 @@ class Generation:
             except RayError:
                 self.lost.append(node)
                 continue
+            news += states
             for state in states:
                 before = self._states.get(state.rank)
                 self._states[state.rank] = state
                 if state.step is not None and (before is None or before.step != state.step):
                     self._watch.on_status(state.rank, state.step, state.status)
             self._poll(node)
+        return news
 
-    def _find_fault(self) -> Fault | None:
-        failed = [state for state in self._states.values() if state.failure]
+    def _find_fault(self, news: Sequence[WorkerState]) -> Fault | None:
+        """Looks at what is new alone: whatever was there before was no fault."""
+        failed = [state for state in news if state.failure]
         if failed and not self.lost and all(state.failure and state.failure.traceback for state in failed):
             # What these ranks raised may be the echo of a death that another agent is about to report.
             time.sleep(SETTLE_S)
-            self._receive(0)
+            news = [*news, *self._receive(0)]
         self.lost += [node for node, at in self._asked.items() if self._is_overdue(node, at)]
         if self.lost:
             return self._loss()
-        failed = [state for state in self._states.values() if state.failure]
+        failed = [state for state in news if state.failure]
         if failed:
             return self._describe(min(failed, key=_precedence))
-        silent = [state for state in self._states.values() if self._is_silent(state)]
-        return self._silence(silent) if silent else None
+        if any(map(self._is_silent, news)):
+            for node in self._nodes:
+                node.call("output")  # which ends its poll: suspicion compares states of one moment
+            time.sleep(SETTLE_S)
+            self._receive(0)
+            silent = [state for state in self._states.values() if self._is_silent(state)]
+            return self._silence(silent) if silent else None
+        return None
 
     def _loss(self) -> Fault:
         lost = ", ".join(node.host for node in self.lost)
@@ -247,6 +267,11 @@ class Generation:
         except RayError:
             return False
         return True
+
+
+def pause_between_answers(n_nodes: int, lease_s: float) -> float:
+    """How many seconds an agent without news waits: such that each hears of the driver well within its lease."""
+    return min(max(POLL_S, n_nodes / ANSWERS_PER_S), lease_s / 4)
 
 
 def has_begun(state: WorkerState) -> bool:

@@ -25,6 +25,7 @@ RETRY_S = 0.2
 FAREWELL_S = 5.0
 SETTLE_S = 0.5
 RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
+POLLS = "polls"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,10 @@ class Node:
 
     def call(self, method: str, *arguments: Any) -> ray.ObjectRef:
         return self.actor.call.remote(method, *arguments)
+
+    def poll(self, wait_s: float) -> ray.ObjectRef:
+        """What became of the workers, with news or after so long. Another call does not wait for it, but ends it."""
+        return self.actor.call.options(concurrency_group=POLLS).remote("poll", wait_s)
 
     def release(self) -> None:
         # Ray kills what its actor started; the agent also ends by itself when its owner is gone.
@@ -217,8 +222,9 @@ class Gang:
             strategy="STRICT_PACK",
             bundle_label_selector=[{"ray.io/node-id": node_id}],
         )
-        actor: Any = (
-            ray.remote(AgentActor)
+        remote: Any = ray.remote  # its types know of no concurrency groups
+        actor = (
+            remote(concurrency_groups={POLLS: 1})(AgentActor)
             .options(
                 num_cpus=slots if self._resource == "CPU" else 0,
                 num_gpus=slots if self._resource == "GPU" else 0,

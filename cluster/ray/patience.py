@@ -44,7 +44,7 @@ class Patience:
 
     @property
     def with_node(self) -> float:
-        """For an agent, which answers five times a second whatever its workers do.
+        """For an agent, which answers every few seconds at the latest, whatever its workers do.
 
         Longer than the lease: where a node is cut off, its workers have ended before others start elsewhere.
         """

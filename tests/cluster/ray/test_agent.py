@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from counting import Plan, beat, count, end_silently, history, leave_a_helper, look_once
 
 from moray.cluster.ray.agent import AgentProcess
+from moray.cluster.ray.generation import pause_between_answers
 from moray.cluster.ray.messages import Assignment, WorkerState
 from moray.cluster.ray.stacks import stacks as look
 from moray.cluster.ray.stacks import waits_for_peers
@@ -147,6 +149,27 @@ def test_an_agent_without_workers_has_nothing_to_end(tmp_path: Path) -> None:
             time.sleep(1.5)
             (state,) = agent.call("poll")
             assert (state.exit_code, state.failure) == (0, None)
+
+
+def test_a_poll_ends_with_news_or_another_call(tmp_path: Path) -> None:
+    """However long an agent of a large cluster may wait: pytest's limit would come first."""
+    with agent_for(count, Plan(str(tmp_path), 100_000, 0.01)) as agent, ThreadPoolExecutor(1) as thread:
+        (pid,) = agent.call("start", Assignment(1, (range(1),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
+        assert agent.call("poll", 1000.0)[0].step is not None, "the first step is news"
+        poll = thread.submit(agent.call, "poll", 1000.0)
+        assert agent.call("output")
+        assert poll.result()[0].failure is None
+        poll = thread.submit(agent.call, "poll", 1000.0)
+        os.kill(pid, signal.SIGKILL)
+        assert poll.result()[0].failure
+
+
+@pytest.mark.parametrize(
+    ("n_nodes", "lease_s", "pause_s"),
+    [(1, 20.0, 0.2), (10, 20.0, 0.2), (200, 20.0, 4.0), (9000, 20.0, 5.0), (1, 0.4, 0.1)],
+)
+def test_more_nodes_answer_less_often(n_nodes: int, lease_s: float, pause_s: float) -> None:
+    assert pause_between_answers(n_nodes, lease_s) == pytest.approx(pause_s)
 
 
 def test_steps_are_measured_once_one_has_been_seen_whole(tmp_path: Path) -> None:
