@@ -124,6 +124,13 @@ class CheckpointSection(Section):
     """Commits at multiples of this step are kept for good."""
 
 
+class RecoverySection(Section):
+    snapshot_every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Steps between two copies of the state in memory of its node and of the next one, from which a fault is recovered.
+
+    auto: as often as costs less than 2% of a step; 0: never. Under ray alone, whose workers something outlives."""
+
+
 def _default_launcher() -> Literal["ray", "torchrun"]:
     return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "ray"
 
@@ -195,6 +202,7 @@ class RunConfig(Section):
     train: TrainSection = Field(TrainSection(), validate_default=True)
     optimizer: OptimizerSection = Field(OptimizerSection(), validate_default=True)
     checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     run: RunSection = RunSection()
 

@@ -78,5 +78,7 @@ def _go_back(training: Training, where: str) -> Commit:
     commit = load_commit(training, lambda step: step < training.step and step % every == 0)
     if commit is None:
         raise FloatingPointError(f"{where}, and there is no older commit that train.on_bad_step=rollback could go to")
-    go_on_from(training, commit)
+    go_on_from(training, commit.step, commit.manifest.metadata)
+    if training.snapshots:
+        training.snapshots.clear()
     return commit

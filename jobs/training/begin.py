@@ -21,12 +21,14 @@ from moray.jobs.runs.watcher import describe
 from moray.jobs.training.dtype import choose_dtype
 from moray.jobs.training.metrics import worker_peak
 from moray.jobs.training.optimizer import build_optimizer, older_names, share_step, training_state
+from moray.jobs.training.recovery import make_room
 from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import Commit
 from moray.parallel.checkpoint.generations import SEEN_WITHIN_S, sees_generation
+from moray.parallel.checkpoint.snapshots import Snapshots
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
@@ -78,6 +80,7 @@ class Training:
     work: Work
     peak_flops: float
     witness: Witness | None
+    snapshots: Snapshots | None
     on_event: Callable[[str, dict[str, Any]], None]
     step: int = 0
     position: int = 0
@@ -127,6 +130,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     events = EventLog(Path(config.run.dir) / "events.jsonl")
     pulse = Pulse(context)
     on_event = partial(note_event, events, pulse, context.generation)
+    optimizer = build_optimizer(decoder, config.optimizer)
     training = Training(
         context=context,
         pulse=pulse,
@@ -135,7 +139,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         layout=layout,
         dataset=dataset,
         decoder=decoder,
-        optimizer=build_optimizer(decoder, config.optimizer),
+        optimizer=optimizer,
         checkpointer=Checkpointer(
             checkpoints_of(config),
             generation=context.generation,
@@ -148,6 +152,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(peak)).item(),
         witness=Witness(decoder) if config.train.audit_every else None,
+        snapshots=make_room(context, config, training_state(decoder, optimizer), on_event),
         on_event=on_event,
     )
     context.enter("loading")
@@ -176,28 +181,50 @@ def _open_storage(context: WorkerContext, config: RunConfig) -> Dataset:
 
 
 def resume(training: Training, events: EventLog) -> None:
-    """Puts the newest whole commit into place, else the weights to start with.
+    """Puts the newest snapshot or whole commit into place, else the weights to start with.
 
     Raises UserError if the commit is of another run, or ended elsewhere.
     """
-    commit = load_commit(training)
-    if commit is None and training.config.weights_from:
-        fill_shards(training.decoder, Path(training.config.weights_from))
-    elif commit is None:
-        initialise_shards(training.decoder, training.config.train.seed)
-    if commit:
-        check_same_run(commit, training.config, training.dataset)
-        go_on_from(training, commit)
-    if training.is_first_rank:
+    source, digest = "memory", load_snapshot(training)
+    if digest is None:
+        source = "commit" if (commit := load_commit(training)) else None
         digest = commit.manifest.digest if commit else None
-        found = {
-            "step": training.step,
-            "position": training.position,
-            "layout": str(training.layout),
-            "dtype": training.config.train.dtype,
-            "digest": digest,
-        }
-        events.write("resume" if commit else "begin", generation=training.context.generation, **found)
+        if commit:
+            check_same_run(commit, training.config, training.dataset)
+            go_on_from(training, commit.step, commit.manifest.metadata)
+        elif training.config.weights_from:
+            fill_shards(training.decoder, Path(training.config.weights_from))
+        else:
+            initialise_shards(training.decoder, training.config.train.seed)
+    found = {
+        "step": training.step,
+        "position": training.position,
+        "layout": str(training.layout),
+        "dtype": training.config.train.dtype,
+        "digest": digest or None,
+        "source": source,
+        "snapshot_bytes": training.snapshots.most_bytes if training.snapshots else 0,
+    }
+    if training.is_first_rank:
+        events.write("resume" if source else "begin", generation=training.context.generation, **found)
+
+
+def load_snapshot(training: Training) -> str | None:
+    """Goes on from what the generation before left in memory, if that is newer than the newest commit.
+
+    Returns that commit's digest, "" where there is none yet, None where there is no such snapshot.
+    """
+    if not training.snapshots:
+        return None
+    newest = training.checkpointer.go_on_from_newest()
+    state = training_state(training.decoder, training.optimizer)
+    record = training.snapshots.load(state, at_least=newest.step)
+    if record is None:
+        training.snapshots.clear()
+        return None
+    share_step(training.optimizer)
+    go_on_from(training, record.step, record.metadata)
+    return newest.digest or ""
 
 
 def load_commit(training: Training, among: Callable[[int], bool] = lambda step: True) -> Commit | None:
@@ -208,10 +235,9 @@ def load_commit(training: Training, among: Callable[[int], bool] = lambda step: 
     return commit
 
 
-def go_on_from(training: Training, commit: Commit) -> None:
-    """Takes up what a commit holds beside the tensors."""
-    metadata = commit.manifest.metadata
-    training.step, training.position = commit.step, metadata["data"]["position"]
+def go_on_from(training: Training, step: int, metadata: dict[str, Any]) -> None:
+    """Takes up what a commit or snapshot holds beside the tensors."""
+    training.step, training.position = step, metadata["data"]["position"]
     training.applied = [(loss, norm) for loss, norm in metadata.get("applied", [])]
 
 

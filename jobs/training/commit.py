@@ -12,12 +12,10 @@ from moray.jobs.training.optimizer import training_state
 from moray.parallel.checkpoint.checkpointer import DiskFullError
 
 
-def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> None:
-    """Commits weights, optimizer, routing bias, data position and all else a resume needs, as one."""
+def progress(training: Training, row: dict[str, Any]) -> dict[str, Any]:
+    """How far the run has come, beside its tensors: what `go_on_from` takes up."""
     config = training.config
-    metadata = {
-        "config": config.model_dump(),
-        "layout": training.layout.model_dump(),
+    return {
         "data": {
             "position": training.position,
             "skipped": training.position - training.step * config.train.global_batch,
@@ -28,6 +26,15 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
         # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
         "rng": {"seed": config.train.seed},
         "loss": row["loss"],
+    }
+
+
+def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> None:
+    """Commits weights, optimizer, routing bias, data position and all else a resume needs, as one."""
+    metadata = {
+        "config": training.config.model_dump(),
+        "layout": training.layout.model_dump(),
+        **progress(training, row),
         "versions": versions(),
     }
     state = training_state(training.decoder, training.optimizer)

@@ -19,9 +19,9 @@ from moray.jobs.config.run import RunConfig
 from moray.jobs.training.bad_steps import STEADIER, pass_over, what_is_wrong
 from moray.jobs.training.batches import micro_batches, stream_of
 from moray.jobs.training.begin import Training, checkpoints_of, set_up
-from moray.jobs.training.commit import commit, finish_commits
+from moray.jobs.training.commit import commit, finish_commits, progress
 from moray.jobs.training.metrics import MetricsLog, expert_metrics
-from moray.jobs.training.optimizer import set_learning_rate
+from moray.jobs.training.optimizer import set_learning_rate, training_state
 from moray.jobs.training.schedule import learning_rate
 from moray.jobs.training.wrong_results import Computed, check_alike, compare, recomputed
 from moray.parallel.checkpoint.generations import SupersededError, newest_generation
@@ -72,11 +72,16 @@ def run_steps(training: Training) -> int:
                 break
             if log:
                 log.write(row)
+            if training.snapshots and not (last or leaving) and training.snapshots.is_due(training.step):
+                state = training_state(training.decoder, training.optimizer)
+                training.snapshots.take(training.step, state, progress(training, row), row["seconds"])
             if last or leaving or is_due(training.step, config.checkpoint.every):
                 context.enter("commit")
                 commit(training, row, log)
             training.pulse.beat(row if training.is_first_rank else {"step": training.step})
     context.enter("leaving")
+    if training.snapshots:
+        training.snapshots.finish()
     finish_commits(training)
     wait_for_all(training)
     if leaving == EXIT_SUPERSEDED:

@@ -32,6 +32,7 @@ from moray.parallel.checkpoint.commits import (
     Commit,
     clean,
     commit_name,
+    commit_paths,
     discard,
     give_up_between,
     numbered_paths,
@@ -79,7 +80,7 @@ class _Save:
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """The commit that the next one goes on from; step 0 and no digest before the first."""
 
     step: int = 0
@@ -126,7 +127,7 @@ class Checkpointer:
         self._on_wait = on_wait
         self._ranks = ControlPlane()
         self._pending: tuple[_Save, threading.Thread] | None = None
-        self._head = _Head()
+        self._head = Head()
         self._copy = HostCopy()
         self._planned: tuple[Any, list[str]] | None = None
         self._tensors: dict[str, StoredTensor] = {}
@@ -200,12 +201,25 @@ class Checkpointer:
             commit = self._examine(path)
             if commit:
                 self._read(commit, state, older_names)
-                self._head = _Head(commit.step, commit.manifest.digest)
+                self._head = Head(commit.step, commit.manifest.digest)
                 return commit
         if paths:
             names = [path.name for path in paths]
             raise UserError(f"{self._folder} holds no whole commit, but damaged ones: {names}; move them away to start")
         return None
+
+    def go_on_from_newest(self) -> Head:
+        """The newest commit, whose child the next one will be; its files are not looked at. Collective."""
+        self._settle()
+        self._head = self._ranks.from_rank_0(self._newest)
+        return self._head
+
+    def _newest(self) -> Head:
+        for path in reversed(commit_paths(self._folder)):
+            with suppress(DamagedError):
+                commit = read_commit(path)
+                return Head(commit.step, commit.manifest.digest)
+        return Head()
 
     def give_up_later(self) -> None:
         """Removes the commits after the one that was loaded: what comes now is another line. Collective."""
@@ -262,7 +276,7 @@ class Checkpointer:
         manifest, size = self._writer.publish(
             staging, step, save.metadata, files, self._tensors, before.digest, save.before or (lambda: None)
         )
-        self._head = _Head(step, manifest.digest)
+        self._head = Head(step, manifest.digest)
         line = {"digest": manifest.digest, "parent": before.digest}
         self._on_event("commit", {"step": step, "seconds": time.perf_counter() - began, "bytes": size, **line})
         try:

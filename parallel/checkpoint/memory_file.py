@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moray.model.sharded import local
 from moray.parallel.checkpoint.tensor_file import DTYPE_OF_NAME, dtype_name
-from moray.parallel.chunks import Chunk, held_chunks
+from moray.parallel.chunks import Chunk
+from moray.parallel.held import held_chunks
 
 ALIGNMENT = 64
 _END = struct.Struct("<8sII")  # at the end of the file: this mark, length and crc32 of the record before it

@@ -2,8 +2,8 @@
 
 Every few steps each rank copies its part of the state into a file in memory of its node, and a thread sends it on to
 the node after, which stands in for a node that is lost. There are two files a rank, written in turn, so that one is
-whole at any instant. The rule is that of a commit: a snapshot is whole on all ranks, in its record and its checksums, or
-it does not exist. What lies in memory is of one attempt alone, for it ends with the agents.
+whole at any instant. The rule is that of a commit: a snapshot is whole on all ranks, in its record and its checksums,
+or it does not exist. What lies in memory is of one attempt alone, for it ends with the agents.
 """
 
 import math
@@ -25,7 +25,7 @@ from moray.parallel.gradients import world_sum
 
 COST = 0.02
 """Share of a step's time that snapshots may take where their interval is chosen here."""
-WAIT_S = 1.0
+FILES = 2
 
 
 class Snapshots:
@@ -62,7 +62,12 @@ class Snapshots:
     @property
     def bytes_here(self) -> int:
         """Memory that this node needs: for two snapshots of its own ranks, and of those that it stands in for."""
-        return sum(len(self._files[rank]) * self._sizes[rank] for rank in self._held)
+        return self._bytes_of(self._node)
+
+    @property
+    def most_bytes(self) -> int:
+        """What the node that needs the most of all needs."""
+        return max(map(self._bytes_of, range(len(self._ranks))))
 
     @property
     def bytes_reserved(self) -> int:
@@ -71,7 +76,14 @@ class Snapshots:
 
     @property
     def _held(self) -> list[int]:
-        return sorted({*self._ranks[self._node], *(self._ranks[self._node - 1] if len(self._ranks) > 1 else ())})
+        return self._held_by(self._node)
+
+    def _bytes_of(self, node: int) -> int:
+        return FILES * sum(self._sizes[rank] for rank in self._held_by(node))
+
+    def _held_by(self, node: int) -> list[int]:
+        """The ranks of a node, and of the one before, for which it stands in."""
+        return sorted({*self._ranks[node], *(self._ranks[node - 1] if len(self._ranks) > 1 else ())})
 
     @property
     def _stand_in(self) -> int | None:
@@ -93,8 +105,13 @@ class Snapshots:
     def _local(self) -> int:
         return self._rank - self._ranks[self._node].start
 
-    def reserve(self) -> None:
-        """Takes all memory now, so that none is missing later. Raises OSError where there is none."""
+    def reserve(self, check: Callable[[], None]) -> None:
+        """Takes all memory now, so that none is missing later; `check` is called before any rank does.
+
+        Raises what `check` raises, OSError where there is none.
+        """
+        check()
+        self._plane.gather(None)
         for rank in (self._rank, *self._stood_for):
             for file in self._files[rank]:
                 file.reserve(self._sizes[rank])
@@ -119,14 +136,15 @@ class Snapshots:
                 self._on_event("snapshot_refused", {"step": key[0], "problems": told})
         return None
 
+    def is_due(self, step: int) -> bool:
+        return step >= self._next
+
     def take(self, step: int, state: Mapping[str, Tensor], metadata: dict[str, Any], seconds: float) -> bool:
-        """Copies `state`, that of `step`, if a snapshot is due; returns whether it did.
+        """Copies `state`, that of `step`, for which a snapshot is due; returns whether it did.
 
         `seconds` is how long a step takes. While any rank is still sending the last one on, the next must wait: what it
         would be written over may be the only whole one.
         """
-        if step < self._next:
-            return False
         is_busy = self._thread is not None and self._thread.is_alive()
         n_busy, share = world_sum(torch.tensor([float(is_busy), self._share / seconds], dtype=torch.float64)).tolist()
         if n_busy:
@@ -160,7 +178,7 @@ class Snapshots:
                 file.open(self._sizes[rank])
 
     def finish(self) -> None:
-        """Waits until the last one has been sent on."""
+        """Waits until the last one has been sent on, if it still is."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -206,7 +224,7 @@ class Snapshots:
     def _restore(
         self, key: tuple[int, int], providers: Mapping[int, Sequence[int]], state: Mapping[str, Tensor]
     ) -> str | None:
-        """Fetches this rank's file where its node has none, and fills `state` with it; returns what is wrong with it."""
+        """Fetches this rank's file where its node has none, and fills `state` with it; returns what is wrong there."""
         node_of = {rank: ranks for ranks in self._ranks for rank in ranks}
         # Whoever's node has none gets it from the first that has.
         moves = [(rank, of[0]) for rank, of in providers.items() if not any(p in node_of[rank] for p in of)]

@@ -1,0 +1,51 @@
+"""A run's snapshots in memory: made room for before the first step, taken between steps, gone on from after a fault."""
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from moray import UserError
+from moray.cluster.host_memory import free_memory
+from moray.cluster.worker import WorkerContext
+from moray.jobs.config.run import RunConfig
+from moray.parallel.checkpoint.snapshots import Snapshots
+
+
+def make_room(
+    context: WorkerContext,
+    config: RunConfig,
+    state: dict[str, Tensor],
+    on_event: Callable[[str, dict[str, Any]], None],
+) -> Snapshots | None:
+    """Snapshots of `state`; None where none are wanted or nothing outlives the workers. Collective.
+
+    Raises UserError where this node's memory cannot hold them.
+    """
+    every = config.recovery.snapshot_every
+    if every == 0 or context.memory is None:
+        return None
+    snapshots = Snapshots(
+        context.memory.files,
+        context.memory.ranks,
+        context.memory.node,
+        state,
+        generation=context.generation,
+        every=None if every == "auto" else every,
+        at_least_every=config.checkpoint.every,
+        on_event=on_event,
+    )
+    missing = snapshots.bytes_here - snapshots.bytes_reserved
+    # The others of this node may be at it already: only one looks, before all begin.
+    snapshots.reserve(lambda: _check(missing, snapshots.bytes_here, every) if context.local_rank == 0 else None)
+    return snapshots
+
+
+def _check(missing: int, needed: int, every: int | str) -> None:
+    if missing > (free := free_memory()):
+        raise UserError(
+            f"recovery.snapshot_every={every} needs {needed / 2**30:.1f} GiB of memory on {socket.gethostname()}, for "
+            f"two copies of the state of its workers and of those it stands in for, but {free / 2**30:.1f} GiB are "
+            "free; use more nodes, or recovery.snapshot_every=0 to recover from commits alone"
+        )
