@@ -216,7 +216,7 @@ def driver(nodes: int, workers: int, seconds: float = 30.0) -> None:
 
 def working(rank: int, step: int) -> WorkerState:
     entered = dict.fromkeys(("joining", "building", "reading", "computing"), 0.5)
-    return WorkerState(rank, 1000 + rank, step, {"step": step}, "computing", entered, 0.5, 1.0, False, None, None)
+    return WorkerState(rank, 1000 + rank, step, {"step": step}, "step", False, entered, 0.5, 0.9, 1.0, 0.0, None, None)
 
 
 class SyntheticRay:

@@ -68,8 +68,7 @@ class WorkerContext:
     note: Callable[[str, Any], None] = field(default=lambda name, value: None, repr=False)
     memory: Memory | None = field(default=None, repr=False)
     """None where nothing outlives the workers, as under torchrun."""
-    enter: Callable[[str], None] = field(default=lambda phase: None, repr=False)
-    """Tells whoever watches what this worker does from now on, in a word; to be called where that changes."""
+    enter_phase: Callable[[str, bool], None] = field(default=lambda name, is_long: None, repr=False)
 
     def heartbeat(self, step: int, **status: Any) -> None:
         """Says that `step` is done; to be called after every step, and within long work between steps.
@@ -77,6 +76,13 @@ class WorkerContext:
         `status` holds small JSON-able values that the driver shows; rank 0 fills it.
         """
         self.report(step, status)
+
+    def enter(self, phase: str, *, is_long: bool = True) -> None:
+        """Tells whoever watches what this worker does from now on, in a word; to be called where that changes.
+
+        Within a phase that is not long it counts as hung where it is silent for much longer than its steps take.
+        """
+        self.enter_phase(phase, is_long)
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """What `find` finds out about this node; under Ray, the workers of later generations need not find it again."""
@@ -93,7 +99,7 @@ class WorkerContext:
         Collectives may wait `timeout`; a peer that dies or hangs is noticed by the supervisor long before.
         A rank is connected with those that its collectives have met: it is not, once a group, with all others.
         """
-        self.enter("joining")
+        self.enter("joining", is_long=False)
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         # Rank 0 alone has a connection from each: for the store.
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

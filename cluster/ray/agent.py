@@ -72,6 +72,9 @@ class AgentProcess:
         self._process.wait()
 
 
+STARTING = Phase("starting", is_long=False)
+
+
 @dataclass
 class _Worker:
     rank: int
@@ -80,7 +83,7 @@ class _Worker:
     notes: dict[str, Any]
     forked: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
-    phase: str = "starting"
+    phase: Phase = STARTING
     entered: dict[str, float] = field(default_factory=dict)
     silences_s: deque[float] = field(default_factory=lambda: deque(maxlen=NEWEST))
     longest_silence_s: float | None = None
@@ -118,7 +121,7 @@ class _Worker:
             return False
         silence_s, self.heard = time.monotonic() - self.heard, time.monotonic()
         if isinstance(message, Phase):
-            self.phase = message.name
+            self.phase = message
             self.entered.setdefault(message.name, self.heard - self.forked)
             return False
         if isinstance(message, Failure):
@@ -128,7 +131,7 @@ class _Worker:
             self.exit_code = message
             return False
         before, (self.step, self.status) = self.step, message
-        if self.longest_silence_s is not None or before not in (None, self.step):
+        if not self.phase.is_long and (self.longest_silence_s is not None or before not in (None, self.step)):
             self.longest_silence_s = max(silence_s, self.longest_silence_s or 0.0)
             self.silences_s.append(silence_s)
         return before is None
@@ -142,7 +145,8 @@ class _Worker:
             pid=self.pid,
             step=self.step,
             status=self.status,
-            phase=self.phase,
+            phase=self.phase.name,
+            is_long=self.phase.is_long,
             entered=self.entered,
             silent_s=now - self.heard,
             usual_silence_s=silences_s[int(USUAL * (len(silences_s) - 1))] if silences_s else None,

@@ -59,7 +59,7 @@ def work(
                 notes=left.notes,
                 memory=Memory(left.files, assignment.ranks, assignment.node),
                 note=lambda name, value: pipe.send(Note(name, value)),
-                enter=lambda phase: pipe.send(Phase(phase)),
+                enter_phase=lambda name, is_long: pipe.send(Phase(name, is_long)),
             )
             pipe.send(int(function(context, argument) or EXIT_DONE))
         except BaseException as error:

@@ -82,19 +82,20 @@ class History:
 def doings(
     states: Iterable[WorkerState], nodes: Sequence[str], stacks: Mapping[int, str] | None = None
 ) -> tuple[dict[str, Any], ...]:
-    """What ranks were doing, those of like step and stack together: the fewest first, at most MOST_GROUPS."""
+    """What ranks were doing, those of like step, phase and stack together: the fewest first, MOST_GROUPS at most."""
     alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for state in states:
-        alike[state.step, (stacks or {}).get(state.rank)].append(state.rank)
+        alike[state.step, state.phase, (stacks or {}).get(state.rank)].append(state.rank)
     groups = sorted(alike.items(), key=lambda group: (len(group[1]), group[1]))
     return tuple(
         {
             "ranks": as_ranges(ranks),
             "nodes": sorted({nodes[rank] for rank in ranks})[:MOST_GROUPS],
             "step": step,
+            "phase": phase,
             **({"stack": stack} if stack else {}),
         }
-        for (step, stack), ranks in groups[:MOST_GROUPS]
+        for (step, phase, stack), ranks in groups[:MOST_GROUPS]
     )
 
 

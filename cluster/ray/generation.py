@@ -200,7 +200,7 @@ class Generation:
 
     def _is_silent(self, state: WorkerState) -> bool:
         patience = self._watch.patience
-        is_late = state.silent_s > patience.with_worker(state.usual_silence_s, state.longest_silence_s)
+        is_late = state.silent_s > patience.with_worker(state.usual_silence_s, state.longest_silence_s, state.is_long)
         return state.exit_code is None and (is_late or state.suspended_s > patience.with_suspended)
 
     def _describe(self, state: WorkerState) -> Fault:
@@ -232,10 +232,12 @@ class Generation:
         patience, stack = self._watch.patience, seen.get(state.rank)
         reason = f"silent for {state.silent_s:.1f} s "
         reason += "before its first step" if state.step is None else f"after step {state.step}"
+        if state.is_long:
+            reason += f" in {state.phase}"
         if state.suspended_s:
             reason += ", its process is suspended"
         else:
-            reason += f", {patience.why(state.usual_silence_s, state.longest_silence_s)}"
+            reason += f", {patience.why(state.usual_silence_s, state.longest_silence_s, state.is_long)}"
         if stack:
             reason += f"; it is in {stack.split(' < ')[0]}"
         if waiting and state.rank not in waiting:

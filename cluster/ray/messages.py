@@ -40,9 +40,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Phase:
-    """What a worker does from now on."""
+    """What a worker does from now on; if that is long, it may be silent meanwhile."""
 
     name: str
+    is_long: bool
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class WorkerState:
 
     `usual_silence_s` is what hardly any silence between two heartbeats exceeds, `longest_silence_s` the longest one;
     None until a step has been seen from its beginning to its end, for what comes before says nothing about steps.
-    `suspended_s`: for how long its process has been suspended. `phase` is what it does now; `entered` says when it
-    began with each phase for the first time, in seconds after its fork.
+    `suspended_s`: for how long its process has been suspended. `phase` is what it does now, and `is_long` if it may be
+    silent meanwhile; `entered` says when it began with each phase first, in seconds after its fork.
     """
 
     rank: int
@@ -74,6 +75,7 @@ class WorkerState:
     step: int | None
     status: dict[str, Any]
     phase: str
+    is_long: bool
     entered: dict[str, float]
     silent_s: float
     usual_silence_s: float | None

@@ -18,21 +18,22 @@ class Patience:
     heartbeat_s: float
     lease_s: float
 
-    def with_worker(self, usual_s: float | None, longest_s: float | None) -> float:
+    def with_worker(self, usual_s: float | None, longest_s: float | None, is_long: bool = False) -> float:
         """For a worker that is usually silent for `usual_s`, and was once for `longest_s`; None before its steps began.
 
         It follows the run's own steps: what means a hang where they take a tenth of a second is nothing where they
-        take minutes. `heartbeat_s` is the most, unless steps are nearly as long as that.
+        take minutes. `heartbeat_s` is the most, unless steps are nearly as long as that, and holds for what `is_long`.
         """
         if usual_s is None or longest_s is None:
             return self.startup_s
-        return max(min(max(USUAL_STEPS * usual_s, FLOOR_S), self.heartbeat_s), SLOWEST_STEPS * longest_s)
+        of_steps = self.heartbeat_s if is_long else max(USUAL_STEPS * usual_s, FLOOR_S)
+        return max(min(of_steps, self.heartbeat_s), SLOWEST_STEPS * longest_s)
 
-    def why(self, usual_s: float | None, longest_s: float | None) -> str:
+    def why(self, usual_s: float | None, longest_s: float | None, is_long: bool = False) -> str:
         """What a worker that exceeded it has exceeded, in words."""
         if usual_s is None or longest_s is None:
             return f"longer than cluster.startup_timeout_s={self.startup_s:g}"
-        limit_s = self.with_worker(usual_s, longest_s)
+        limit_s = self.with_worker(usual_s, longest_s, is_long)
         if limit_s == self.heartbeat_s:
             return f"longer than cluster.heartbeat_timeout_s={self.heartbeat_s:g}"
         return f"longer than the {limit_s:.3g} s that steps of {usual_s:.2g} s, the slowest of {longest_s:.2g} s, allow"

@@ -96,8 +96,10 @@ def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_res
         if why_no_more := history.add(outcome, time.monotonic()):
             raise _worker_error(outcome, why_no_more)
         if outcome.node_id and (why := history.why_set_aside()):
-            kind = "node_set_aside" if gang.set_aside(outcome.node_id) else "node_kept"
-            watch.on_event(kind, {"node": outcome.node, "node_id": outcome.node_id, "why": why})
+            is_aside = gang.set_aside(outcome.node_id)
+            if is_aside or not connection.is_local:  # a lone machine can but stay
+                kind = "node_set_aside" if is_aside else "node_kept"
+                watch.on_event(kind, {"node": outcome.node, "node_id": outcome.node_id, "why": why})
 
 
 def _worker_error(fault: Fault, why_no_more: str) -> WorkerError:

@@ -74,6 +74,7 @@ def pass_over(training: Training, batch: Batch, why: str) -> None:
 
 def _go_back(training: Training, where: str) -> Commit:
     """To the newest commit that is older than the weights: of a regular step, lest a stop in between change the way."""
+    training.context.enter("loading")
     every = training.config.checkpoint.every
     commit = load_commit(training, lambda step: step < training.step and step % every == 0)
     if commit is None:

@@ -185,11 +185,13 @@ def resume(training: Training, events: EventLog) -> None:
 
     Raises UserError if the commit is of another run, or ended elsewhere.
     """
-    source, digest = "memory", load_snapshot(training)
+    source: str | None = "memory"
+    digest = load_snapshot(training)
     if digest is None:
-        source = "commit" if (commit := load_commit(training)) else None
-        digest = commit.manifest.digest if commit else None
+        commit = load_commit(training)
+        source = "commit" if commit else None
         if commit:
+            digest = commit.manifest.digest
             check_same_run(commit, training.config, training.dataset)
             go_on_from(training, commit.step, commit.manifest.metadata)
         elif training.config.weights_from:

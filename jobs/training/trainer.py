@@ -58,7 +58,7 @@ def run_steps(training: Training) -> int:
     with closing(stream.batches(training.position // config.train.global_batch)) as batches:
         while training.step < config.train.steps and leaving is None:
             began = time.perf_counter()
-            context.enter("step")
+            context.enter("step", is_long=False)
             row = next_step(training, batches)
             row |= speed(training, row["tokens"], row["flops"], time.perf_counter() - began)
             row |= training.vitals.read(training.step)
@@ -98,6 +98,7 @@ def next_step(training: Training, batches: Iterator[Batch]) -> dict[str, Any]:
             row = take_step(training, batch)
         if row:
             return row
+        training.context.enter("step", is_long=False)
         training.pulse.again()
 
 

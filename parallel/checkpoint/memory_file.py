@@ -66,6 +66,11 @@ class Record:
         return cls(**fields, parts=parts)
 
 
+def checksum(data: Tensor) -> int:
+    """Of uint8 [bytes]."""
+    return zlib.crc32(data.numpy().data)
+
+
 def parts_of(state: Mapping[str, Tensor]) -> tuple[tuple[Part, ...], int]:
     """Where this rank's part of each tensor lies, if it has one; and how many bytes that takes."""
     parts, end = [], 0

@@ -9,7 +9,6 @@ or it does not exist. What lies in memory is of one attempt alone, for it ends w
 import math
 import threading
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from moray.model.sharded import local
 from moray.parallel.checkpoint.host_copy import copy_all
-from moray.parallel.checkpoint.memory_file import MemoryFile, Record, parts_of
+from moray.parallel.checkpoint.memory_file import MemoryFile, Record, checksum, parts_of
 from moray.parallel.control_plane import ControlPlane
 from moray.parallel.gradients import world_sum
 
@@ -186,7 +185,7 @@ class Snapshots:
     def _complete(self, file: MemoryFile, data: Tensor, step: int, metadata: dict[str, Any]) -> None:
         """The thread: checksum, record, and the copy on the node after."""
         began = time.thread_time()
-        crc32 = zlib.crc32(data.numpy())
+        crc32 = checksum(data)
         file.seal(Record(step, self._generation, self._rank, crc32, self._size, self._parts, metadata))
         stand_in = self._stand_in
         sends = [(file, stand_in)] if stand_in is not None else []
@@ -214,7 +213,8 @@ class Snapshots:
             dist.recv(data, sender, group=self._plane.group)
             file.seal(Record.from_json(text.numpy().tobytes()))
         for work, _ in under_way:
-            work.wait()
+            if work:
+                work.wait()
 
     def _found(self) -> dict[int, list[tuple[int, int]]]:
         """(step, generation) of what this node's files hold, by rank."""
@@ -239,7 +239,7 @@ class Snapshots:
         if (record.parts, record.size) != (self._parts, self._size):
             return "its copy is of another layout or model"
         data = file.data(self._size)
-        if zlib.crc32(data.numpy()) != record.crc32:
+        if checksum(data) != record.crc32:
             return "its copy has another checksum than when it was made"
         for part in self._parts:
             local(state[part.name].detach()).copy_(part.view(data))

@@ -46,15 +46,16 @@ def config(data: Path, run: Path, **changes: object) -> RunConfig:
 
 
 def ledger_is_whole(run: Path) -> None:
-    """The positions trained on in committed history: from 0 to the end, each once, in order. Checked by hand."""
+    """The positions trained on in the history: from 0 to the end, each once, in order. Checked by hand."""
     assert ledger_problems(run) == []
     assert [row["positions"] for row in read_metrics(run)] == [[8 * step, 8 * step + 8] for step in range(STEPS)]
     committed = 0
     for event in read_events(run / "events.jsonl"):
         if event["kind"] in ("begin", "resume"):
-            # Every attempt goes on exactly where the last commit ended.
-            assert event["position"] == committed
-            assert event["step"] * 8 == committed
+            # Every attempt goes on exactly where the last commit ended, or a snapshot after it.
+            assert event["position"] == event["step"] * 8
+            assert event["position"] >= committed
+            assert event["source"] == "memory" or event["position"] == committed
         elif event["kind"] == "commit":
             assert event["step"] * 8 > committed
             committed = event["step"] * 8
@@ -93,13 +94,22 @@ class KillOneWorker(Listener):
             os.kill(self.pids[1], signal.SIGKILL)
 
 
-def test_a_killed_worker_changes_no_later_step(untouched: Path, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("snapshot_every", [0, 1])
+def test_a_killed_worker_changes_no_later_step(
+    untouched: Path, dataset: Path, tmp_path: Path, snapshot_every: int
+) -> None:
     run, killer = tmp_path / "run", KillOneWorker()
-    assert pretrain(config(dataset, run), Console(quiet=True), killer) == 0
+    changes = {"recovery__snapshot_every": snapshot_every}
+    assert pretrain(config(dataset, run, **changes), Console(quiet=True), killer) == 0
     assert killer.killed
     events = list(read_events(run / "events.jsonl"))
     kinds = [event["kind"] for event in events]
     assert kinds.count("fault") == kinds.count("recovered") == kinds.count("resume") == 1
+    (resume,) = (event for event in events if event["kind"] == "resume")
+    assert resume["source"] == ("memory" if snapshot_every else "commit")
+    # Of two snapshots one is always whole; what was computed after it, and was told before the kill, is done again.
+    assert rows_written(run) - STEPS <= (2 if snapshot_every else EVERY)
+    assert (resume["snapshot_bytes"] > 0) == bool(snapshot_every)
     (fault,) = (event for event in events if event["kind"] == "fault")
     assert (fault["rank"], fault["pid"]) == (1, killer.pids[1])
     assert computed(run) == computed(untouched)
@@ -115,6 +125,10 @@ def test_a_killed_worker_changes_no_later_step(untouched: Path, dataset: Path, t
         recovered["seconds"],
         rows_written(run) - STEPS,
     )
+    phases = recovered["phases"]
+    assert list(phases)[:4] == ["killing", "placing", "forking", "starting"]
+    assert [name for name in phases if name in ("building", "loading", "step")] == ["building", "loading", "step"]
+    assert sum(phases.values()) == pytest.approx(recovered["seconds"], abs=0.01)
 
 
 def test_a_killed_driver_and_the_same_command_again(untouched: Path, dataset: Path, tmp_path: Path) -> None:
@@ -166,6 +180,7 @@ def test_a_worker_killed_behind_a_skipped_batch_changes_nothing(
     run.mkdir()
     (run / "poison.json").write_text('{"nan": [3]}')
     changes = {"cluster__workers": 2, "train__steps": 8, "train__eval_every": 0, "train__on_bad_step": "skip"}
+    changes["recovery__snapshot_every"] = 0
     assert pretrain(config(dataset, run, **changes, train__max_skipped=1), Console(quiet=True), killer) == 0
     assert killer.killed
     assert ledger_problems(run) == []

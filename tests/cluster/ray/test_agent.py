@@ -185,7 +185,7 @@ def test_steps_are_measured_once_one_has_been_seen_whole(tmp_path: Path) -> None
 
 def test_workers_are_seen_from_outside_even_suspended(tmp_path: Path) -> None:
     with agent_for(count, Plan(str(tmp_path), 100000, 1000.0)) as agent:
-        pids = agent.call("start", Assignment(1, 2, 0, 2, HOST, agent.call("bind"), LEASE_S, "cpu"))
+        pids = agent.call("start", Assignment(1, (range(2),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
         while any(state.step is None for state in agent.call("poll")):
             pass
         in_count = re.compile(r"count \(.*counting\.py:\d+\) < work \(moray/cluster/ray/child\.py")

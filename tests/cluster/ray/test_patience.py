@@ -26,6 +26,12 @@ def test_the_setting_is_the_ceiling_of_short_steps() -> None:
     assert Patience(600.0, 0.5, 20.0).with_suspended == 0.5
 
 
+def test_a_long_phase_has_all_of_the_setting() -> None:
+    assert PATIENCE.with_worker(0.1, 0.2, is_long=True) == 60.0
+    assert PATIENCE.with_worker(2.0, 30.0, is_long=True) == 90.0
+    assert PATIENCE.why(0.1, 0.2, is_long=True) == "longer than cluster.heartbeat_timeout_s=60"
+
+
 def test_words_name_what_to_change() -> None:
     assert PATIENCE.why(None, None) == "longer than cluster.startup_timeout_s=600"
     assert PATIENCE.why(20.0, 20.0) == "longer than cluster.heartbeat_timeout_s=60"

@@ -309,7 +309,7 @@ def test_a_node_on_which_different_ranks_fail_is_suspect() -> None:
 
 
 def state(rank: int, step: int | None) -> WorkerState:
-    return WorkerState(rank, 100 + rank, step, {}, 9.0, 0.1, 0.1, 0.0, None, None)
+    return WorkerState(rank, 100 + rank, step, {}, "step", False, {}, 9.0, 0.1, 0.1, 0.0, None, None)
 
 
 def test_of_thousands_of_ranks_those_that_do_the_same_are_told_together() -> None:
@@ -317,8 +317,8 @@ def test_of_thousands_of_ranks_those_that_do_the_same_are_told_together() -> Non
     nodes = [f"node{rank // 8}" for rank in range(2048)]
     stacks = dict.fromkeys(range(2048), "all_reduce") | {77: "read", 5: "write"}
     assert doings(states, nodes, stacks)[:2] == (
-        {"ranks": "5", "nodes": ["node0"], "step": 4, "stack": "write"},
-        {"ranks": "77", "nodes": ["node9"], "step": 3, "stack": "read"},
+        {"ranks": "5", "nodes": ["node0"], "step": 4, "phase": "step", "stack": "write"},
+        {"ranks": "77", "nodes": ["node9"], "step": 3, "phase": "step", "stack": "read"},
     )
     assert doings(states, nodes, stacks)[2]["ranks"] == "0-4, 6-76, 78-2047"
     everyone_elsewhere = {rank: f"frame {rank}" for rank in range(2048)}

@@ -1,0 +1,21 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from moray.cluster.host_memory import free_memory
+
+GIB = 2**30
+
+
+def test_of_this_machine_it_is_some_and_not_more_than_there_is() -> None:
+    assert 2**20 < free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(("limit", "used", "free"), [("max", 9 * GIB, 8 * GIB), (4 * GIB, GIB, 3 * GIB)])
+def test_a_containers_limit_counts(tmp_path: Path, limit: object, used: int, free: int) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:    {8 * 2**20} kB\nHugePages_Total: 0\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{used}\n")
+    assert free_memory(tmp_path, tmp_path) == free
+    assert free_memory(tmp_path, tmp_path / "no cgroup") == 8 * GIB
