@@ -125,10 +125,17 @@ class CheckpointSection(Section):
 
 
 class RecoverySection(Section):
-    snapshot_every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    snapshot_every: int | Literal["auto"] = "auto"
     """Steps between two copies of the state in memory of its node and of the next one, from which a fault is recovered.
 
     auto: as often as costs less than 2% of a step; 0: never. Under ray alone, whose workers something outlives."""
+
+    @field_validator("snapshot_every", mode="before")
+    @classmethod
+    def _check(cls, value: Any) -> Any:
+        if value != "auto" and not str(value).isdecimal():
+            raise UserError(f"recovery.snapshot_every={value} must be auto, 0 for none, or a number of steps")
+        return value
 
 
 def _default_launcher() -> Literal["ray", "torchrun"]:

@@ -124,6 +124,11 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
             {"train.steps": "5", "optimizer.warmup_steps": "20"},
             "optimizer.warmup_steps=20 must be at most train.steps=5",
         ),
+        (
+            {"recovery.snapshot_every": "-1"},
+            "recovery.snapshot_every=-1 must be auto, 0 for none, or a number of steps",
+        ),
+        ({"recovery.snapshot_every": "often"}, "recovery.snapshot_every=often must be auto, 0 for none, or a number"),
         ({"train.on_bad_step": "ignore"}, "train.on_bad_step=ignore must be stop, skip or rollback"),
         (
             {"train.on_bad_step": "skip"},

@@ -140,7 +140,7 @@ def test_a_commit_that_counts_steps_for_each_weight_is_read(tmp_path: Path) -> N
     checkpointer.save(7, older, {})
     again = decoder()
     optimizer = build_optimizer(again, OptimizerSection())
-    assert checkpointer.load(training_state(again, optimizer), older_names(again))
+    assert checkpointer.load(training_state(again, optimizer), older_names=older_names(again))
     share_step(optimizer)
     assert [float(state["step"]) for state in optimizer.state.values()] == [7.0] * len(optimizer.state)
 
