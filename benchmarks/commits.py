@@ -2,22 +2,33 @@
 
     python benchmarks/commits.py plan [--preset deepseek-v3 --ranks 2048 --tp 8 --ep 64]
 
+    python benchmarks/commits.py stall --out DIR [--saves 7]
+
 `plan` builds one rank's part of the model with torch's fake process group (no peer exists), and from its placements
 what every other rank would hold. Rank 0's work on it is then the real one: read what 2,048 ranks say, decide who writes
 what, write the manifest, read it back, and find the chunks that one rank needs.
+
+`stall` trains the demo's model on 4 processes, and in turn commits it, snapshots it, and saves it by
+torch.distributed.checkpoint (waiting, and in the background) and by torch.save: how long the step that follows has to
+wait, and how much longer it takes than others.
 """
 
 import argparse
+import itertools
+import os
 import pickle
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
@@ -25,13 +36,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moray.jobs.config.run import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer, training_state
-from moray.model import ModelConfig
+from moray.model import ModelConfig, Randomness
+from moray.model.sharded import local
+from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.manifest import Manifest, StoredFile
 from moray.parallel.checkpoint.plan import Held, assign, describe, file_name
+from moray.parallel.checkpoint.snapshots import Snapshots
 from moray.parallel.chunks import Chunk
+from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.held import held_chunk, held_chunks
 from moray.parallel.layout import Layout
-from moray.parallel.shard import build_decoder
+from moray.parallel.shard import build_decoder, initialise_shards
+
+WORKERS = 4
 
 
 def timed(what: str, function: Callable[[], Any]) -> Any:
@@ -110,6 +127,83 @@ def plan(options: argparse.Namespace) -> None:
     )
 
 
+def stall(options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    files = [[os.memfd_create("snapshot") for _ in range(2)] for _ in range(WORKERS)]
+    # Forked, so that the files in memory are open there, too, as an agent's are.
+    context = torch.multiprocessing.get_context("fork")
+    workers = [context.Process(target=stalled, args=(rank, files, options)) for rank in range(WORKERS)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def stalled(rank: int, files: list[list[int]], options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(options.out / f"store-{os.getppid()}"), WORKERS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS)
+    config = ModelConfig.preset("demo-moe")
+    meshes = Layout(dp_shard=WORKERS, ep=2).meshes("cpu")
+    decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=torch.float32)
+    initialise_shards(decoder, 0)
+    optimizer = build_optimizer(decoder, OptimizerSection())
+    state = training_state(decoder, optimizer)
+    folder, saves = options.out / f"saves-{os.getppid()}", itertools.count(1)
+    checkpointer = Checkpointer(folder / "ours", keep=1, keep_every=None, on_event=lambda kind, fields: None)
+    snapshots = Snapshots(
+        dict(enumerate(files)), [range(WORKERS)], 0, state,
+        generation=1, every=1, at_least_every=1, on_event=lambda kind, fields: None,
+    )  # fmt: skip
+    snapshots.reserve(lambda: None)
+    pending: list[Any] = []
+
+    def step() -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        tokens_BT = torch.randint(config.vocab_size, (4, 256))
+        positions_BT = torch.arange(256).expand(4, 256)
+        randomness = Randomness(0, 0, torch.arange(4))
+        batch = MicroBatch.of(
+            tokens_BT, tokens_BT, positions_BT, torch.zeros_like(tokens_BT), torch.device("cpu"), randomness
+        )
+        accumulate_gradients(decoder, [batch], 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.barrier()
+        return time.perf_counter() - began
+
+    ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "a commit": (lambda: checkpointer.save(next(saves), state, {}), checkpointer.finish),
+        "a snapshot": (lambda: snapshots.take(next(saves), state, {}, 1.0), snapshots.finish),
+        "dcp.save": (lambda: dcp.save(state, checkpoint_id=folder / f"dcp-{next(saves)}"), lambda: None),
+        "dcp.async_save": (
+            lambda: pending.append(dcp.async_save(state, checkpoint_id=folder / f"async-{next(saves)}")),
+            lambda: pending.pop().result(),
+        ),
+        "torch.save": (
+            lambda: torch.save({n: local(t) for n, t in state.items()}, folder / f"torch-{rank}.pt"), lambda: None,
+        ),
+    }  # fmt: skip
+    waits: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    plain = []
+    for _ in range(options.saves + 1):  # the first time of each is not counted
+        for name, (save, finish) in ways.items():
+            plain.append(step())
+            dist.barrier()
+            began = time.perf_counter()
+            save()
+            dist.barrier()
+            waits[name].append((time.perf_counter() - began, step()))
+            finish()
+    if rank == 0:
+        usual = statistics.median(plain[len(ways) :])
+        print(f"a step: {usual:.3f} s\n\n| way | wait s | of a step | next step longer by |\n|---|---|---|---|")
+        for name, of_way in waits.items():
+            wait, after = (statistics.median(values) for values in zip(*of_way[1:], strict=True))
+            print(f"| {name} | {wait:.3f} | {wait / usual:.1%} | {after / usual - 1:.1%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -118,6 +212,10 @@ def main() -> None:
     of_plan.add_argument("--preset", default="deepseek-v3")
     for name, default in (("ranks", 2048), ("tp", 8), ("ep", 64), ("dp-replicate", 1)):
         of_plan.add_argument(f"--{name}", type=int, default=default)
+    of_stall = commands.add_parser("stall")
+    of_stall.set_defaults(run=stall)
+    of_stall.add_argument("--out", type=Path, required=True)
+    of_stall.add_argument("--saves", type=int, default=7)
     options = parser.parse_args()
     options.run(options)
 

@@ -1,14 +1,15 @@
 """A run's snapshots in memory: made room for before the first step, taken between steps, gone on from after a fault."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from moray import UserError
 from moray.cluster.host_memory import free_memory
-from moray.cluster.worker import WorkerContext
+from moray.cluster.worker import WorkerContext, WrongResultError
 from moray.jobs.config.run import RunConfig
 from moray.parallel.checkpoint.snapshots import Snapshots
 
@@ -40,6 +41,17 @@ def make_room(
     # The others of this node may be at it already: only one looks, before all begin.
     snapshots.reserve(lambda: _check(missing, snapshots.bytes_here, every) if context.local_rank == 0 else None)
     return snapshots
+
+
+@contextmanager
+def forgotten_if_wrong(snapshots: Snapshots | None) -> Iterator[None]:
+    """Where numbers turn out to be wrong, what lies in memory may be so, too: only a commit is to be gone on from."""
+    try:
+        yield
+    except (FloatingPointError, WrongResultError):
+        if snapshots:
+            snapshots.clear()
+        raise
 
 
 def _check(missing: int, needed: int, every: int | str) -> None:

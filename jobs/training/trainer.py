@@ -22,6 +22,7 @@ from moray.jobs.training.begin import Training, checkpoints_of, set_up
 from moray.jobs.training.commit import commit, finish_commits, progress
 from moray.jobs.training.metrics import MetricsLog, expert_metrics
 from moray.jobs.training.optimizer import set_learning_rate, training_state
+from moray.jobs.training.recovery import forgotten_if_wrong
 from moray.jobs.training.schedule import learning_rate
 from moray.jobs.training.wrong_results import Computed, check_alike, compare, recomputed
 from moray.parallel.checkpoint.generations import SupersededError, newest_generation
@@ -55,7 +56,8 @@ def run_steps(training: Training) -> int:
     log = None
     if training.is_first_rank:
         log = MetricsLog(Path(config.run.dir), training.step, context.generation)
-    with closing(stream.batches(training.position // config.train.global_batch)) as batches:
+    batches = stream.batches(training.position // config.train.global_batch)
+    with closing(batches), forgotten_if_wrong(training.snapshots):
         while training.step < config.train.steps and leaving is None:
             began = time.perf_counter()
             context.enter("step", is_long=False)

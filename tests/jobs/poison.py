@@ -1,11 +1,15 @@
 """Training in which something goes wrong: data whose gradient is nan or large, and bits that flip.
 
-`train` is a worker function: what shall go wrong stands in RUN/poison.json.
+`train` is a worker function: what shall go wrong stands in RUN/poison.json. There, `killed_after` is the step behind
+which rank 1 of the first generation is killed by SIGKILL.
 """
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,5 +46,14 @@ def poisoned(config: RunConfig, nan: tuple[int, ...] = (), spike: tuple[int, ...
 
 def train(context: WorkerContext, config: RunConfig) -> int:
     plan = json.loads(Path(config.run.dir, "poison.json").read_text())
+    if (last := plan.pop("killed_after", None)) and (context.rank, context.generation) == (1, 1):
+        tell = context.report
+
+        def report(step: int, status: dict[str, Any]) -> None:
+            if step == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            tell(step, status)
+
+        context = replace(context, report=report)
     with poisoned(config, **{name: tuple(batches) for name, batches in plan.items()}):
         return trainer.train(context, config)

@@ -17,6 +17,7 @@ from tiny import tiny
 
 from moray.cluster.events import read_events
 from moray.cluster.group import Group
+from moray.cluster.worker import WorkerError
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.run import RunConfig, load_config
 from moray.jobs.runs.ledger import ledger_problems
@@ -176,22 +177,41 @@ def test_a_worker_killed_behind_a_skipped_batch_changes_nothing(
 ) -> None:
     """Batch 3 is bad for both workers, in every generation. What was computed twice was the same both times."""
     monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
-    run, killer = tmp_path / "run", KillOneWorker()
+    run = tmp_path / "run"
     run.mkdir()
-    (run / "poison.json").write_text('{"nan": [3]}')
+    (run / "poison.json").write_text('{"nan": [3], "killed_after": 5}')
     changes = {"cluster__workers": 2, "train__steps": 8, "train__eval_every": 0, "train__on_bad_step": "skip"}
     changes["recovery__snapshot_every"] = 0
-    assert pretrain(config(dataset, run, **changes, train__max_skipped=1), Console(quiet=True), killer) == 0
-    assert killer.killed
+    assert pretrain(config(dataset, run, **changes, train__max_skipped=1), Console(quiet=True)) == 0
+    assert [event["reason"] for event in read_events(run / "events.jsonl") if event["kind"] == "fault"] == [
+        "was killed by SIGKILL"
+    ]
     assert ledger_problems(run) == []
     assert [row["positions"][0] // 8 for row in read_metrics(run)] == [0, 1, 2, 4, 5, 6, 7, 8]
-    before, after = (run / "metrics.jsonl").read_text().split('{"resumed_from": 3')
-    undone = [json.loads(line) for line in before.splitlines()[3:]]
-    again = [json.loads(line) for line in after.splitlines()[1 : 1 + len(undone)]]
-    assert [row["step"] for row in undone[:2]] == [4, 5]
-    assert "skipped" in undone[0]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (place,) = (i for i, row in enumerate(rows) if "resumed_from" in row)
+    step = rows[place]["resumed_from"]
+    assert step in (0, 3), "the commit of step 3, if it was there already"
+    undone = rows[step:place]
+    again = rows[place + 1 : place + 1 + len(undone)]
+    assert any("skipped" in row for row in undone)
     for key in ("step", "loss", "grad_norm", "positions", "expert_balance", "skipped"):
         assert [row.get(key) for row in undone] == [row.get(key) for row in again]
+
+
+def test_wrong_numbers_are_not_gone_on_from_in_memory(
+    ray_cluster: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that is bad every time: the one retry is from the commit, though a newer snapshot had been taken."""
+    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "poison.json").write_text('{"nan": [5]}')
+    changes = {"cluster__workers": 2, "train__steps": 8, "train__eval_every": 0, "recovery__snapshot_every": 1}
+    with pytest.raises(WorkerError, match="failed alike"):
+        pretrain(config(dataset, run, **changes), Console(quiet=True))
+    (resume,) = (event for event in read_events(run / "events.jsonl") if event["kind"] == "resume")
+    assert (resume["step"], resume["source"]) == (3, "commit")
 
 
 class StopAt(Listener):
