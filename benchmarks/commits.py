@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ def stalled(rank: int, files: list[list[int]], options: argparse.Namespace) -> N
     )  # fmt: skip
     snapshots.reserve(lambda: None)
     pending: list[Any] = []
+    apart = dist.new_group(backend="gloo")  # whose collectives the training's do not meet
 
     def step() -> float:
         dist.barrier()
@@ -173,12 +175,13 @@ def stalled(rank: int, files: list[list[int]], options: argparse.Namespace) -> N
         dist.barrier()
         return time.perf_counter() - began
 
+    later = partial(dcp.async_save, state, process_group=apart)
     ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "a commit": (lambda: checkpointer.save(next(saves), state, {}), checkpointer.finish),
         "a snapshot": (lambda: snapshots.take(next(saves), state, {}, 1.0), snapshots.finish),
         "dcp.save": (lambda: dcp.save(state, checkpoint_id=folder / f"dcp-{next(saves)}"), lambda: None),
         "dcp.async_save": (
-            lambda: pending.append(dcp.async_save(state, checkpoint_id=folder / f"async-{next(saves)}")),
+            lambda: pending.append(later(checkpoint_id=folder / f"async-{next(saves)}")),
             lambda: pending.pop().result(),
         ),
         "torch.save": (

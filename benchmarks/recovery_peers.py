@@ -82,6 +82,17 @@ def told(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def join_torchrun() -> None:
+    """As init_process_group("gloo") does, but with keys of its own a try.
+
+    torchrun's store outlives a restart: as of torch 2.13 gloo then finds the addresses of the dead, and fails again.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    ours = dist.PrefixStore(f"try-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=ours, rank=rank, world_size=world_size)
+
+
 def of_ray_train(settings: dict[str, Any]) -> None:
     train(Path(settings["folder"]))
 
@@ -155,7 +166,7 @@ def main() -> None:
     parser.add_argument("--ray-train", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        dist.init_process_group("gloo")
+        join_torchrun()
         train(options.worker)
     elif options.ray_train:
         drive_ray_train(options.ray_train)
