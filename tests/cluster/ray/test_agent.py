@@ -188,7 +188,7 @@ def test_workers_are_seen_from_outside_even_suspended(tmp_path: Path) -> None:
         pids = agent.call("start", Assignment(1, (range(2),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
         while any(state.step is None for state in agent.call("poll")):
             pass
-        in_count = re.compile(r"count \(.*counting\.py:\d+\) < work \(moray/cluster/ray/child\.py")
+        in_count = re.compile(r"count \(.*counting\.py:\d+\) < work \(\S*/cluster/ray/child\.py")
         while not all(map(in_count.match, agent.call("stacks", 5.0).values())):
             pass  # until both are asleep
         os.kill(pids[1], signal.SIGSTOP)
