@@ -154,7 +154,7 @@ def stalled(rank: int, files: list[list[int]], options: argparse.Namespace) -> N
     checkpointer = Checkpointer(folder / "ours", keep=1, keep_every=None, on_event=lambda kind, fields: None)
     snapshots = Snapshots(
         dict(enumerate(files)), [range(WORKERS)], 0, state,
-        generation=1, every=1, at_least_every=1, on_event=lambda kind, fields: None,
+        generation=1, every=1, on_event=lambda kind, fields: None,
     )  # fmt: skip
     snapshots.reserve(lambda: None)
     pending: list[Any] = []

@@ -39,15 +39,6 @@ class Memory:
     ranks: Sequence[range]
     node: int
 
-    @property
-    def node_after(self) -> int:
-        """The one that stands in for this one; itself where there is no other."""
-        return (self.node + 1) % len(self.ranks)
-
-    @property
-    def node_before(self) -> int:
-        return (self.node - 1) % len(self.ranks)
-
 
 @dataclass(frozen=True)
 class WorkerContext:

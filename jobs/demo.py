@@ -174,4 +174,5 @@ def _report(run: Path, console: Console) -> None:
         elif event["kind"] == "recovered":
             console.print(f"recovery   {moment} all workers back at work after {event['seconds']:.2f} s")
         elif event["kind"] == "resume":
-            console.print(f"resume     {moment} from the commit of step {event['step']}")
+            what = "snapshot in memory" if event["source"] == "memory" else "commit"
+            console.print(f"resume     {moment} from the {what} of step {event['step']}")

@@ -63,6 +63,25 @@ def ray_cluster() -> Iterator[str]:
             yield local_ray.address
 
 
+@pytest.fixture(scope="module")
+def ray_nodes(ray_cluster: str) -> Iterator[Any]:
+    """A Ray of nodes with two CPU slots each, on this machine; the token is that of the session's own."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def two_nodes(ray_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """It has two again, whatever the test before left of it."""
+    if len(ray_nodes.list_all_nodes()) < 2:
+        ray_nodes.add_node(num_cpus=2)
+    monkeypatch.setenv("RAY_ADDRESS", ray_nodes.address)
+    return ray_nodes
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""

@@ -24,6 +24,7 @@ from moray.model.accounting.cost import (
 )
 from moray.model.accounting.saved import activation_bytes
 from moray.model.presets import PRESETS
+from moray.parallel.checkpoint.snapshots import FILES
 
 USUAL_SEQ_LEN = 4096
 
@@ -69,7 +70,8 @@ def find_config(source: str) -> ModelConfig:
 def costs_of(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     """Parameters, FLOPs a token and bytes, as `--json` prints them; shapes follow the parts of `model.cost`."""
     parts, flops = parameters_by_part(config), forward_flops(config, seq_len)
-    activations = activation_bytes(config, seq_len)
+    activations, state = activation_bytes(config, seq_len), training_state_bytes(config)
+    snapshots = FILES * (state.weights + state.optimizer)
     return {
         "seq_len": seq_len,
         "parameters": {**count_parameters(config)._asdict(), "parts": {name: x._asdict() for name, x in parts.items()}},
@@ -79,7 +81,9 @@ def costs_of(config: ModelConfig, seq_len: int) -> dict[str, Any]:
             "forward_parts": flops,
         },
         "bytes": {
-            **training_state_bytes(config)._asdict(),
+            **state._asdict(),
+            "snapshots_on_one_node": snapshots,
+            "snapshots_on_several_nodes": 2 * snapshots,  # each stands in for the one before it
             "activations_per_token": activations.total / seq_len,
             "activations_per_token_of_layers": [size / seq_len for size in activations.layers],
             # A convolution's inputs are held from the first token on, however many follow.
@@ -121,6 +125,8 @@ def _table_of_bytes(costs: dict[str, Any]) -> Table:
         ("weights, fp32", held["weights"]),
         ("gradients, fp32", held["gradients"]),
         ("optimizer: two moments, fp32", held["optimizer"]),
+        ("snapshots in a single node's memory", held["snapshots_on_one_node"]),
+        ("snapshots in several nodes' together", held["snapshots_on_several_nodes"]),
         ("activations a token, bf16", held["activations_per_token"]),
         ("KV cache a token, bf16", held["kv_cache_per_token"]),
         (f"KV cache of {costs['seq_len']:,} tokens, bf16", held["kv_cache"]),

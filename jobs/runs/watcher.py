@@ -177,6 +177,14 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
     if kind == "device" and fields.get("device") == "cpu":
         return "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
+    if kind == "no_snapshots":
+        return (
+            f"recovery.snapshot_every={fields.get('every')} has no effect: nothing outlives the workers of "
+            f"cluster.launcher={fields.get('launcher')}, which recovers from commits alone"
+        )
+    if kind == "resume":
+        what = "snapshot" if fields.get("source") == "memory" else "commit"
+        return f"resumed from the {what} of step {fields.get('step')}"
     if kind == "begin":
         return f"computing in {fields.get('dtype')}"
     if kind == "stop":

@@ -25,6 +25,8 @@ def make_room(
     Raises UserError where this node's memory cannot hold them.
     """
     every = config.recovery.snapshot_every
+    if context.memory is None and every not in ("auto", 0) and context.rank == 0:
+        on_event("no_snapshots", {"every": every, "launcher": config.cluster.launcher})
     if every == 0 or context.memory is None:
         return None
     snapshots = Snapshots(
@@ -34,7 +36,6 @@ def make_room(
         state,
         generation=context.generation,
         every=None if every == "auto" else every,
-        at_least_every=config.checkpoint.every,
         on_event=on_event,
     )
     missing = snapshots.bytes_here - snapshots.bytes_reserved

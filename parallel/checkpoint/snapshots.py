@@ -31,8 +31,8 @@ class Snapshots:
     """Of the ranks' state, in `files` (descriptors, two for each rank that this node holds or stands in for).
 
     `ranks` are those of each node, of which this is the `node`-th. `every` counts steps; None: as often as keeps the
-    cost below COST, and at least once in `at_least_every`. Every method, the constructor too, is collective.
-    `on_event` hears, on rank 0, of `snapshot_refused` (step, problems).
+    cost below COST. Every method, the constructor too, is collective. `on_event` hears, on rank 0, of
+    `snapshot_refused` (step, problems).
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class Snapshots:
         *,
         generation: int,
         every: int | None,
-        at_least_every: int,
         on_event: Callable[[str, dict[str, Any]], None],
     ) -> None:
         """Of `state` only names, shapes and placements matter here."""
@@ -52,7 +51,7 @@ class Snapshots:
         self._plane = ControlPlane()
         self._rank, self._ranks, self._node = self._plane.rank, ranks, node
         self._generation, self._on_event = generation, on_event
-        self._fixed_every, self._at_least_every = every, at_least_every
+        self._every = every
         self._parts, self._size = parts_of(state)
         self._sizes = self._plane.gather(self._size)
         self._next, self._share = 0, 0.0
@@ -149,15 +148,13 @@ class Snapshots:
         if n_busy:
             self._next = step + 1
             return False
-        self.finish()
-        if self._fixed_every is None:
-            every = min(max(1, math.ceil(share / self._plane.world_size / COST)), self._at_least_every)
-        else:
-            every = self._fixed_every
-        self._next = step + every
-        began = time.perf_counter()
+        if self._thread:
+            self.finish()
+            self._let_go()
+        self._next = step + (self._every or max(1, math.ceil(share / self._plane.world_size / COST)))
         file = self._older_file(self._rank)
-        data = file.open(self._size)
+        data = file.open(self._size)  # the first time it is mapped, which is none of the costs of the next one
+        began = time.perf_counter()
         copy_all(
             {part.name: local(state[part.name].detach()) for part in self._parts},
             {part.name: part.view(data) for part in self._parts},
@@ -175,6 +172,13 @@ class Snapshots:
         for rank in (self._rank, *self._stood_for):
             for file in self._files[rank]:
                 file.open(self._sizes[rank])
+
+    def _let_go(self) -> None:
+        """Gives back the memory of ranks that have moved to other nodes, where a snapshot of them is whole by now."""
+        if self._local == 0:
+            for rank in self._files.keys() - self._held:
+                for file in self._files[rank]:
+                    file.clear()
 
     def finish(self) -> None:
         """Waits until the last one has been sent on, if it still is."""

@@ -1,7 +1,8 @@
 """Training in which something goes wrong: data whose gradient is nan or large, and bits that flip.
 
 `train` is a worker function: what shall go wrong stands in RUN/poison.json. There, `killed_after` is the step behind
-which rank 1 of the first generation is killed by SIGKILL.
+which rank 1 of the first generation is killed by SIGKILL, and `flipped` a rank and that of its forward passes, in the
+first generation, whose gradient it gets wrong.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moray.cluster.worker import WorkerContext
@@ -44,6 +46,30 @@ def poisoned(config: RunConfig, nan: tuple[int, ...] = (), spike: tuple[int, ...
         hook.remove()
 
 
+@contextmanager
+def flipping(rank: int, calls: range) -> Iterator[None]:
+    """The lowest bit of one channel of a gradient, on one rank, in these of its forward passes."""
+    passes = 0
+
+    def flip(gradient: Tensor) -> Tensor:
+        flipped = gradient.clone()
+        flipped.view(torch.int32)[..., 7] ^= 1
+        return flipped
+
+    def watch(module: nn.Module, arguments: tuple[Any, ...], x_BTD: Tensor) -> None:
+        nonlocal passes
+        if isinstance(module, nn.Embedding):
+            passes += 1
+            if dist.get_rank() == rank and passes - 1 in calls:
+                x_BTD.register_hook(flip)
+
+    hook = nn.modules.module.register_module_forward_hook(watch)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def train(context: WorkerContext, config: RunConfig) -> int:
     plan = json.loads(Path(config.run.dir, "poison.json").read_text())
     if (last := plan.pop("killed_after", None)) and (context.rank, context.generation) == (1, 1):
@@ -55,5 +81,7 @@ def train(context: WorkerContext, config: RunConfig) -> int:
             tell(step, status)
 
         context = replace(context, report=report)
-    with poisoned(config, **{name: tuple(batches) for name, batches in plan.items()}):
+    rank, call = plan.pop("flipped", (0, 0))
+    calls = range(call, call + 1) if call and context.generation == 1 else range(0)
+    with poisoned(config, **{name: tuple(batches) for name, batches in plan.items()}), flipping(rank, calls):
         return trainer.train(context, config)

@@ -12,6 +12,7 @@ from typing import Any
 
 import poison
 import pytest
+from ray.cluster_utils import Cluster
 from rich.console import Console
 from tiny import tiny
 
@@ -212,6 +213,76 @@ def test_wrong_numbers_are_not_gone_on_from_in_memory(
         pretrain(config(dataset, run, **changes), Console(quiet=True))
     (resume,) = (event for event in read_events(run / "events.jsonl") if event["kind"] == "resume")
     assert (resume["step"], resume["source"]) == (3, "commit")
+
+
+class LoseANode(Listener):
+    """All at once, with two ranks, and another one joins; not the head, without which there is no Ray."""
+
+    def __init__(self, nodes: Cluster) -> None:
+        self._nodes = nodes
+        self.ranks: list[int] = []
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        if step >= 5 and not self.ranks:
+            of_rank = {rank: raylet_of(pid) for rank, pid in self._pids.items()}
+            of_node = {node: node.all_processes["raylet"][0].process.pid for node in self._nodes.worker_nodes}
+            node = next(node for node, raylet in of_node.items() if raylet in of_rank.values())
+            self.ranks = [rank for rank, raylet in of_rank.items() if raylet == of_node[node]]
+            self._nodes.remove_node(node, allow_graceful=False)
+            self._nodes.add_node(num_cpus=2)
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "start" and not self.ranks:
+            self._pids = {entry["rank"]: entry["pid"] for entry in fields["ranks"]}
+
+
+def raylet_of(pid: int) -> int:
+    """The process that stands for a worker's node; Ray tells the worker's agent, which is the parent."""
+    agent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(Path(f"/proc/{agent}/environ").read_text().partition("RAY_RAYLET_PID=")[2].partition("\0")[0])
+
+
+def test_a_lost_node_is_recovered_from_the_memory_of_the_one_that_stands_in(
+    two_nodes: Cluster, untouched: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Half of the state is gone with the node, and there is no commit yet: only the other node's copy has it."""
+    run, killer = tmp_path / "run", LoseANode(two_nodes)
+    changes = {"recovery__snapshot_every": 1, "checkpoint__every": STEPS}
+    assert pretrain(config(dataset, run, **changes), Console(quiet=True), killer) == 0
+    events = list(read_events(run / "events.jsonl"))
+    (fault,) = (event for event in events if event["kind"] == "fault")
+    assert "was lost" in fault["reason"]
+    assert killer.ranks in ([0, 1], [2, 3])
+    (resume,) = (event for event in events if event["kind"] == "resume")
+    assert (resume["source"], resume["digest"]) == ("memory", None)
+    assert rows_written(run) - STEPS <= 2
+    assert computed(run) == computed(untouched)
+    ledger_is_whole(run)
+
+
+def test_a_node_that_computes_wrongly_is_found_and_set_aside(
+    two_nodes: Cluster, untouched: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of one gradient, in the audited step 3: the step is not applied, and the rest is computed elsewhere."""
+    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
+    spare, run = two_nodes.add_node(num_cpus=2), tmp_path / "run"
+    run.mkdir()
+    # Two steps have one forward pass each; in the third, the first one is that of another rank's micro-batch.
+    (run / "poison.json").write_text('{"flipped": [2, 3]}')
+    try:
+        settings = config(dataset, run, train__audit_every=3)
+        assert pretrain(settings, Console(quiet=True)) == 0
+    finally:
+        two_nodes.remove_node(spare)
+    events = list(read_events(run / "events.jsonl"))
+    wrong, fault, aside = (
+        next(event for event in events if event["kind"] == kind) for kind in ("wrong_result", "fault", "node_set_aside")
+    )
+    assert (wrong["step"], [one["rank"] for one in wrong["ranks"]]) == (3, [2])
+    assert fault["suspects"] == [2]
+    assert (aside["node_id"], aside["why"]) == (fault["node_id"], "it computed wrongly")
+    assert computed(run) == computed(untouched)
+    ledger_is_whole(run)
 
 
 class StopAt(Listener):

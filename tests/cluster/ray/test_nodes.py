@@ -1,6 +1,5 @@
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +37,6 @@ def test_nodes_that_were_lost_are_asked_only_where_no_others_are_left() -> None:
     assert sound(free, {"c"}, 3) == {"a": 2, "b": 1}
     assert sound(free, {"c"}, 4) == free
     assert sound(free, set(), 7) == free
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_cluster: str) -> Iterator[Cluster]:
-    """A Ray of nodes with two CPU slots each, on this machine; the token is that of the session's own."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    yield cluster
-    cluster.shutdown()
-
-
-@pytest.fixture
-def two_nodes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """It has two again, whatever the test before left of it."""
-    if len(cluster.list_all_nodes()) < 2:
-        cluster.add_node(num_cpus=2)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    return cluster
 
 
 def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nodes: Cluster, tmp_path: Path) -> None:

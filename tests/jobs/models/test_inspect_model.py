@@ -59,6 +59,8 @@ def test_json_has_every_number_and_the_config(moray: Moray) -> None:
     weights = 12_879_925_248 - 32000 * 4096 - 65 * 4096
     assert flops["forward"] == 2 * weights + 32 * 4 * 4096 * 513 / 2
     assert held["weights"] == held["gradients"] == held["optimizer"] / 2 == 4 * parameters["total"]
+    # Two of each, of weights and moments; on several nodes each stands in for another.
+    assert held["snapshots_on_one_node"] == 2 * 12 * parameters["total"] == held["snapshots_on_several_nodes"] / 2
     assert held["kv_cache_per_token"] * 512 == held["kv_cache"] == 2 * 2 * 32 * 8 * 128 * 512
     assert held["activations_per_token"] > sum(held["activations_per_token_of_layers"]) > 0
 

@@ -1,14 +1,15 @@
 """A bit that flips in one rank: found by computing twice, and named. Real ranks, whose layouts the audit permits."""
 
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from poison import flipping
 from pool import Pool
 from rich.console import Console
 from tiny import tiny
@@ -66,30 +67,6 @@ def bits(training: Training) -> list[Tensor]:
 
 def alike(ones: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
-
-
-@contextmanager
-def flipping(rank: int, calls: range) -> Iterator[None]:
-    """The lowest bit of one channel of a gradient, on one rank, in these of its forward passes."""
-    passes = 0
-
-    def flip(gradient: Tensor) -> Tensor:
-        flipped = gradient.clone()
-        flipped.view(torch.int32)[..., 7] ^= 1
-        return flipped
-
-    def watch(module: nn.Module, arguments: tuple[Any, ...], x_BTD: Tensor) -> None:
-        nonlocal passes
-        if isinstance(module, nn.Embedding):
-            passes += 1
-            if dist.get_rank() == rank and passes - 1 in calls:
-                x_BTD.register_hook(flip)
-
-    hook = nn.modules.module.register_module_forward_hook(watch)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def accused(training: Training, rank: int, calls: range) -> tuple[tuple[int, ...], bool]:
