@@ -1,9 +1,9 @@
 """What an audit costs: the seconds of audited steps, of those between them, and of a run that is not audited.
 
-    python benchmarks/audits.py --out DIR [--steps 40]
+    python benchmarks/audits.py --out DIR [--rounds 3] [--steps 16]
 
-The demo's model on 4 workers of this machine, dp_shard=4 ep=2, and a process each: a run without audits, then one in
-which every second step has one.
+The demo's model on 4 workers of this machine: in turns a run without audits, and one in which every second step has
+one. What other ranks compute again is one micro-batch, which here is all that a rank has of a step.
 """
 
 import argparse
@@ -24,7 +24,13 @@ WARM = 6
 def seconds(data: Path, run: Path, steps: int, audit_every: int) -> list[float]:
     """Of each step."""
     settings = {"data.path": data, "run.dir": run, "train.steps": steps, "train.audit_every": audit_every}
-    plain = {"train.eval_every": 0, "checkpoint.every": steps, "recovery.snapshot_every": 0, "run.trackers": "none"}
+    plain = {
+        "train.eval_every": 0,
+        "checkpoint.every": steps,
+        "recovery.snapshot_every": 0,
+        "run.trackers": "none",
+        "optimizer.warmup_steps": 2,
+    }
     config = load_config("demo", {name: str(value) for name, value in (settings | plain).items()})
     assert pretrain(config, Console(stderr=True)) == 0
     return [row["seconds"] for row in read_metrics(run)]
@@ -33,15 +39,21 @@ def seconds(data: Path, run: Path, steps: int, audit_every: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=16)
     options = parser.parse_args()
     data, run = options.out / "data", options.out / f"run-{int(time.time())}"
     if not (data / "index.json").exists():
         prepare(["stdlib"], data, console=Console(stderr=True))
-    plain = statistics.median(seconds(data, run / "plain", options.steps, 0)[WARM:])
-    audited = seconds(data, run / "audited", options.steps, 2)[WARM:]
+    found: dict[str, list[float]] = {"without audits": [], "between two audits": [], "audited": []}
+    for turn in range(options.rounds):
+        found["without audits"] += seconds(data, run / f"plain-{turn}", options.steps, 0)[WARM:]
+        with_audits = seconds(data, run / f"audited-{turn}", options.steps, 2)[WARM:]
+        found["between two audits"] += with_audits[::2]
+        found["audited"] += with_audits[1::2]
+    plain = statistics.median(found["without audits"])
     print("| step | median s | ratio |\n|---|---|---|")
-    for name, of in (("without audits", [plain]), ("between two audits", audited[::2]), ("audited", audited[1::2])):
+    for name, of in found.items():
         print(f"| {name} | {statistics.median(of):.3f} | {statistics.median(of) / plain:.2f} |")
 
 

@@ -140,7 +140,7 @@ def cost_of_a_kill(folder: Path, victim: int) -> float:
     os.kill(pids[victim], signal.SIGKILL)
 
     def first_of_the_new() -> dict[int, float]:
-        new = [line for line in told(folder) if line["pid"] not in pids.values()]
+        new = [line for line in told(folder) if line["time"] > killed and line["pid"] not in pids.values()]
         return {line["rank"]: line["time"] for line in reversed(new)}
 
     wait_for(lambda: len(first_of_the_new()) == WORKERS)
