@@ -58,7 +58,7 @@ def forgotten_if_wrong(snapshots: Snapshots | None) -> Iterator[None]:
 def _check(missing: int, needed: int, every: int | str) -> None:
     if missing > (free := free_memory()):
         raise UserError(
-            f"recovery.snapshot_every={every} needs {needed / 2**30:.1f} GiB of memory on {socket.gethostname()}, for "
-            f"two copies of the state of its workers and of those it stands in for, but {free / 2**30:.1f} GiB are "
+            f"recovery.snapshot_every={every} needs {needed / 2**20:,.0f} MiB of memory on {socket.gethostname()}, for "
+            f"two copies of the state of its workers and of those it stands in for, but {free / 2**20:,.0f} MiB are "
             "free; use more nodes, or recovery.snapshot_every=0 to recover from commits alone"
         )

@@ -2,7 +2,7 @@
 
 `train` is a worker function: what shall go wrong stands in RUN/poison.json. There, `killed_after` is the step behind
 which rank 1 of the first generation is killed by SIGKILL, and `flipped` a rank and that of its forward passes, in the
-first generation, whose gradient it gets wrong.
+first generation, whose gradient it gets wrong; `free_bytes` is all the memory that machines say they have.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.jobs.config.run import RunConfig
-from moray.jobs.training import trainer
+from moray.jobs.training import recovery, trainer
 from moray.jobs.training.batches import stream_of
 
 
@@ -81,6 +81,8 @@ def train(context: WorkerContext, config: RunConfig) -> int:
             tell(step, status)
 
         context = replace(context, report=report)
+    if free_bytes := plan.pop("free_bytes", None):
+        recovery.free_memory = lambda: free_bytes
     rank, call = plan.pop("flipped", (0, 0))
     calls = range(call, call + 1) if call and context.generation == 1 else range(0)
     with poisoned(config, **{name: tuple(batches) for name, batches in plan.items()}), flipping(rank, calls):

@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from tiny import tiny
 
+from moray import UserError
 from moray.cluster.events import read_events
 from moray.cluster.group import Group
 from moray.cluster.worker import WorkerError
@@ -213,6 +214,19 @@ def test_wrong_numbers_are_not_gone_on_from_in_memory(
         pretrain(config(dataset, run, **changes), Console(quiet=True))
     (resume,) = (event for event in read_events(run / "events.jsonl") if event["kind"] == "resume")
     assert (resume["step"], resume["source"]) == (3, "commit")
+
+
+def test_memory_that_cannot_hold_snapshots_is_a_mistake_told_before_the_first_step(
+    ray_cluster: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "poison.json").write_text('{"free_bytes": 100000}')
+    said = r"^recovery\.snapshot_every=1 needs 1 MiB of memory on .* but 0 MiB are free"
+    with pytest.raises(UserError, match=said):
+        pretrain(config(dataset, run, cluster__workers=2, recovery__snapshot_every=1), Console(quiet=True))
+    assert not {"begin", "ready"} & {event["kind"] for event in read_events(run / "events.jsonl")}
 
 
 class LoseANode(Listener):
