@@ -1,6 +1,6 @@
 """What a killed worker costs: moray's own recovery, and where its time goes.
 
-    python benchmarks/recovery.py --out DIR [--kills 10] [--snapshots off]
+    python benchmarks/recovery.py --out DIR [--kills 10] [--set recovery.snapshot_every=0]
 
 The demo's model (8M parameters) on 4 workers of this machine. In turn each rank is killed by SIGKILL, at a random
 moment of a step; the table has the seconds of each phase from the signal until all workers compute again, and those of

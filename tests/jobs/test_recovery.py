@@ -174,14 +174,20 @@ def test_another_layout_resumes_and_computes_the_same(untouched: Path, dataset: 
     ledger_is_whole(run)
 
 
+def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> Path:
+    """The folder of a run in which something goes wrong, as poison.py has it."""
+    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "poison.json").write_text(json.dumps(plan))
+    return run
+
+
 def test_a_worker_killed_behind_a_skipped_batch_changes_nothing(
     ray_cluster: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batch 3 is bad for both workers, in every generation. What was computed twice was the same both times."""
-    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "poison.json").write_text('{"nan": [3], "killed_after": 5}')
+    run = poisoned(tmp_path, monkeypatch, nan=[3], killed_after=5)
     changes = {"cluster__workers": 2, "train__steps": 8, "train__eval_every": 0, "train__on_bad_step": "skip"}
     changes["recovery__snapshot_every"] = 0
     assert pretrain(config(dataset, run, **changes, train__max_skipped=1), Console(quiet=True)) == 0
@@ -205,10 +211,7 @@ def test_wrong_numbers_are_not_gone_on_from_in_memory(
     ray_cluster: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch that is bad every time: the one retry is from the commit, though a newer snapshot had been taken."""
-    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "poison.json").write_text('{"nan": [5]}')
+    run = poisoned(tmp_path, monkeypatch, nan=[5])
     changes = {"cluster__workers": 2, "train__steps": 8, "train__eval_every": 0, "recovery__snapshot_every": 1}
     with pytest.raises(WorkerError, match="failed alike"):
         pretrain(config(dataset, run, **changes), Console(quiet=True))
@@ -219,10 +222,7 @@ def test_wrong_numbers_are_not_gone_on_from_in_memory(
 def test_memory_that_cannot_hold_snapshots_is_a_mistake_told_before_the_first_step(
     ray_cluster: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "poison.json").write_text('{"free_bytes": 100000}')
+    run = poisoned(tmp_path, monkeypatch, free_bytes=100_000)
     said = r"^recovery\.snapshot_every=1 needs 1 MiB of memory on .* but 0 MiB are free"
     with pytest.raises(UserError, match=said):
         pretrain(config(dataset, run, cluster__workers=2, recovery__snapshot_every=1), Console(quiet=True))
@@ -278,11 +278,9 @@ def test_a_node_that_computes_wrongly_is_found_and_set_aside(
     two_nodes: Cluster, untouched: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One bit of one gradient, in the audited step 3: the step is not applied, and the rest is computed elsewhere."""
-    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
-    spare, run = two_nodes.add_node(num_cpus=2), tmp_path / "run"
-    run.mkdir()
     # Two steps have one forward pass each; in the third, the first one is that of another rank's micro-batch.
-    (run / "poison.json").write_text('{"flipped": [2, 3]}')
+    run = poisoned(tmp_path, monkeypatch, flipped=[2, 3])
+    spare = two_nodes.add_node(num_cpus=2)
     try:
         settings = config(dataset, run, train__audit_every=3)
         assert pretrain(settings, Console(quiet=True)) == 0
