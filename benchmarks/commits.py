@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from demo_model import WORKERS, DemoModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
@@ -37,19 +38,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moray.jobs.config.run import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer, training_state
-from moray.model import ModelConfig, Randomness
+from moray.model import ModelConfig
 from moray.model.sharded import local
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.manifest import Manifest, StoredFile
 from moray.parallel.checkpoint.plan import Held, assign, describe, file_name
 from moray.parallel.checkpoint.snapshots import Snapshots
 from moray.parallel.chunks import Chunk
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.held import held_chunk, held_chunks
 from moray.parallel.layout import Layout
-from moray.parallel.shard import build_decoder, initialise_shards
-
-WORKERS = 4
+from moray.parallel.shard import build_decoder
 
 
 def timed(what: str, function: Callable[[], Any]) -> Any:
@@ -141,15 +139,11 @@ def stall(options: argparse.Namespace) -> None:
 
 
 def stalled(rank: int, files: list[list[int]], options: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
     store = dist.FileStore(str(options.out / f"store-{os.getppid()}"), WORKERS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS)
-    config = ModelConfig.preset("demo-moe")
-    meshes = Layout(dp_shard=WORKERS, ep=2).meshes("cpu")
-    decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=torch.float32)
-    initialise_shards(decoder, 0)
-    optimizer = build_optimizer(decoder, OptimizerSection())
-    state = training_state(decoder, optimizer)
+    model = DemoModel()
+    model.initialise()
+    state = model.state
     folder, saves = options.out / f"saves-{os.getppid()}", itertools.count(1)
     checkpointer = Checkpointer(folder / "ours", keep=1, keep_every=None, on_event=lambda kind, fields: None)
     snapshots = Snapshots(
@@ -163,15 +157,7 @@ def stalled(rank: int, files: list[list[int]], options: argparse.Namespace) -> N
     def step() -> float:
         dist.barrier()
         began = time.perf_counter()
-        tokens_BT = torch.randint(config.vocab_size, (4, 256))
-        positions_BT = torch.arange(256).expand(4, 256)
-        randomness = Randomness(0, 0, torch.arange(4))
-        batch = MicroBatch.of(
-            tokens_BT, tokens_BT, positions_BT, torch.zeros_like(tokens_BT), torch.device("cpu"), randomness
-        )
-        accumulate_gradients(decoder, [batch], 1)
-        optimizer.step()
-        optimizer.zero_grad()
+        model.step(0)
         dist.barrier()
         return time.perf_counter() - began
 

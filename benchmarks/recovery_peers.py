@@ -19,50 +19,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from demo_model import WORKERS, DemoModel
 
-from moray.jobs.config.run import OptimizerSection
-from moray.jobs.training.optimizer import build_optimizer, training_state
-from moray.model import ModelConfig, Randomness
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
-from moray.parallel.layout import Layout
-from moray.parallel.shard import build_decoder, initialise_shards
-
-WORKERS, SAVE_EVERY, STEPS_BETWEEN, LANES, SEQ_LEN = 4, 4, 6, 4, 256
+SAVE_EVERY, STEPS_BETWEEN = 4, 6
 
 
 def train(folder: Path) -> None:
     """What every rank runs: goes on from the newest save, and tells of each step in a file of its own."""
-    torch.set_num_threads(1)
     rank, step = dist.get_rank(), 0
-    config = ModelConfig.preset("demo-moe")
-    meshes = Layout(dp_shard=WORKERS, ep=2).meshes("cpu")
-    decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=torch.float32)
-    optimizer = build_optimizer(decoder, OptimizerSection())
-    state = training_state(decoder, optimizer)
+    model = DemoModel()
     newest = folder / "newest"
     if newest.exists():
         step = int(newest.read_text())
-        dcp.load(state, checkpoint_id=folder / f"save-{step}")
+        dcp.load(model.state, checkpoint_id=folder / f"save-{step}")
     else:
-        initialise_shards(decoder, 0)
+        model.initialise()
     while True:
         tell(folder, rank, step, "computing")
-        tokens_BT = torch.randint(config.vocab_size, (LANES, SEQ_LEN))
-        documents_BT = torch.zeros_like(tokens_BT)
-        positions_BT = torch.arange(SEQ_LEN).expand(LANES, SEQ_LEN)
-        randomness = Randomness(0, step, torch.arange(LANES))
-        batch = MicroBatch.of(
-            tokens_BT, tokens_BT, positions_BT, documents_BT, torch.device("cpu"), randomness, flops=0.0
-        )
-        accumulate_gradients(decoder, [batch], 1)
-        optimizer.step()
-        optimizer.zero_grad()
+        model.step(step)
         step += 1
         if step % SAVE_EVERY == 0:
-            dcp.save(state, checkpoint_id=folder / f"save-{step}")
+            dcp.save(model.state, checkpoint_id=folder / f"save-{step}")
             if rank == 0:
                 newest.with_suffix(".new").write_text(str(step))
                 newest.with_suffix(".new").replace(newest)
