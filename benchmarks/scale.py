@@ -266,9 +266,9 @@ def driver_share(run: Path, nodes: int, workers: int, seconds: float) -> tuple[f
 
     with Reporter(config, Listener()) as reporter, Watcher(config, Console(quiet=True), reporter) as watcher:
         patience = Patience(startup_s=600, heartbeat_s=60, lease_s=20)
-        watch = Watch(patience, watcher.on_event, watcher.on_status, lambda: False, leave)
+        watch = Watch(patience, watcher.on_event, watcher.on_status, lambda: False, leave, lambda: False)
         generations.ray = synthetic = SyntheticRay()
-        followed = generations.Generation(1, group, watch, "ready")
+        followed = generations.Generation(1, [(node, node.slots) for node in group], watch, "ready")
         for node in group:
             followed._poll(node)
         with suppress(TimeoutError):

@@ -1,20 +1,43 @@
 """What is asked of a group of workers, and who hears of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from moray.cluster.devices import Device
 from moray.cluster.events import OnEvent, OnStatus
 from moray.cluster.worker import CheckGeneration, TakeGeneration, count_up
 
 
+class Arrangement(Protocol):
+    """How a number of workers share the work; `str` of it tells."""
+
+    @property
+    def world_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """Workers that are all alike, side by side."""
+
+    world_size: int
+
+    def __str__(self) -> str:
+        return f"{self.world_size} workers"
+
+
 @dataclass(frozen=True)
 class Group:
     """The fields are the settings `cluster.*` of the same names, times in seconds.
 
-    Only Ray's workers are watched, and only there do times and `max_restarts` mean anything.
+    From `min_workers` (None: no fewer than) to `workers`; `arrange(slots)` is the best that can be made of at most so
+    many slots, None: nothing can. Only Ray's workers are watched, and only there do a minimum, times and `max_restarts`
+    mean anything.
     """
 
     workers: int = 1
+    min_workers: int | None = None
+    arrange: Callable[[int], Arrangement | None] = Side
     device: Device = "auto"
     max_restarts: int = 3
     heartbeat_timeout_s: float = 60.0

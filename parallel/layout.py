@@ -1,6 +1,7 @@
 """Layout: how many ranks share the work in which way, and the device meshes that follow from it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -64,6 +65,21 @@ class Layout(BaseModel):
                 f"must equal the {world_size} workers; leave dp_shard out or ask for {others * dp_shard} workers"
             )
         return self.model_copy(update={"dp_shard": dp_shard})
+
+    def fit(self, slots: int, suits: Callable[["Layout"], bool]) -> "Layout | None":
+        """The best resolved layout on at most so many ranks that `suits`; None: there is none.
+
+        This one's tp and ep are kept if they can be, else made smaller, tp last, for memory may need it; then the more
+        ranks, the better. Copies become fewer where their number does not fit.
+        """
+        for tp, ep in sorted(((tp, ep) for tp in _divisors(self.tp) for ep in _divisors(self.ep)), reverse=True):
+            for world_size in range(slots // tp * tp, 0, -tp):
+                dp = world_size // tp
+                copies = math.gcd(self.dp_replicate, dp)
+                layout = Layout(dp_replicate=copies, dp_shard=dp // copies, tp=tp, ep=ep)
+                if suits(layout):
+                    return layout
+        return None
 
     @property
     def shard(self) -> int:

@@ -35,7 +35,8 @@ SUSPENDED_S = 5.0
 class Watch:
     """How long workers and nodes may be silent, and who hears of the group.
 
-    `check_ray` raises where the Ray that the workers run on is lost.
+    `check_ray` raises where the Ray that the workers run on is lost; `is_outgrown` says that the generation shall stop
+    for one with more workers.
     """
 
     patience: Patience
@@ -43,24 +44,27 @@ class Watch:
     on_status: OnStatus
     should_stop: Callable[[], bool]
     check_ray: Callable[[], None]
+    is_outgrown: Callable[[], bool]
 
 
 class Generation:
     """Runs the workers once, from their start to the end of the last one or the first failure of any."""
 
     def __init__(
-        self, number: int, nodes: Sequence[Node], watch: Watch, ready_kind: Literal["ready", "recovered"]
+        self, number: int, crew: Sequence[tuple[Node, int]], watch: Watch, ready_kind: Literal["ready", "recovered"]
     ) -> None:
-        """`ready_kind` is the event to send once all workers have begun."""
+        """`crew` are nodes and their numbers of workers; `ready_kind` is the event to send once all have begun."""
         self.lost: list[Node] = []
         self.noticed = time.monotonic()
         self._number = number
         self._ready_kind = ready_kind
-        self._nodes = list(nodes)
+        self._nodes = [node for node, _ in crew]
         self._watch = watch
-        self._node_of = [node for node in nodes for _ in range(node.slots)]
+        self._node_of = [node for node, share in crew for _ in range(share)]
+        ends = list(accumulate(share for _, share in crew))
+        self._ranks_of = tuple(range(end - share, end) for (_, share), end in zip(crew, ends, strict=True))
         self._states: dict[int, WorkerState] = {}
-        self._pause_s = pause_between_answers(len(nodes), watch.patience.lease_s)
+        self._pause_s = pause_between_answers(len(crew), watch.patience.lease_s)
         self._polls: dict[ray.ObjectRef, Node] = {}
         self._asked: dict[Node, float] = {}
         self._looked = time.monotonic()
@@ -89,11 +93,9 @@ class Generation:
         n_workers = len(self._node_of)
         try:
             port = ray.get(self._nodes[0].call("bind"), timeout=CALL_S)
-            ends = list(accumulate(node.slots for node in self._nodes))
-            ranks_of = tuple(range(end - node.slots, end) for node, end in zip(self._nodes, ends, strict=True))
             host, lease_s = self._nodes[0].host, self._watch.patience.lease_s
             replies = [
-                node.call("start", Assignment(self._number, ranks_of, i, host, port, lease_s, node.device))
+                node.call("start", Assignment(self._number, self._ranks_of, i, host, port, lease_s, node.device))
                 for i, node in enumerate(self._nodes)
             ]
             pids = [pid for reply in ray.get(replies, timeout=CALL_S) for pid in reply]
@@ -132,8 +134,12 @@ class Generation:
             if not is_stopping and self._watch.should_stop():
                 is_stopping = True
                 self._watch.on_event("stop", {"generation": self._number})
-                for node in self._nodes:
-                    node.call("stop")
+            elif not is_stopping and is_ready and self._watch.is_outgrown():
+                is_stopping = True
+            else:
+                continue
+            for node in self._nodes:
+                node.call("stop")
 
     def _poll(self, node: Node) -> None:
         self._polls[node.poll(self._pause_s)] = node

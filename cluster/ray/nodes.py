@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moray import UserError
 from moray.cluster.events import OnEvent
-from moray.cluster.group import Group
+from moray.cluster.group import Arrangement, Group
 from moray.cluster.ray.actor import AgentActor
 from moray.cluster.ray.connection import Connection
 from moray.cluster.versions import difference, versions
@@ -70,13 +70,13 @@ def split(missing: int, free: Mapping[str, int]) -> dict[str, int]:
     return {node: share for node, share in shares.items() if share}
 
 
-def sound(free: Mapping[str, int], avoided: Collection[str], missing: int) -> Mapping[str, int]:
-    """The free slots without those of nodes that were lost or set aside, if that leaves enough for `missing` workers.
+def sound(free: Mapping[str, int], avoided: Collection[str], suffice: Callable[[int], bool]) -> Mapping[str, int]:
+    """The free slots without those of nodes that were lost or set aside, if so many `suffice`; else all.
 
     Ray needs up to a minute to see that a node has gone, and until then would have us wait for an agent there.
     """
     others = {node: slots for node, slots in free.items() if node not in avoided}
-    return others if sum(others.values()) >= missing else free
+    return others if suffice(sum(others.values())) else free
 
 
 class NoRoomError(UserError):
@@ -92,8 +92,10 @@ class Gang:
         self._avoided: set[str] = set()
         self._gap = 0
         """Where in `nodes` the next ones belong: in the place of those that were lost, so that other ranks stay."""
+        self._joining: list[Node] = []
         self._task, self._versions = task, versions()
-        self._workers = group.workers
+        self._most, self._least = group.workers, group.min_workers or group.workers
+        self._arrange = group.arrange
         self._connection = connection
         self.patience_s = group.placement_timeout_s
         self._on_event = on_event
@@ -102,30 +104,92 @@ class Gang:
         if group.device == "auto" and not connection.is_local:
             on_event("device", {"device": self._device})
 
+    @property
+    def arrangement(self) -> Arrangement | None:
+        """Of workers in the slots that there are; None: they are too few."""
+        return self._arranged(self._held)
+
+    @property
+    def crew(self) -> list[tuple[Node, int]]:
+        """Nodes with workers, and how many; the slots that no arrangement has a use for are the last ones."""
+        left, found = (arrangement.world_size if (arrangement := self.arrangement) else 0), []
+        for node in self.nodes:
+            if share := min(node.slots, left):
+                found.append((node, share))
+                left -= share
+        return found
+
+    @property
+    def is_elastic(self) -> bool:
+        return self._least < self._most
+
+    @property
+    def _held(self) -> int:
+        return sum(node.slots for node in self.nodes)
+
+    def _arranged(self, slots: int) -> Arrangement | None:
+        found = self._arrange(min(slots, self._most)) if slots >= self._least else None
+        return found if found and found.world_size >= self._least else None
+
     def fill(self, should_leave: Callable[[], bool]) -> None:
-        """Reserves the missing slots and starts their agents; waits for them at most `patience_s`.
+        """Reserves slots, if those held are too few, and starts their agents; waits for them at most `patience_s`.
 
         Returns without them where it is to leave. Raises NoRoomError where the cluster stays too small or too busy,
         UserError where a node has other versions than this driver, RayLostError where the cluster is gone.
         """
         began = time.monotonic()
         has_told = False
-        while missing := self._workers - sum(node.slots for node in self.nodes):
+        while not self.arrangement:
             self._connection.check()
             if should_leave():
                 return
+            self._take_in()
             total, free = self._slots()
-            if sum(free.values()) >= missing:
-                self._place(split(missing, sound(free, self._avoided, missing)))
+            if new := self._within_reach(free):
+                self._place(new)
                 continue
             # A cluster may still be growing; a machine is not.
-            patience_s = 0.0 if self._connection.is_local and sum(total.values()) < self._workers else self.patience_s
+            patience_s = 0.0 if self._connection.is_local and sum(total.values()) < self._least else self.patience_s
             if time.monotonic() - began >= patience_s:
                 raise NoRoomError(self._too_few(sum(total.values()), sum(free.values()), patience_s))
             if not has_told:
                 has_told = True
+                missing = self._least - self._held
                 self._on_event("wait", {"workers": missing, "free": sum(free.values()), "patience_s": patience_s})
             time.sleep(RETRY_S)
+
+    def _within_reach(self, free: Mapping[str, int]) -> dict[str, int]:
+        """The slots of each node that could be had besides those held, if both together suffice."""
+        usable = sound(free, self._avoided, lambda slots: bool(self._arranged(self._held + slots)))
+        n_new = min(sum(usable.values()), self._most - self._held)
+        return split(n_new, usable) if self._arranged(self._held + n_new) else {}
+
+    def grow(self) -> None:
+        """Begins to reserve slots with which more workers could be at work, and takes in those whose agents are ready.
+
+        Never waits. A node whose agent does not start, or has other versions, is not asked again.
+        """
+        self._take_in()
+        if self._joining or self._held == self._most:
+            return
+        others = {node: slots for node, slots in self._slots()[1].items() if node not in self._avoided}
+        new = self._within_reach(others)
+        now, then = self.arrangement, self._arranged(self._held + sum(new.values()))
+        if now and then and then.world_size > now.world_size:
+            self._joining = self._reserve_all(new)
+
+    def _take_in(self) -> None:
+        loaded = [node.loaded for node in self._joining]
+        if not loaded or ray.wait(loaded, num_returns=len(loaded), timeout=0)[1]:
+            return
+        joining, self._joining = self._joining, []
+        for node in joining:
+            try:
+                self._wait_for(node)
+                self.nodes.append(node)
+            except (RayError, UserError):
+                self._avoided.add(node.node_id)
+                node.release()
 
     def drop(self, nodes: Sequence[Node]) -> None:
         """Gives up nodes that were lost. Raises RayLostError where what took them away was the end of Ray itself."""
@@ -140,7 +204,7 @@ class Gang:
         avoided = {*self._avoided, node_id}
         room = sum(slots for other, slots in self._slots()[1].items() if other not in avoided)
         suspect = [node for node in self.nodes if node.node_id == node_id]
-        if not suspect or room < sum(node.slots for node in suspect):
+        if not suspect or not self._arranged(self._held - sum(node.slots for node in suspect) + room):
             return False
         self._give_up(suspect)
         return True
@@ -161,9 +225,9 @@ class Gang:
 
     def close(self) -> None:
         """Ends all workers and gives their slots back."""
-        for node in self.nodes:
+        for node in (*self.nodes, *self._joining):
             node.release()
-        self.nodes = []
+        self.nodes, self._joining = [], []
 
     def _slots(self) -> tuple[dict[str, int], dict[str, int]]:
         """All slots and the free ones of every node that is alive, by its id."""
@@ -174,13 +238,13 @@ class Gang:
         return total, free
 
     def _too_few(self, total: int, free: int, patience_s: float) -> str:
-        asked = f"cluster.workers={self._workers}, but"
-        if total < self._workers and self._connection.is_local:  # only GPUs can be too few: CPU slots were made to fit
+        asked = f"cluster.workers={self._least if self._least == self._most else f'{self._least}:{self._most}'}, but"
+        if total < self._least and self._connection.is_local:  # only GPUs can be too few: CPU slots were made to fit
             return f"{asked} this machine has {total} GPUs; choose at most {total}, or cluster.device=cpu"
         if total == 0 and self._device == "cuda":
             return f"cluster.device=cuda, but after {patience_s:g} s the cluster has no GPU; add nodes that have some"
         slots = f"{total} {self._resource} slots"
-        if total < self._workers:
+        if total < self._least:
             return f"{asked} after {patience_s:g} s the cluster has {slots}; choose at most {total}, or add nodes"
         return (
             f"{asked} after {patience_s:g} s only {free} of the cluster's {slots} are free; "
@@ -190,8 +254,7 @@ class Gang:
 
     def _place(self, shares: Mapping[str, int]) -> None:
         """Reserves each node's share and starts its agent; raises RayError where one does not start."""
-        hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        started = [self._reserve(node_id, hosts[node_id], slots) for node_id, slots in shares.items()]
+        started = self._reserve_all(shares)
         self.nodes[self._gap : self._gap] = started
         for node in started:
             try:
@@ -215,6 +278,10 @@ class Gang:
         while not ray.wait([answer], timeout=RETRY_S)[0] and time.monotonic() < deadline:
             self._connection.check()
         return ray.get(answer, timeout=0)
+
+    def _reserve_all(self, shares: Mapping[str, int]) -> list[Node]:
+        hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return [self._reserve(node_id, hosts[node_id], slots) for node_id, slots in shares.items()]
 
     def _reserve(self, node_id: str, host: str, slots: int) -> Node:
         group = placement_group(

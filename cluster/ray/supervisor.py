@@ -10,11 +10,12 @@ from ray.exceptions import RayError
 
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_INTERRUPTED
-from moray.cluster.group import SILENT, Group, Hooks
+from moray.cluster.group import SILENT, Arrangement, Group, Hooks
 from moray.cluster.ray.address import is_open
 from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.faults import Fault, History
 from moray.cluster.ray.generation import Generation, Watch
+from moray.cluster.ray.growth import Growth
 from moray.cluster.ray.laps import Laps
 from moray.cluster.ray.nodes import Gang, NoRoomError
 from moray.cluster.ray.patience import Patience
@@ -25,6 +26,7 @@ from moray.cluster.worker import WorkerError, WorkerFunction
 def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hooks = SILENT) -> int:
     """Runs `function(context, argument)` in the group's workers on Ray; returns the group's exit code.
 
+    Where the group may be smaller, it is while there are slots for no more, and starts anew with more once there are.
     With `device` cuda each takes a GPU, and waits for one; cpu, a CPU slot; auto, GPUs if this Ray has any now.
 
     A worker that dies, raises, or is silent for too long (see Patience) ends its generation: all workers are killed and
@@ -37,26 +39,28 @@ def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hook
     """
     began = time.monotonic()
     task = _pickle(function, argument)
-    if group.workers < 1:
+    if (group.min_workers or group.workers) < 1:
         raise UserError(f"cluster.workers={group.workers} must be at least 1")
-    with stop_on_signals(impatient=True) as should_stop, connected(group.workers) as connection:
+    with stop_on_signals(impatient=True) as should_stop, connected(group.min_workers or group.workers) as connection:
         if is_open(connection.address):
             hooks.on_event("unprotected", {"address": connection.address})
         patience = Patience(group.startup_timeout_s, group.heartbeat_timeout_s, group.lease_timeout_s)
-        watch = Watch(patience, hooks.on_event, hooks.on_status, should_stop, connection.check)
         gang = Gang(task, group, connection, hooks.on_event)
+        growth = Growth(gang)
+        watch = Watch(patience, hooks.on_event, hooks.on_status, should_stop, connection.check, growth.is_due)
         try:
-            code = _run(connection, gang, watch, hooks, group.max_restarts)
+            code = _run(connection, gang, growth, watch, hooks, group.max_restarts)
         finally:
             gang.close()
     hooks.on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
 
 
-def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_restarts: int) -> int:
+def _run(connection: Connection, gang: Gang, growth: Growth, watch: Watch, hooks: Hooks, max_restarts: int) -> int:
     """Runs generations, as many as it takes; returns the exit code of the last one."""
-    laps, is_lost = Laps(time.monotonic()), False
+    laps, is_lost, is_after_fault = Laps(time.monotonic()), False, False
     number: int | None = None
+    before: Arrangement | None = None
     history = History(max_restarts)
     outcome: int | Fault | None
 
@@ -77,8 +81,19 @@ def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_res
                 # As late as can be: whoever takes one puts an end to all others.
                 number = hooks.take_generation(number)
                 laps.lap("placing")
-                generation = Generation(number, gang.nodes, watch, "recovered" if history.last else "ready")
+                now = gang.arrangement
+                assert now
+                if before and str(before) != str(now):
+                    reason = "there are slots for more" if growth.is_wanted else "slots were lost"
+                    sizes = {"workers": [before.world_size, now.world_size], "from": str(before), "to": str(now)}
+                    watch.on_event("resize", {"generation": number, **sizes, "why": reason})
+                before = now
+                growth.begin(now.world_size)
+                generation = Generation(number, gang.crew, watch, "recovered" if is_after_fault else "ready")
                 outcome = generation.run(laps)
+                if outcome == EXIT_INTERRUPTED and growth.is_wanted and not watch.should_stop():
+                    laps, is_after_fault = Laps(time.monotonic()), False
+                    continue
                 laps = Laps(generation.noticed)
                 laps.lap("killing")
                 gang.drop(generation.lost)
@@ -88,6 +103,7 @@ def _run(connection: Connection, gang: Gang, watch: Watch, hooks: Hooks, max_res
             outcome, is_lost, laps = Fault(str(error)), True, Laps(time.monotonic())
         if isinstance(outcome, int):
             return outcome
+        is_after_fault = True
         watch.on_event("fault", {"generation": number, **asdict(outcome)})
         if watch.should_stop():
             return EXIT_INTERRUPTED  # the newest commit stands, and the same command resumes from it

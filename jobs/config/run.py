@@ -146,9 +146,9 @@ class ClusterSection(Section):
     launcher: Launcher = Field(default_factory=_default_launcher)
     """ray starts and watches the workers; under torchrun, and slurm (tasks of srun), this process is one of them;
     local is this process alone."""
-    workers: int = Field(1, ge=1)
+    workers: int | str = 1
     """Worker processes: under ray one for each GPU or CPU slot, under slurm the tasks of srun; torchrun says itself how
-    many it has started."""
+    many it has started. MIN:MAX, under ray: as many as there are slots for now, more or fewer when that changes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What workers compute on. auto: GPUs, if the cluster has any when the run starts; cuda waits for them."""
     max_restarts: int = Field(3, ge=0)
@@ -163,22 +163,45 @@ class ClusterSection(Section):
     placement_timeout_s: float = Field(60.0, ge=0)
     """Seconds to wait under ray for enough free slots: at the start, and when a lost node must be replaced."""
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        least, colon, most = str(value).partition(":")
+        if not least.isdecimal() or int(least) < 1 or (colon and not most.isdecimal()):
+            raise UserError(f"cluster.workers={value} must be a number of at least 1, or MIN:MAX")
+        if colon and int(least) > int(most):
+            raise UserError(f"cluster.workers={value} must have its minimum first: {most}:{least}")
+        return f"{int(least)}:{int(most)}" if colon and int(least) < int(most) else int(least)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.launcher == "local" and self.workers != 1:
             raise UserError(f"cluster.workers={self.workers} must be 1 with cluster.launcher=local; or choose ray")
+        if self.launcher != "ray" and self.is_elastic:
+            raise UserError(
+                f"cluster.workers={self.workers} must be one number with cluster.launcher={self.launcher}, which "
+                "starts them all at once; or choose ray"
+            )
         return self
 
     @property
-    def group(self) -> Group:
-        """What is asked of the launcher."""
-        return Group(**self.model_dump(exclude={"launcher"}))
+    def is_elastic(self) -> bool:
+        return self.min_workers < self.max_workers
+
+    @property
+    def min_workers(self) -> int:
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        return int(str(self.workers).rpartition(":")[2])
 
     @property
     def world_size(self) -> int:
+        """Of all workers that are asked for; what torchrun has started is asked for."""
         if self.launcher == "torchrun":
-            return int(os.environ.get("WORLD_SIZE", self.workers))
-        return 1 if self.launcher == "local" else self.workers
+            return int(os.environ.get("WORLD_SIZE", self.max_workers))
+        return self.max_workers
 
 
 def _default(section: type[Section], name: str) -> int:
@@ -239,7 +262,21 @@ class RunConfig(Section):
             raise UserError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most train.steps={self.train.steps}"
             )
-        layout = self.resolved_layout
+        self._check_bounds()
+        if self.model.moe:
+            self._check_router_learns(self.model.moe)
+        if not self.cluster.is_elastic:
+            self.check_layout(self.resolved_layout)
+        elif not self._arranges(self.cluster.min_workers):
+            fit = [n for n in range(1, self.cluster.max_workers + 1) if self._arranges(n)]
+            raise UserError(
+                f"cluster.workers={self.cluster.workers}: no layout of {self.cluster.min_workers} workers suits the "
+                f"model and train.global_batch={self.train.global_batch}; these numbers do: {fit}"
+            )
+        return self
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raises UserError naming what to change where a resolved layout suits neither model nor global batch."""
         layout.validate_for(self.model, self.train.seq_len)
         if self.train.global_batch % layout.dp:
             nearest = round(self.train.global_batch / layout.dp) * layout.dp or layout.dp
@@ -247,13 +284,44 @@ class RunConfig(Section):
                 f"train.global_batch={self.train.global_batch} must be a multiple of the {layout.dp} data-parallel "
                 f"ranks of layout {layout}; try {nearest}"
             )
-        self._check_bounds(layout)
+        if self.train.audit_every and layout.dp <= layout.span:
+            raise UserError(
+                f"train.audit_every={self.train.audit_every} needs others who can compute the same: layout {layout} "
+                "has no second group of data-parallel ranks; take twice the workers, smaller degrees, or 0"
+            )
         if self.model.moe:
             self._check_routing_groups(self.model.moe, layout)
-            self._check_router_learns(self.model.moe)
-        return self
 
-    def _check_bounds(self, layout: Layout) -> None:
+    def arrange(self, slots: int) -> Layout | None:
+        """The layout for at most so many workers; None: there is none. Where their number is fixed, it is the one."""
+        if not self.cluster.is_elastic:
+            return self.resolved_layout if slots >= self.cluster.world_size else None
+        return self.layout.fit(min(slots, self.cluster.max_workers), self._suits)
+
+    def layout_on(self, world_size: int) -> Layout:
+        """That of a group of exactly so many workers. Raises UserError where there is none."""
+        layout = self.arrange(world_size) if self.cluster.is_elastic else None
+        return layout or self.layout.resolve(world_size)
+
+    def _arranges(self, workers: int) -> bool:
+        """Whether there is a layout for exactly so many."""
+        layout = self.arrange(workers)
+        return layout is not None and layout.world_size == workers
+
+    def _suits(self, layout: Layout) -> bool:
+        try:
+            self.check_layout(layout)
+        except UserError:
+            return False
+        return True
+
+    @property
+    def group(self) -> Group:
+        """What is asked of the launcher."""
+        asked = self.cluster.model_dump(exclude={"launcher", "workers"})
+        return Group(self.cluster.max_workers, self.cluster.min_workers, self.arrange, **asked)
+
+    def _check_bounds(self) -> None:
         """Of what is done about bad steps and wrong results."""
         train, every = self.train, self.checkpoint.every
         least = {"stop": 0, "skip": 1, "rollback": every + 1}[train.on_bad_step]
@@ -267,11 +335,6 @@ class RunConfig(Section):
             raise UserError(
                 f"checkpoint.keep={self.checkpoint.keep} must be at least 2 with train.on_bad_step=rollback, which "
                 "goes to an older commit"
-            )
-        if train.audit_every and layout.dp <= layout.span:
-            raise UserError(
-                f"train.audit_every={train.audit_every} needs others who can compute the same: layout {layout} has no "
-                "second group of data-parallel ranks; take twice the workers, smaller degrees, or 0"
             )
 
     def _check_routing_groups(self, moe: MoEConfig, layout: Layout) -> None:

@@ -143,6 +143,9 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         )
     if kind == "recovered":
         return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
+    if kind == "resize":
+        old, new = fields.get("workers", (None, None))
+        return f"{old} -> {new} workers, as {fields.get('why')}: {fields.get('to')}"
     if kind == "node_set_aside":
         return f"node {fields.get('node')} is set aside: {fields.get('why')}; others take its place"
     if kind == "node_kept":

@@ -91,9 +91,9 @@ class Kubernetes(Target):
         for option, count, least in (("--nodes", self.nodes, 1), ("--gpus", self.gpus, 0), ("--cpus", self.cpus, 0)):
             if count < least:
                 raise UserError(f"{option} {count} must be at least {least}")
-        if cluster.workers % self.nodes:
+        if cluster.max_workers % self.nodes:
             raise UserError(f"cluster.workers={cluster.workers} must be a multiple of --nodes {self.nodes}")
-        a_pod = cluster.workers // self.nodes
+        a_pod = cluster.max_workers // self.nodes
         if self.gpus and self.gpus != a_pod:
             raise UserError(
                 f"cluster.workers={cluster.workers} must be --nodes {self.nodes} times --gpus {self.gpus}, "
@@ -113,7 +113,7 @@ class Kubernetes(Target):
 
     def manifests(self, job: Job) -> list[Manifest]:
         cluster = job.config.cluster
-        workers = cluster.workers // self.nodes
+        workers = cluster.max_workers // self.nodes
         pods = Pods(
             name=job.name,
             namespace=self.namespace,

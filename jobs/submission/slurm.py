@@ -72,11 +72,12 @@ class Slurm(Target):
         ):
             if value < least:
                 raise UserError(f"{option} {value} must be at least {least}")
-        if cluster.workers % self.nodes:
+        workers = cluster.max_workers // self.nodes
+        if cluster.max_workers % self.nodes:
             raise UserError(f"cluster.workers={cluster.workers} must be a multiple of --nodes {self.nodes}")
-        if 0 < self.gpus_per_node < cluster.workers // self.nodes and cluster.device != "cpu":
+        if 0 < self.gpus_per_node < workers and cluster.device != "cpu":
             raise UserError(
-                f"--gpus-per-node {self.gpus_per_node} must be at least {cluster.workers // self.nodes}, the workers "
+                f"--gpus-per-node {self.gpus_per_node} must be at least {workers}, the workers "
                 f"on a node: cluster.workers={cluster.workers} on --nodes {self.nodes}"
             )
         self._more()
@@ -102,7 +103,7 @@ class Slurm(Target):
 
     def _script(self, job: Job) -> str:
         folder, cluster = job.folder.absolute(), job.config.cluster
-        workers = cluster.workers // self.nodes
+        workers = cluster.max_workers // self.nodes
         # A driver of Ray has all of a node; srun shares it out among its tasks.
         way: Literal["ray", "srun"] = "ray" if cluster.launcher == "ray" else "srun"
         tasks = 1 if way == "ray" else workers

@@ -109,7 +109,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     context.enter("opening")
     if config.train.audit_every:
         _compute_reproducibly()
-    layout = config.layout.resolve(context.world_size)
+    layout = config.layout_on(context.world_size)
     dataset = _open_storage(context, config)
     dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
     compute_dtype = getattr(torch, dtype)

@@ -99,7 +99,7 @@ def _launch(config: RunConfig, console: Console, listener: Listener, trackers: S
     with Watcher(config, console, listener) as watcher, tracked(Path(config.run.dir), trackers, settings):
         try:
             hooks = Hooks(watcher.on_event, watcher.on_status, take, partial(check_newest, checkpoints_of(config)))
-            code = launch(train, config, config.cluster.launcher, config.cluster.group, hooks)
+            code = launch(train, config, config.cluster.launcher, config.group, hooks)
         except WorkerError as error:
             summary, _, trace = str(error).partition("\n")
             raise WorkerError(f"{summary}; the traceback is in {events}" if trace else summary) from error

@@ -43,11 +43,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Record:
-    """What a file holds: `rank`'s state at `step`. `crc32` is of all data, `metadata` the caller's JSON object."""
+    """What a file holds: `rank`'s state at `step`. `crc32` is of all data, `metadata` the caller's JSON object.
+
+    `layout` is a checksum of how all ranks together have cut the state.
+    """
 
     step: int
     generation: int
     rank: int
+    layout: int
     crc32: int
     size: int
     parts: tuple[Part, ...]

@@ -9,6 +9,7 @@ or it does not exist. What lies in memory is of one attempt alone, for it ends w
 import math
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,9 @@ class Snapshots:
         self._generation, self._on_event = generation, on_event
         self._every = every
         self._parts, self._size = parts_of(state)
-        self._sizes = self._plane.gather(self._size)
+        cuts = self._plane.gather((self._size, zlib.crc32(repr(self._parts).encode())))
+        self._sizes = [size for size, _ in cuts]
+        self._layout = zlib.crc32(repr(cuts).encode())
         self._next, self._share = 0, 0.0
         self._thread: threading.Thread | None = None
 
@@ -190,7 +193,7 @@ class Snapshots:
         """The thread: checksum, record, and the copy on the node after."""
         began = time.thread_time()
         crc32 = checksum(data)
-        file.seal(Record(step, self._generation, self._rank, crc32, self._size, self._parts, metadata))
+        file.seal(Record(step, self._generation, self._rank, self._layout, crc32, self._size, self._parts, metadata))
         stand_in = self._stand_in
         sends = [(file, stand_in)] if stand_in is not None else []
         try:
@@ -221,9 +224,12 @@ class Snapshots:
                 work.wait()
 
     def _found(self) -> dict[int, list[tuple[int, int]]]:
-        """(step, generation) of what this node's files hold, by rank."""
+        """(step, generation) of what this node's files hold, by rank, where cut as this state is."""
         records = {rank: [file.record() for file in files] for rank, files in self._files.items()}
-        return {rank: [(record.step, record.generation) for record in of if record] for rank, of in records.items()}
+        return {
+            rank: [(record.step, record.generation) for record in of if record and record.layout == self._layout]
+            for rank, of in records.items()
+        }
 
     def _restore(
         self, key: tuple[int, int], providers: Mapping[int, Sequence[int]], state: Mapping[str, Tensor]
@@ -240,8 +246,6 @@ class Snapshots:
         file, record = self._file(self._rank, key), self._record(self._rank, key)
         if not file or not record:
             return "its copy is gone"
-        if (record.parts, record.size) != (self._parts, self._size):
-            return "its copy is of another layout or model"
         data = file.data(self._size)
         if checksum(data) != record.crc32:
             return "its copy has another checksum than when it was made"

@@ -2,15 +2,18 @@
 
 `train` is a worker function: what shall go wrong stands in RUN/poison.json. There, `killed_after` is the step behind
 which rank 1 of the first generation is killed by SIGKILL, and `flipped` a rank and that of its forward passes, in the
-first generation, whose gradient it gets wrong; `free_bytes` is all the memory that machines say they have.
+first generation, whose gradient it gets wrong; `free_bytes` is all the memory that machines say they have;
+`pause_s` follows every step.
 """
 
 import json
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,11 @@ def flipping(rank: int, calls: range) -> Iterator[None]:
         hook.remove()
 
 
+def _pausing(tell: Callable[[int, dict[str, Any]], None], pause_s: float, step: int, status: dict[str, Any]) -> None:
+    tell(step, status)
+    time.sleep(pause_s)
+
+
 def train(context: WorkerContext, config: RunConfig) -> int:
     plan = json.loads(Path(config.run.dir, "poison.json").read_text())
     if (last := plan.pop("killed_after", None)) and (context.rank, context.generation) == (1, 1):
@@ -81,6 +89,8 @@ def train(context: WorkerContext, config: RunConfig) -> int:
             tell(step, status)
 
         context = replace(context, report=report)
+    if pause_s := plan.pop("pause_s", 0.0):
+        context = replace(context, report=partial(_pausing, context.report, pause_s))
     if free_bytes := plan.pop("free_bytes", None):
         recovery.free_memory = lambda: free_bytes
     rank, call = plan.pop("flipped", (0, 0))

@@ -230,10 +230,10 @@ def test_memory_that_cannot_hold_snapshots_is_a_mistake_told_before_the_first_st
 
 
 class LoseANode(Listener):
-    """All at once, with two ranks, and another one joins; not the head, without which there is no Ray."""
+    """All at once, with its ranks, and another one joins; not the head, without which there is no Ray."""
 
-    def __init__(self, nodes: Cluster) -> None:
-        self._nodes = nodes
+    def __init__(self, nodes: Cluster, joins: bool = True) -> None:
+        self._nodes, self._joins = nodes, joins
         self.ranks: list[int] = []
 
     def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
@@ -243,7 +243,8 @@ class LoseANode(Listener):
             node = next(node for node, raylet in of_node.items() if raylet in of_rank.values())
             self.ranks = [rank for rank, raylet in of_rank.items() if raylet == of_node[node]]
             self._nodes.remove_node(node, allow_graceful=False)
-            self._nodes.add_node(num_cpus=2)
+            if self._joins:
+                self._nodes.add_node(num_cpus=2)
 
     def on_event(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "start" and not self.ranks:
@@ -294,6 +295,27 @@ def test_a_node_that_computes_wrongly_is_found_and_set_aside(
     assert fault["suspects"] == [2]
     assert (aside["node_id"], aside["why"]) == (fault["node_id"], "it computed wrongly")
     assert computed(run) == computed(untouched)
+    ledger_is_whole(run)
+
+
+def test_a_run_goes_on_with_the_workers_that_there_are(
+    two_nodes: Cluster, untouched: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three nodes one is lost: 4 -> 2 workers (and a spare), and 4 again once an agent has started elsewhere."""
+    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
+    monkeypatch.setattr("moray.cluster.ray.growth.WORTH", 1.0)
+    two_nodes.add_node(num_cpus=2)
+    run, killer = tmp_path / "run", LoseANode(two_nodes, joins=False)
+    run.mkdir()
+    (run / "poison.json").write_text('{"pause_s": 1.0}')
+    assert pretrain(config(dataset, run, cluster__workers="2:4"), Console(quiet=True), killer) == 0
+    resizes = [event for event in read_events(run / "events.jsonl") if event["kind"] == "resize"]
+    assert [event["workers"] for event in resizes] == [[4, 2], [2, 4]]
+    wide, narrow = ("dp_replicate=1 dp_shard=4 tp=1 ep=2", "dp_replicate=1 dp_shard=2 tp=1 ep=2")
+    assert [(event["from"], event["to"]) for event in resizes] == [(wide, narrow), (narrow, wide)]
+    assert {row["layout"] for row in read_metrics(run)} == {wide, narrow}
+    for row, expected in zip(read_metrics(run), read_metrics(untouched), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     ledger_is_whole(run)
 
 

@@ -105,6 +105,18 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
         ({"model.moe.expert_width": "20"}, "model.moe.expert_width=20 must be a multiple of 8"),
         ({"train.seed": str(2**63)}, "train.seed=9223372036854775808 must be less than 9223372036854775808"),
         ({"cluster.workers": "4"}, "cluster.workers=4 must be 1 with cluster.launcher=local; or choose ray"),
+        ({"cluster.workers": "0"}, "cluster.workers=0 must be a number of at least 1, or MIN:MAX"),
+        ({"cluster.workers": "2:"}, "cluster.workers=2: must be a number of at least 1, or MIN:MAX"),
+        ({"cluster.workers": "8:2"}, "cluster.workers=8:2 must have its minimum first: 2:8"),
+        (
+            {"cluster.workers": "1:2", "cluster.launcher": "torchrun"},
+            "cluster.workers=1:2 must be one number with cluster.launcher=torchrun, which starts them all at once",
+        ),
+        (
+            {"cluster.workers": "3:8", "cluster.launcher": "ray", "train.global_batch": "8"},
+            "cluster.workers=3:8: no layout of 3 workers suits the model and train.global_batch=8; these numbers do: "
+            "[1, 2, 4, 8]",
+        ),
         ({"cluster.startup_timeout_s": "0"}, "cluster.startup_timeout_s=0 must be more than 0"),
         ({"cluster.launcher": "pbs"}, "cluster.launcher=pbs must be ray, torchrun, slurm or local"),
         ({"model.tied_embeddings": "perhaps"}, "model.tied_embeddings=perhaps must be true or false"),
@@ -165,6 +177,24 @@ def test_what_the_router_learns_from_is_enough() -> None:
     switch = {"model__preset": "demo-dense", "model__moe__n_experts": "8", "model__moe__expert_width": "16"}
     for enough in ({"normalise_gates": "false"}, {"balance_loss": "0.01"}, {"top_k": "2"}, {"n_experts": "1"}):
         assert load(**switch | {f"model__moe__{name}": value for name, value in enough.items()}).model.moe
+
+
+@pytest.mark.parametrize(
+    ("slots", "found"),
+    [
+        (9, "dp_replicate=2 dp_shard=2 tp=2 ep=2"),
+        (7, "dp_replicate=2 dp_shard=1 tp=2 ep=2"),  # three data-parallel ranks do not divide 8 sequences
+        (3, "dp_replicate=1 dp_shard=1 tp=2 ep=2"),
+        (1, "dp_replicate=1 dp_shard=1 tp=1 ep=1"),
+    ],
+)
+def test_fewer_slots_keep_what_they_can_of_a_layout(slots: int, found: str) -> None:
+    wish = {"layout__tp": "2", "layout__ep": "2", "layout__dp_replicate": "2", "cluster__launcher": "ray"}
+    settings = load(**wish, cluster__workers="1:8", train__global_batch="8", train__seq_len="64")
+    layout = settings.arrange(slots)
+    assert layout is not None
+    assert str(layout) == found
+    assert settings.layout_on(layout.world_size) == layout
 
 
 def test_a_routing_group_may_be_all_of_a_ranks_sequences() -> None:
