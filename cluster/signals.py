@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask a run to stop; they do not cut it off."""
+"""SIGTERM, SIGUSR1 and Ctrl-C ask a run to stop; they do not cut it off."""
 
 import os
 import signal
@@ -41,7 +41,9 @@ def leave_on_sigterm(code: int) -> None:
 
 @contextmanager
 def stop_on_signals(impatient: bool) -> Iterator[StopRequest]:
-    """Turns SIGTERM, one that was held included, and SIGINT into a StopRequest until the block ends.
+    """Turns SIGTERM, one that was held included, SIGINT and SIGUSR1 into a StopRequest until the block ends.
+
+    SIGUSR1 is what schedulers are often asked to send some time before they end a job.
 
     Outside the main thread Python allows no handlers: the request then never comes.
     """
@@ -49,7 +51,7 @@ def stop_on_signals(impatient: bool) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, request.handle) for number in numbers}
     held = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:

@@ -35,8 +35,8 @@ SUSPENDED_S = 5.0
 class Watch:
     """How long workers and nodes may be silent, and who hears of the group.
 
-    `check_ray` raises where the Ray that the workers run on is lost; `is_outgrown` says that the generation shall stop
-    for one with more workers.
+    `check_ray` raises where the Ray that the workers run on is lost; `should_resize` says that the generation
+    shall stop for one of other workers.
     """
 
     patience: Patience
@@ -44,7 +44,7 @@ class Watch:
     on_status: OnStatus
     should_stop: Callable[[], bool]
     check_ray: Callable[[], None]
-    is_outgrown: Callable[[], bool]
+    should_resize: Callable[[], bool]
 
 
 class Generation:
@@ -134,7 +134,7 @@ class Generation:
             if not is_stopping and self._watch.should_stop():
                 is_stopping = True
                 self._watch.on_event("stop", {"generation": self._number})
-            elif not is_stopping and is_ready and self._watch.is_outgrown():
+            elif not is_stopping and is_ready and self._watch.should_resize():
                 is_stopping = True
             else:
                 continue

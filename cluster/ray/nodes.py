@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -197,20 +197,30 @@ class Gang:
             return
         time.sleep(SETTLE_S)  # that end takes a moment to show, and a lost Ray cannot release anything
         self._connection.check()
-        self._give_up(nodes)
+        self.give_up(nodes)
 
     def set_aside(self, node_id: str) -> bool:
         """Gives up a node that is suspect, where others have room for its workers; otherwise it stays: False."""
-        avoided = {*self._avoided, node_id}
-        room = sum(slots for other, slots in self._slots()[1].items() if other not in avoided)
         suspect = [node for node in self.nodes if node.node_id == node_id]
-        if not suspect or not self._arranged(self._held - sum(node.slots for node in suspect) + room):
+        if not suspect or not self.can_do_without(suspect):
             return False
-        self._give_up(suspect)
+        self.give_up(suspect)
         return True
 
-    def _give_up(self, nodes: Sequence[Node]) -> None:
-        self._gap = min(map(self.nodes.index, nodes))
+    def can_do_without(self, nodes: Sequence[Node]) -> bool:
+        """Whether the slots of the other nodes suffice, and those that could be had."""
+        avoided = {*self._avoided, *(node.node_id for node in nodes)}
+        room = sum(slots for node_id, slots in self._slots()[1].items() if node_id not in avoided)
+        return self._arranged(self._held - sum(node.slots for node in nodes) + room) is not None
+
+    def leaving(self) -> list[Node]:
+        """Those that Ray drains: they have been told to go, and will soon be gone."""
+        draining = {} if self._connection.is_local else state.get_draining_nodes()
+        return [node for node in self.nodes if node.node_id in draining]
+
+    def give_up(self, nodes: Sequence[Node]) -> None:
+        """Has their workers' slots back, and asks them for none again while others have some."""
+        self._gap = min(map(self.nodes.index, nodes), default=self._gap)
         for node in nodes:
             self.nodes.remove(node)
             self._avoided.add(node.node_id)
@@ -221,7 +231,7 @@ class Gang:
         if not self._connection.is_local:
             kills = [node.call("kill") for node in self.nodes]
             ray.wait(kills, num_returns=len(kills), timeout=FAREWELL_S)
-        self.nodes = []
+        self.nodes, self._joining = [], []
 
     def close(self) -> None:
         """Ends all workers and gives their slots back."""
@@ -232,7 +242,8 @@ class Gang:
     def _slots(self) -> tuple[dict[str, int], dict[str, int]]:
         """All slots and the free ones of every node that is alive, by its id."""
         available = available_resources_per_node()
-        alive = [node for node in ray.nodes() if node["Alive"]]
+        draining = {} if self._connection.is_local else state.get_draining_nodes()
+        alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
         total = {node["NodeID"]: int(node["Resources"].get(self._resource, 0)) for node in alive}
         free = {node: int(available.get(node, {}).get(self._resource, 0)) for node in total}
         return total, free

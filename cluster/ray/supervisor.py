@@ -15,10 +15,10 @@ from moray.cluster.ray.address import is_open
 from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.ray.faults import Fault, History
 from moray.cluster.ray.generation import Generation, Watch
-from moray.cluster.ray.growth import Growth
 from moray.cluster.ray.laps import Laps
 from moray.cluster.ray.nodes import Gang, NoRoomError
 from moray.cluster.ray.patience import Patience
+from moray.cluster.ray.resizing import Resizing
 from moray.cluster.signals import stop_on_signals
 from moray.cluster.worker import WorkerError, WorkerFunction
 
@@ -46,17 +46,21 @@ def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hook
             hooks.on_event("unprotected", {"address": connection.address})
         patience = Patience(group.startup_timeout_s, group.heartbeat_timeout_s, group.lease_timeout_s)
         gang = Gang(task, group, connection, hooks.on_event)
-        growth = Growth(gang)
-        watch = Watch(patience, hooks.on_event, hooks.on_status, should_stop, connection.check, growth.is_due)
+        resizing = Resizing(gang, hooks.on_event)
+
+        def stop() -> bool:
+            return should_stop() or resizing.must_end
+
+        watch = Watch(patience, hooks.on_event, hooks.on_status, stop, connection.check, resizing.is_due)
         try:
-            code = _run(connection, gang, growth, watch, hooks, group.max_restarts)
+            code = _run(connection, gang, resizing, watch, hooks, group.max_restarts)
         finally:
             gang.close()
     hooks.on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
 
 
-def _run(connection: Connection, gang: Gang, growth: Growth, watch: Watch, hooks: Hooks, max_restarts: int) -> int:
+def _run(connection: Connection, gang: Gang, resizing: Resizing, watch: Watch, hooks: Hooks, max_restarts: int) -> int:
     """Runs generations, as many as it takes; returns the exit code of the last one."""
     laps, is_lost, is_after_fault = Laps(time.monotonic()), False, False
     number: int | None = None
@@ -84,15 +88,16 @@ def _run(connection: Connection, gang: Gang, growth: Growth, watch: Watch, hooks
                 now = gang.arrangement
                 assert now
                 if before and str(before) != str(now):
-                    reason = "there are slots for more" if growth.is_wanted else "slots were lost"
+                    reason = resizing.why or "slots were lost"
                     sizes = {"workers": [before.world_size, now.world_size], "from": str(before), "to": str(now)}
                     watch.on_event("resize", {"generation": number, **sizes, "why": reason})
                 before = now
-                growth.begin(now.world_size)
+                resizing.begin(now.world_size)
                 generation = Generation(number, gang.crew, watch, "recovered" if is_after_fault else "ready")
                 outcome = generation.run(laps)
-                if outcome == EXIT_INTERRUPTED and growth.is_wanted and not watch.should_stop():
+                if outcome == EXIT_INTERRUPTED and resizing.why and not watch.should_stop():
                     laps, is_after_fault = Laps(time.monotonic()), False
+                    gang.give_up(gang.leaving())
                     continue
                 laps = Laps(generation.noticed)
                 laps.lap("killing")

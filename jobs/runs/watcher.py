@@ -143,6 +143,8 @@ def describe(kind: str, fields: dict[str, Any]) -> str | None:
         )
     if kind == "recovered":
         return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
+    if kind == "leaving":
+        return f"node {fields.get('node')} is leaving the cluster"
     if kind == "resize":
         old, new = fields.get("workers", (None, None))
         return f"{old} -> {new} workers, as {fields.get('why')}: {fields.get('to')}"

@@ -303,7 +303,7 @@ def test_a_run_goes_on_with_the_workers_that_there_are(
 ) -> None:
     """Of three nodes one is lost: 4 -> 2 workers (and a spare), and 4 again once an agent has started elsewhere."""
     monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
-    monkeypatch.setattr("moray.cluster.ray.growth.WORTH", 1.0)
+    monkeypatch.setattr("moray.cluster.ray.resizing.WORTH", 1.0)
     two_nodes.add_node(num_cpus=2)
     run, killer = tmp_path / "run", LoseANode(two_nodes, joins=False)
     run.mkdir()

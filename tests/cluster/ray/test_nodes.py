@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from counting import Plan, count, history
 from ray._private.state import available_resources_per_node
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from moray import UserError
 from moray.cluster.group import Group, Hooks
@@ -141,7 +144,7 @@ def test_a_group_shrinks_with_its_cluster_and_grows_again(
     two_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is counted twice or left out, and to grow costs no step."""
-    monkeypatch.setattr("moray.cluster.ray.growth.WORTH", 1.0)
+    monkeypatch.setattr("moray.cluster.ray.resizing.WORTH", 1.0)
     tide, plan = Tide(two_nodes), Plan(str(tmp_path), 100000, pause_s=0.02)
     assert supervise(count, plan, Group(workers=4, min_workers=2), Hooks(tide.on_event, tide.on_status)) == 75
     steps = [step for step, _ in history(tmp_path)]
@@ -165,6 +168,44 @@ def test_a_group_shrinks_with_its_cluster_and_grows_again(
         ([4, 2], "slots were lost"),
         ([2, 4], "there are slots for more"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("has_spare", "kinds"),
+    [
+        (True, ["start", "ready", "leaving", "start", "ready", "end"]),
+        (False, ["start", "ready", "leaving", "stop", "end"]),
+    ],
+)
+def test_a_node_that_is_drained_is_left_in_time(
+    two_nodes: Cluster, tmp_path: Path, has_spare: bool, kinds: list[str]
+) -> None:
+    """To the spare node, or where there is none, for good: neither is a fault, and no step is done twice."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    gone = next(iter(two_nodes.worker_nodes))
+    is_told = False
+
+    def drain(rank: int, step: int, status: dict[str, Any]) -> None:
+        nonlocal is_told
+        if step >= 10 and not is_told:
+            is_told = True
+            in_a_minute = int(1000 * (time.time() + 60))
+            preemption = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+            client = GcsClient(address=two_nodes.address)
+            assert client.drain_node(gone.node_id, preemption, "the test's", in_a_minute)[0]
+
+    spare = two_nodes.add_node(num_cpus=2) if has_spare else None
+    try:
+        hooks = Hooks(lambda kind, fields: events.append((kind, fields)), drain)
+        code = supervise(count, Plan(str(tmp_path), 300, pause_s=0.02), Group(workers=4), hooks)
+    finally:
+        two_nodes.remove_node(gone)
+    assert code == (0 if has_spare else 75)
+    assert [kind for kind, _ in events] == kinds
+    steps = [step for step, _ in history(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (len(steps) == 300) == has_spare
+    assert spare is None or spare in two_nodes.worker_nodes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

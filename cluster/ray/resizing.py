@@ -1,0 +1,55 @@
+"""When a generation stops for another one: for more workers, or before a node leaves that has said so."""
+
+import time
+
+from moray.cluster.events import OnEvent
+from moray.cluster.ray.nodes import Gang, Node
+
+LOOK_EVERY_S = 2.0
+WORTH = 10.0
+"""How many times as long as it took to start, a generation must have been at work before it stops for a larger one."""
+
+
+class Resizing:
+    """Looks at the cluster while a generation is at work: for slots, whose agents start meanwhile, and for farewells.
+
+    `why` the generation shall stop for another one; None: it shall not. `must_end`: no other one would have room.
+    """
+
+    def __init__(self, gang: Gang, on_event: OnEvent) -> None:
+        self._gang, self._on_event = gang, on_event
+        self._looked = 0.0
+        self.must_end = False
+        self.begin(0)
+
+    def begin(self, workers: int) -> None:
+        """A generation of so many workers begins."""
+        self.why: str | None = None
+        self._workers, self._began = workers, time.monotonic()
+        self._starting_s: float | None = None
+
+    def is_due(self) -> bool:
+        """Whether the generation shall stop; to be asked often, from when all are at work."""
+        now = time.monotonic()
+        if self._starting_s is None:
+            self._starting_s = now - self._began
+        if now - self._looked >= LOOK_EVERY_S and not self.why:
+            self._looked = now
+            if leaving := self._gang.leaving():
+                self._leave(leaving)
+            elif self._gang.is_elastic:
+                self._gang.grow()
+                arrangement, is_worth_it = self._gang.arrangement, now - self._began >= WORTH * self._starting_s
+                if is_worth_it and arrangement and arrangement.world_size > self._workers:
+                    self.why = "there are slots for more"
+        return self.why is not None
+
+    def _leave(self, leaving: list[Node]) -> None:
+        if self.must_end:
+            return
+        hosts = ", ".join(node.host for node in leaving)
+        self._on_event("leaving", {"node": hosts, "node_ids": [node.node_id for node in leaving]})
+        if self._gang.can_do_without(leaving):
+            self.why = f"{hosts} is leaving"
+        else:
+            self.must_end = True
