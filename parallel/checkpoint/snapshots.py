@@ -111,6 +111,7 @@ class Snapshots:
 
         Raises what `check` raises, OSError where there is none.
         """
+        self._let_go(of_all=False)
         check()
         self._plane.gather(None)
         for rank in (self._rank, *self._stood_for):
@@ -153,7 +154,7 @@ class Snapshots:
             return False
         if self._thread:
             self.finish()
-            self._let_go()
+            self._let_go(of_all=True)  # elsewhere a snapshot of them is whole by now
         self._next = step + (self._every or max(1, math.ceil(share / self._plane.world_size / COST)))
         file = self._older_file(self._rank)
         data = file.open(self._size)  # the first time it is mapped, which is none of the costs of the next one
@@ -176,12 +177,13 @@ class Snapshots:
             for file in self._files[rank]:
                 file.open(self._sizes[rank])
 
-    def _let_go(self) -> None:
-        """Gives back the memory of ranks that have moved to other nodes, where a snapshot of them is whole by now."""
+    def _let_go(self, of_all: bool) -> None:
+        """Gives back memory of ranks that are on other nodes now: of all, or only what is cut for another layout."""
         if self._local == 0:
             for rank in self._files.keys() - self._held:
                 for file in self._files[rank]:
-                    file.clear()
+                    if of_all or not (record := file.record()) or record.layout != self._layout:
+                        file.clear()
 
     def finish(self) -> None:
         """Waits until the last one has been sent on, if it still is."""

@@ -206,14 +206,17 @@ def test_memory_is_what_was_said(pool: Pool, nodes: Nodes) -> None:
 
 @pytest.mark.parametrize("nodes", [[range(1), range(1, 2), range(2, 4)]], indirect=True)
 def test_memory_of_ranks_that_moved_away_is_given_back_once_a_new_snapshot_is_whole(pool: Pool, nodes: Nodes) -> None:
-    """The first node holds rank 0, stands in for ranks 2 and 3, and still has what rank 1 left there."""
-    nodes.files[0][1] = nodes._two()
-    for file in nodes.files[0][1]:
-        os.write(file, bytes(1000))
-    for steps, size in (([1], 1000), ([2, 3], 0)):
+    """The first node holds rank 0, stands in for ranks 2 and 3, and still has what rank 1 left there, and a rank 9."""
+    pool.run(take_steps, 4, nodes.paths, nodes.ranks, [1])
+    nodes.files[0] |= {1: nodes._two(), 9: nodes._two()}
+    for here, there in zip(nodes.files[0][1], nodes.files[1][1], strict=True):
+        os.write(here, os.pread(there, os.fstat(there).st_size, 0))
+        os.write(nodes.files[0][9][0], b"of another layout")
+    for steps, is_kept in (([2], True), ([3, 4], False)):
         pool.run(take_steps, 4, nodes.paths, nodes.ranks, steps)
-        assert [os.fstat(file).st_size for file in nodes.files[0][1]] == [size, size]
-    assert [found[0] for found in pool.run(recall, 4, nodes.paths, nodes.ranks)] == [3] * 4
+        left = {rank: any(os.fstat(file).st_size for file in nodes.files[0][rank]) for rank in (1, 9)}
+        assert left == {1: is_kept, 9: False}
+    assert [found[0] for found in pool.run(recall, 4, nodes.paths, nodes.ranks)] == [4] * 4
 
 
 def intervals(paths: list[Paths], ranks: list[range], seconds: float) -> list[int]:
