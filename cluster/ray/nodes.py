@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ray
 from ray._private.state import available_resources_per_node, state
@@ -79,6 +79,14 @@ def sound(free: Mapping[str, int], avoided: Collection[str], suffice: Callable[[
     return others if suffice(sum(others.values())) else free
 
 
+class Slots(NamedTuple):
+    """All slots and the free ones of every node that is alive and stays, by its id; and the nodes that Ray drains."""
+
+    total: dict[str, int]
+    free: dict[str, int]
+    draining: Collection[str]
+
+
 class NoRoomError(UserError):
     """The cluster has fewer free slots than workers."""
 
@@ -144,7 +152,7 @@ class Gang:
             if should_leave():
                 return
             self._take_in()
-            total, free = self._slots()
+            total, free, _ = self.look()
             if new := self._within_reach(free):
                 self._place(new)
                 continue
@@ -164,7 +172,7 @@ class Gang:
         n_new = min(sum(usable.values()), self._most - self._held)
         return split(n_new, usable) if self._arranged(self._held + n_new) else {}
 
-    def grow(self) -> None:
+    def grow(self, seen: Slots) -> None:
         """Begins to reserve slots with which more workers could be at work, and takes in those whose agents are ready.
 
         Never waits. A node whose agent does not start, or has other versions, is not asked again.
@@ -172,7 +180,7 @@ class Gang:
         self._take_in()
         if self._joining or self._held == self._most:
             return
-        others = {node: slots for node, slots in self._slots()[1].items() if node not in self._avoided}
+        others = {node: slots for node, slots in seen.free.items() if node not in self._avoided}
         new = self._within_reach(others)
         now, then = self.arrangement, self._arranged(self._held + sum(new.values()))
         if now and then and then.world_size > now.world_size:
@@ -202,21 +210,20 @@ class Gang:
     def set_aside(self, node_id: str) -> bool:
         """Gives up a node that is suspect, where others have room for its workers; otherwise it stays: False."""
         suspect = [node for node in self.nodes if node.node_id == node_id]
-        if not suspect or not self.can_do_without(suspect):
+        if not suspect or not self.can_do_without(suspect, self.look()):
             return False
         self.give_up(suspect)
         return True
 
-    def can_do_without(self, nodes: Sequence[Node]) -> bool:
+    def can_do_without(self, nodes: Sequence[Node], seen: Slots) -> bool:
         """Whether the slots of the other nodes suffice, and those that could be had."""
         avoided = {*self._avoided, *(node.node_id for node in nodes)}
-        room = sum(slots for node_id, slots in self._slots()[1].items() if node_id not in avoided)
+        room = sum(slots for node_id, slots in seen.free.items() if node_id not in avoided)
         return self._arranged(self._held - sum(node.slots for node in nodes) + room) is not None
 
-    def leaving(self) -> list[Node]:
+    def leaving(self, seen: Slots) -> list[Node]:
         """Those that Ray drains: they have been told to go, and will soon be gone."""
-        draining = {} if self._connection.is_local else state.get_draining_nodes()
-        return [node for node in self.nodes if node.node_id in draining]
+        return [node for node in self.nodes if node.node_id in seen.draining]
 
     def give_up(self, nodes: Sequence[Node]) -> None:
         """Has their workers' slots back, and asks them for none again while others have some."""
@@ -239,14 +246,18 @@ class Gang:
             node.release()
         self.nodes, self._joining = [], []
 
-    def _slots(self) -> tuple[dict[str, int], dict[str, int]]:
-        """All slots and the free ones of every node that is alive, by its id."""
+    @property
+    def is_local(self) -> bool:
+        return self._connection.is_local
+
+    def look(self) -> Slots:
+        """What the cluster has now. Waits for its head."""
         available = available_resources_per_node()
         draining = {} if self._connection.is_local else state.get_draining_nodes()
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
         total = {node["NodeID"]: int(node["Resources"].get(self._resource, 0)) for node in alive}
         free = {node: int(available.get(node, {}).get(self._resource, 0)) for node in total}
-        return total, free
+        return Slots(total, free, draining)
 
     def _too_few(self, total: int, free: int, patience_s: float) -> str:
         asked = f"cluster.workers={self._least if self._least == self._most else f'{self._least}:{self._most}'}, but"

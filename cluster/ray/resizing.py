@@ -1,9 +1,11 @@
 """When a generation stops for another one: for more workers, or before a node leaves that has said so."""
 
+import threading
 import time
+from contextlib import suppress
 
 from moray.cluster.events import OnEvent
-from moray.cluster.ray.nodes import Gang, Node
+from moray.cluster.ray.nodes import Gang, Node, Slots
 
 LOOK_EVERY_S = 2.0
 WORTH = 10.0
@@ -18,13 +20,25 @@ class Resizing:
 
     def __init__(self, gang: Gang, on_event: OnEvent) -> None:
         self._gang, self._on_event = gang, on_event
-        self._looked = 0.0
+        self._is_closed = threading.Event()
         self.must_end = False
         self.begin(0)
+        if gang.is_elastic or not gang.is_local:
+            # A head that is lost leaves the question unanswered: whoever watches the workers must not wait for it.
+            threading.Thread(target=self._look, name="slots", daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._is_closed.wait(LOOK_EVERY_S):
+            with suppress(Exception):  # of a Ray that is lost, which others see
+                self._seen = self._gang.look()
+
+    def close(self) -> None:
+        self._is_closed.set()
 
     def begin(self, workers: int) -> None:
         """A generation of so many workers begins."""
         self.why: str | None = None
+        self._seen: Slots | None = None
         self._workers, self._began = workers, time.monotonic()
         self._starting_s: float | None = None
 
@@ -33,23 +47,23 @@ class Resizing:
         now = time.monotonic()
         if self._starting_s is None:
             self._starting_s = now - self._began
-        if now - self._looked >= LOOK_EVERY_S and not self.why:
-            self._looked = now
-            if leaving := self._gang.leaving():
-                self._leave(leaving)
+        seen, self._seen = self._seen, None
+        if seen and not self.why:
+            if leaving := self._gang.leaving(seen):
+                self._leave(leaving, seen)
             elif self._gang.is_elastic:
-                self._gang.grow()
+                self._gang.grow(seen)
                 arrangement, is_worth_it = self._gang.arrangement, now - self._began >= WORTH * self._starting_s
                 if is_worth_it and arrangement and arrangement.world_size > self._workers:
                     self.why = "there are slots for more"
         return self.why is not None
 
-    def _leave(self, leaving: list[Node]) -> None:
+    def _leave(self, leaving: list[Node], seen: Slots) -> None:
         if self.must_end:
             return
         hosts = ", ".join(node.host for node in leaving)
         self._on_event("leaving", {"node": hosts, "node_ids": [node.node_id for node in leaving]})
-        if self._gang.can_do_without(leaving):
+        if self._gang.can_do_without(leaving, seen):
             self.why = f"{hosts} is leaving"
         else:
             self.must_end = True

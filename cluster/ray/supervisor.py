@@ -55,6 +55,7 @@ def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hook
         try:
             code = _run(connection, gang, resizing, watch, hooks, group.max_restarts)
         finally:
+            resizing.close()
             gang.close()
     hooks.on_event("end", {"code": code, "seconds": time.monotonic() - began})
     return code
@@ -97,7 +98,7 @@ def _run(connection: Connection, gang: Gang, resizing: Resizing, watch: Watch, h
                 outcome = generation.run(laps)
                 if outcome == EXIT_INTERRUPTED and resizing.why and not watch.should_stop():
                     laps, is_after_fault = Laps(time.monotonic()), False
-                    gang.give_up(gang.leaving())
+                    gang.give_up(gang.leaving(gang.look()))
                     continue
                 laps = Laps(generation.noticed)
                 laps.lap("killing")

@@ -137,7 +137,7 @@ class Tide:
         self._nodes.add_node(num_cpus=2)
 
     def _stop(self) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)  # starting a node of Ray has taken SIGTERM away
 
 
 def test_a_group_shrinks_with_its_cluster_and_grows_again(
@@ -146,7 +146,10 @@ def test_a_group_shrinks_with_its_cluster_and_grows_again(
     """Nothing is counted twice or left out, and to grow costs no step."""
     monkeypatch.setattr("moray.cluster.ray.resizing.WORTH", 1.0)
     tide, plan = Tide(two_nodes), Plan(str(tmp_path), 100000, pause_s=0.02)
-    assert supervise(count, plan, Group(workers=4, min_workers=2), Hooks(tide.on_event, tide.on_status)) == 75
+    assert (
+        supervise(count, plan, Group(workers=4, min_workers=2, device="cpu"), Hooks(tide.on_event, tide.on_status))
+        == 75
+    )
     steps = [step for step, _ in history(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert {path.name[-4:] for path in tmp_path.glob("rank-*")} == {"of-4", "of-2"}
@@ -197,7 +200,7 @@ def test_a_node_that_is_drained_is_left_in_time(
     spare = two_nodes.add_node(num_cpus=2) if has_spare else None
     try:
         hooks = Hooks(lambda kind, fields: events.append((kind, fields)), drain)
-        code = supervise(count, Plan(str(tmp_path), 300, pause_s=0.02), Group(workers=4), hooks)
+        code = supervise(count, Plan(str(tmp_path), 300, pause_s=0.02), Group(4, device="cpu"), hooks)
     finally:
         two_nodes.remove_node(gone)
     assert code == (0 if has_spare else 75)
