@@ -20,6 +20,7 @@ class Resizing:
 
     def __init__(self, gang: Gang, on_event: OnEvent) -> None:
         self._gang, self._on_event = gang, on_event
+        self._seen: Slots | None = None
         self._is_closed = threading.Event()
         self.must_end = False
         self.begin(0)
@@ -38,7 +39,7 @@ class Resizing:
     def begin(self, workers: int) -> None:
         """A generation of so many workers begins."""
         self.why: str | None = None
-        self._seen: Slots | None = None
+        self._seen = None
         self._workers, self._began = workers, time.monotonic()
         self._starting_s: float | None = None
 
