@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,18 @@ def flipping(rank: int, calls: range) -> Iterator[None]:
         hook.remove()
 
 
-def _pausing(tell: Callable[[int, dict[str, Any]], None], pause_s: float, step: int, status: dict[str, Any]) -> None:
-    tell(step, status)
-    time.sleep(pause_s)
+def pausing(tell: Callable[[int, dict[str, Any]], None], pause_s: float) -> Callable[[int, dict[str, Any]], None]:
+    """Tells of a step, and sleeps after the first word of it."""
+    last = -1
+
+    def report(step: int, status: dict[str, Any]) -> None:
+        nonlocal last
+        tell(step, status)
+        if step > last:
+            last = step
+            time.sleep(pause_s)
+
+    return report
 
 
 def train(context: WorkerContext, config: RunConfig) -> int:
@@ -90,7 +98,7 @@ def train(context: WorkerContext, config: RunConfig) -> int:
 
         context = replace(context, report=report)
     if pause_s := plan.pop("pause_s", 0.0):
-        context = replace(context, report=partial(_pausing, context.report, pause_s))
+        context = replace(context, report=pausing(context.report, pause_s))
     if free_bytes := plan.pop("free_bytes", None):
         recovery.free_memory = lambda: free_bytes
     rank, call = plan.pop("flipped", (0, 0))
