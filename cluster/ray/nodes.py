@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import grpc
 import ray
 from ray._private.state import available_resources_per_node, state
 from ray.exceptions import RayError
@@ -17,10 +18,12 @@ from moray import UserError
 from moray.cluster.events import OnEvent
 from moray.cluster.group import Arrangement, Group
 from moray.cluster.ray.actor import AgentActor
+from moray.cluster.ray.address import ask
 from moray.cluster.ray.connection import Connection
 from moray.cluster.versions import difference, versions
 
 AGENT_START_S = 120.0
+ANSWER_S = 2.0
 RETRY_S = 0.2
 FAREWELL_S = 5.0
 SETTLE_S = 0.5
@@ -249,6 +252,10 @@ class Gang:
     @property
     def is_local(self) -> bool:
         return self._connection.is_local
+
+    def is_within_reach(self) -> bool:
+        """Whether the head answers now."""
+        return ask(self._connection.address, ANSWER_S) == grpc.StatusCode.OK
 
     def look(self) -> Slots:
         """What the cluster has now. Waits for its head."""

@@ -4,6 +4,8 @@ import threading
 import time
 from contextlib import suppress
 
+from ray.exceptions import RayError
+
 from moray.cluster.events import OnEvent
 from moray.cluster.ray.nodes import Gang, Node, Slots
 
@@ -25,13 +27,15 @@ class Resizing:
         self.must_end = False
         self.begin(0)
         if gang.is_elastic or not gang.is_local:
-            # A head that is lost leaves the question unanswered: whoever watches the workers must not wait for it.
+            # A head that is slow must not keep from their work those who watch the workers.
             threading.Thread(target=self._look, name="slots", daemon=True).start()
 
     def _look(self) -> None:
         while not self._is_closed.wait(LOOK_EVERY_S):
-            with suppress(Exception):  # of a Ray that is lost, which others see
-                self._seen = self._gang.look()
+            # Ray's client ends this process a minute after it has asked a head that is gone.
+            if self._gang.is_within_reach():
+                with suppress(RayError):
+                    self._seen = self._gang.look()
 
     def close(self) -> None:
         self._is_closed.set()
