@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -21,9 +22,9 @@ from moray.jobs.training.pretrain import pretrain
 WARM = 6
 
 
-def seconds(data: Path, run: Path, steps: int, audit_every: int) -> list[float]:
-    """Of each step."""
-    settings = {"data.path": data, "run.dir": run, "train.steps": steps, "train.audit_every": audit_every}
+def rows_of(data: Path, run: Path, steps: int, **changes: object) -> list[dict[str, Any]]:
+    """Of each step of a run of the demo's model, with nothing else going on."""
+    settings = {"data.path": data, "run.dir": run, "train.steps": steps}
     plain = {
         "train.eval_every": 0,
         "checkpoint.every": steps,
@@ -31,9 +32,13 @@ def seconds(data: Path, run: Path, steps: int, audit_every: int) -> list[float]:
         "run.trackers": "none",
         "optimizer.warmup_steps": 2,
     }
-    config = load_config("demo", {name: str(value) for name, value in (settings | plain).items()})
+    config = load_config("demo", {name: str(value) for name, value in (settings | plain | changes).items()})
     assert pretrain(config, Console(stderr=True)) == 0
-    return [row["seconds"] for row in read_metrics(run)]
+    return read_metrics(run)
+
+
+def seconds(data: Path, run: Path, steps: int, audit_every: int) -> list[float]:
+    return [row["seconds"] for row in rows_of(data, run, steps, **{"train.audit_every": audit_every})]
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ data state of a run is one integer.
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,11 +55,12 @@ class Stream:
         seq_len: int,
         global_batch: int,
         seed: int,
-        lanes: range,
+        lanes: Sequence[int],
         prefetch: int = 2,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         _check(dataset, split, seq_len, global_batch, lanes)
+        self._lanes = np.asarray(lanes)
         self.seq_len, self.global_batch, self.seed, self.lanes = seq_len, global_batch, seed, lanes
         self._prefetch = prefetch
         self._pad_id = dataset.pad_id
@@ -73,7 +74,7 @@ class Stream:
     def batch(self, n: int) -> Batch:
         """This rank's lanes of global batch n: a pure function of n."""
         first = n * self.global_batch
-        places = self._order.locate(first + np.arange(self.lanes.start, self.lanes.stop))
+        places = self._order.locate(first + self._lanes)
         rows = [
             _row(self._reader, shard, sequence, self.seq_len, self._pad_id)
             for shard, sequence in zip(places.shards.tolist(), places.sequences.tolist(), strict=True)
@@ -119,7 +120,7 @@ class Stream:
 
 
 def evaluation_batches(
-    dataset: Dataset, split: str, *, seq_len: int, global_batch: int, lanes: range
+    dataset: Dataset, split: str, *, seq_len: int, global_batch: int, lanes: Sequence[int]
 ) -> Iterator[Batch]:
     """The whole split once, in file order: equally many batches for every rank; lanes beyond the end are all masked.
 
@@ -129,12 +130,14 @@ def evaluation_batches(
     return _evaluation_batches(dataset, split, seq_len, global_batch, lanes)
 
 
-def _evaluation_batches(dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: range) -> Iterator[Batch]:
+def _evaluation_batches(
+    dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: Sequence[int]
+) -> Iterator[Batch]:
     reader = BlockReader(dataset, split, cache_bytes=0)
     ends = np.cumsum(_counts(dataset, split, seq_len))
     for step, first in enumerate(range(0, int(ends[-1]), global_batch)):
         rows = []
-        for position in range(first + lanes.start, first + lanes.stop):
+        for position in (first + lane for lane in lanes):
             if position < ends[-1]:
                 shard = int(np.searchsorted(ends, position, side="right"))
                 sequence = position - (int(ends[shard - 1]) if shard else 0)
@@ -172,12 +175,12 @@ def _counts(dataset: Dataset, split: str, seq_len: int) -> np.ndarray:
     return sequence_counts(dataset.splits[split].shards["n_tokens"], seq_len)
 
 
-def _check(dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: range) -> None:
+def _check(dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: Sequence[int]) -> None:
     if split not in dataset.splits:
         raise UserError(f"split={split!r} is not in {dataset.folder}; it holds {sorted(dataset.splits)}")
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1")
     if global_batch < 1:
         raise UserError(f"global_batch={global_batch} must be at least 1")
-    if not lanes or lanes.step != 1 or lanes.start < 0 or lanes.stop > global_batch:
-        raise UserError(f"lanes={lanes} must be a run within range({global_batch}), the lanes of the global batch")
+    if not lanes or min(lanes) < 0 or max(lanes) >= global_batch:
+        raise UserError(f"lanes={lanes} must be some of range({global_batch}), the lanes of the global batch")

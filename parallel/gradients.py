@@ -1,5 +1,6 @@
 """Gradients of the global batch: sums divided by global counts, and their norm over mixed meshes (law 1)."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,7 @@ from moray.model.decoder import IGNORED, Decoder
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.layer import MoE
 from moray.model.sharded import local
+from moray.parallel.exact import GradientTree, exact_squares
 from moray.parallel.witness import Witness
 
 
@@ -79,6 +81,7 @@ def accumulate_gradients(
     micro_batches: Sequence[MicroBatch],
     tp: int,
     witness: Witness | None = None,
+    tree: GradientTree | None = None,
     of: Sequence[MicroBatch] | None = None,
 ) -> GlobalLosses:
     """Adds the gradient of the global batch's loss to every parameter, and returns that loss.
@@ -86,8 +89,8 @@ def accumulate_gradients(
     The loss is sum(cross-entropy + z) / (valid tokens of the global batch) + sum(auxiliary) / (its routing groups),
     whatever ranks and micro-batches the batch is spread over. `tp` peers hold the same sequences. Each micro-batch's
     gradient is reduced to this rank's shard at once, so that no rank ever holds the whole model's; replicas (HSDP)
-    exchange theirs once, with the last. `of` are this rank's micro-batches of the global batch, where these are not
-    they. Collective.
+    exchange theirs once, with the last. With a `tree`, it adds them up, and not FSDP. `of` are this rank's
+    micro-batches of the global batch, where these are not they. Collective.
     """
     config = decoder.config
     held = [(batch.n_targets, len(batch.tokens_BT), batch.flops) for batch in of or micro_batches]
@@ -104,23 +107,23 @@ def accumulate_gradients(
         loss.backward()
         checksum = witness.take() if witness else torch.zeros_like(loss, dtype=torch.float64)
         own.append(torch.stack([*(part.detach().double() for part in losses), checksum]))
-    sums = sum(own[1:], own[0])[:3].clone()  # which the exchange overwrites
-    cross_entropy, z, auxiliary = (world_sum(sums) / tp).tolist()
-    return GlobalLosses(
-        cross_entropy * per_token, z * per_token, auxiliary * per_group, int(tokens), flops, torch.stack(own)
-    )
+    if tree:
+        tree.finish()
+    own_M4 = torch.stack(own)
+    cross_entropy, z, auxiliary = (total / tp for total in _world_totals(own_M4[:, :3]))
+    return GlobalLosses(cross_entropy * per_token, z * per_token, auxiliary * per_group, int(tokens), flops, own_M4)
 
 
 @torch.no_grad()
 def evaluate(decoder: Decoder, micro_batches: Iterable[MicroBatch]) -> float:
     """Mean cross-entropy per valid token of all ranks' micro-batches, which must be equally many. Collective."""
     decoder.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    own = []
     for batch in micro_batches:
         losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents)
-        sums += torch.tensor([losses.cross_entropy.item(), batch.n_targets], dtype=torch.float64)
+        own.append([losses.cross_entropy.item(), batch.n_targets])
     # Tensor-parallel peers count the same tokens, above and below the line.
-    cross_entropy, tokens = world_sum(sums).tolist()
+    cross_entropy, tokens = _world_totals(torch.tensor(own, dtype=torch.float64).view(-1, 2))
     return cross_entropy / max(tokens, 1)
 
 
@@ -131,23 +134,44 @@ def world_sum(values: Tensor) -> Tensor:
     return values
 
 
+def _world_totals(own_NX: Tensor) -> list[float]:
+    """The sum of each column over the rows of all ranks, which have equally many: rounded once, so in any order."""
+    rows_NX = own_NX
+    if dist.is_initialized():
+        rows_NX = own_NX.new_empty(dist.get_world_size() * len(own_NX), own_NX.shape[1])
+        dist.all_gather_into_tensor(rows_NX, own_NX.contiguous())
+    return [_rounded_once(column) for column in rows_NX.t().tolist()]
+
+
+def _rounded_once(values: list[float]) -> float:
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
+
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, exact: bool = False) -> float:
     """Scales all gradients so that their joint norm is at most `max_norm`; returns the norm before. Collective.
 
-    The squares of what each rank holds are summed over the world in one exchange, whatever meshes the gradients are
-    on: a shard that several ranks hold alike counts from each for its part.
+    exact: the norm has the same bits on every layout, at the price of more passes over the gradients.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held = [local(gradient) for gradient in gradients]
+    norm = math.sqrt(exact_squares(gradients) if exact else _squares(gradients))
+    # The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
+    if (scale := max_norm / (norm + 1e-6)) < 1 or math.isnan(scale):
+        torch._foreach_mul_(held, scale)
+    return norm
+
+
+def _squares(gradients: Sequence[Tensor]) -> float:
+    """The sum of all gradients' squares. What each rank holds is summed over the world in one exchange, whatever meshes
+    the gradients are on: a shard that several ranks hold alike counts from each for its part.
+    """
     held = [local(gradient) for gradient in gradients]
     shares = torch.tensor([1 / _n_holders(gradient) for gradient in gradients], dtype=torch.float64)
     # In fp32 a sum of millions of squares loses five digits, other ones on every layout.
     squares = torch.stack(torch._foreach_norm(held, 2, torch.float64)).square()
-    total = world_sum((squares * shares.to(squares.device, non_blocking=True)).sum()).sqrt()
-    # The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
-    scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    torch._foreach_mul_(held, scale.to(held[0].dtype))
-    return total.item()
+    total: float = world_sum((squares * shares.to(squares.device, non_blocking=True)).sum()).item()
+    return total
 
 
 def _n_holders(gradient: Tensor) -> int:

@@ -105,6 +105,18 @@ class Layout(BaseModel):
     def dp_rank(self, rank: int) -> int:
         return rank // self.tp
 
+    def lanes(self, dp_rank: int, global_batch: int, run: int | None = None) -> list[int]:
+        """The lanes of a global batch that a data-parallel rank computes: as many as any other does.
+
+        A copy of the model has neighbouring ones, of which each of its ranks has a run of neighbours; where `run` says
+        how long, they have runs of that many in turn.
+        """
+        copy, rank = divmod(dp_rank, self.shard)
+        of_copy = global_batch // self.dp_replicate
+        run = run or of_copy // self.shard
+        starts = range(copy * of_copy + rank * run, (copy + 1) * of_copy, self.shard * run)
+        return [lane for start in starts for lane in range(start, start + run)]
+
     def validate_for(self, model: ModelConfig, seq_len: int) -> None:
         """Raises UserError naming the degree to change when this (resolved) layout cannot run the model."""
         peers = self.shard * self.tp

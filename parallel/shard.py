@@ -1,7 +1,10 @@
 """Builds a decoder over the meshes: tensor parallel, expert parallel, then FSDP2 (HSDP) around each block."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
@@ -79,6 +82,24 @@ def _shard_experts(experts: Experts, mesh: DeviceMesh, ranks: int, policy: Mixed
         reshard_after_forward=ranks > 1,
         shard_placement_fn=lambda _: placement,
     )
+
+
+def on_own_gradients(decoder: Decoder, do: Callable[[nn.Parameter, Tensor], None]) -> None:
+    """Calls `do(parameter, whole)` whenever a backward pass has made the gradient of a weight, before it is reduced.
+
+    `whole` is the weight as this rank computes with it, whose `grad` is the rank's own: the gathered one under FSDP,
+    whose parameters' gradients are sums over all ranks. Collective.
+    """
+    wrapped = [module for module in decoder.modules() if isinstance(module, FSDPModule)]
+    for parameter in decoder.parameters() if not wrapped else ():
+        parameter.register_post_accumulate_grad_hook(partial(do, parameter))
+    for module in wrapped:
+        shards = dict(module.named_parameters())
+        module.unshard()
+        for name, whole in module.named_parameters():
+            if whole is not shards[name]:
+                whole.register_post_accumulate_grad_hook(partial(do, shards[name]))
+        module.reshard()
 
 
 @torch.no_grad()

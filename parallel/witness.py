@@ -1,11 +1,11 @@
 """Checksums of the gradients that a rank computes itself, taken before they are reduced with those of its peers."""
 
 import torch
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor, nn
 
 from moray.model.decoder import Decoder
 from moray.model.sharded import local
+from moray.parallel.shard import on_own_gradients
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 EXACT_IN_FP64 = 2**53
@@ -19,20 +19,11 @@ class Witness:
 
     def __init__(self, decoder: Decoder) -> None:
         self._sum = torch.zeros((), dtype=torch.int64, device=local(next(decoder.parameters())).device)
-        wrapped = [module for module in decoder.modules() if isinstance(module, FSDPModule)]
-        for parameter in decoder.parameters() if not wrapped else ():
-            parameter.register_post_accumulate_grad_hook(self._add)
-        for module in wrapped:
-            # A rank's own gradients are those of the gathered weights; those of the shards are sums over all ranks.
-            shards = set(module.parameters())
-            module.unshard()
-            for parameter in set(module.parameters()) - shards:
-                parameter.register_post_accumulate_grad_hook(self._add)
-            module.reshard()
+        on_own_gradients(decoder, self._add)
 
-    def _add(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = local(parameter.grad)
+    def _add(self, _: nn.Parameter, whole: Tensor) -> None:
+        assert whole.grad is not None
+        gradient = local(whole.grad)
         self._sum += gradient.view(INTEGERS[gradient.itemsize]).sum(dtype=torch.int64)
 
     def take(self) -> Tensor:

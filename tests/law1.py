@@ -4,6 +4,8 @@ The truth is a plain Decoder in this process, with torch's clip_grad_norm_ and t
 its loss is checked against torch's cross_entropy of its logits.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from moray.model.moe import experts
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.grouped import grouped_linear, grouped_mm_linear
 from moray.model.moe.layer import MoE
+from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
@@ -70,9 +73,8 @@ def group_size(config: ModelConfig) -> int:
     return config.moe.group_size if config.moe else 1
 
 
-def randomness(step: int, lanes: slice, device: torch.device = CPU) -> Randomness:
-    sequences_B = torch.arange(step * BATCH + lanes.start, step * BATCH + lanes.stop, device=device)
-    return Randomness(SEED, step, sequences_B)
+def randomness(step: int, lanes: Sequence[int], device: torch.device = CPU) -> Randomness:
+    return Randomness(SEED, step, step * BATCH + torch.tensor(lanes, device=device))
 
 
 def check_by_logits(decoder: Decoder, inputs: dict[str, Tensor], targets_BT: Tensor, found: Losses) -> None:
@@ -104,7 +106,7 @@ def truth(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     for step in range(STEPS):
         batch = global_batch(step)
         inputs = {name: batch[name] for name in ("tokens_BT", "positions_BT", "documents_BT")}
-        found = decoder.loss(**inputs, targets_BT=batch["targets_BT"], randomness=randomness(step, slice(0, BATCH)))
+        found = decoder.loss(**inputs, targets_BT=batch["targets_BT"], randomness=randomness(step, range(BATCH)))
         count = (batch["targets_BT"] != -100).sum()
         if config.moe is None or not config.moe.is_random:
             check_by_logits(decoder, inputs, batch["targets_BT"], found)
@@ -140,30 +142,35 @@ def spread(
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
     device: torch.device = CPU,
+    *,
+    exact: bool = False,
 ) -> dict[str, Any] | None:
-    """The same steps on this rank's share of the lanes, in micro-batches of one and two. Results are on the CPU.
+    """The same steps on this rank's share of the lanes, in two uneven micro-batches. Results are on the CPU.
+
+    exact: in micro-batches of one routing group each, added up along the tree of all lanes.
 
     In fp32 the experts use the grouped kernel that GPUs use, in fp64, which it lacks, the loop over experts.
     """
     experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
-    decoder = build_decoder(config, layout.meshes(device.type), dtype=dtype, compute_dtype=compute_dtype or dtype)
+    meshes, least = layout.meshes(device.type), group_size(config)
+    decoder = build_decoder(config, meshes, dtype=dtype, compute_dtype=compute_dtype or dtype)
     initialise_shards(decoder, SEED)
     starve(decoder)
-    optimizer = build_optimizer(decoder, OPTIMIZER)
-    lanes = BATCH // layout.dp
-    first = layout.dp_rank(dist.get_rank()) * lanes
+    optimizer = build_optimizer(decoder, OPTIMIZER, fused=not exact)
+    tree = GradientTree(decoder, meshes) if exact else None
+    lanes = layout.lanes(layout.dp_rank(dist.get_rank()), BATCH, least if exact else None)
+    edges = [*range(0, len(lanes), least)] if exact else [0, least]
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
         batch = global_batch(step)
-        edge = first + group_size(config)
-        cuts = [cut for cut in (slice(first, edge), slice(edge, first + lanes)) if cut.start < cut.stop]
+        cuts = [cut for a, b in pairwise([*edges, len(lanes)]) if (cut := lanes[a:b])]
         micro_batches = [
             MicroBatch.of(*(x[cut] for x in batch.values()), device, randomness(step, cut, device)) for cut in cuts
         ]
         optimizer.zero_grad()
-        losses.append(accumulate_gradients(decoder, micro_batches, layout.tp).cross_entropy)
+        losses.append(accumulate_gradients(decoder, micro_batches, layout.tp, tree=tree).cross_entropy)
         gradients = gradients or {name: full(p.grad) for name, p in decoder.named_parameters()}
-        norms.append(clip_gradients(decoder.parameters(), MAX_NORM))
+        norms.append(clip_gradients(decoder.parameters(), MAX_NORM, exact=exact))
         optimizer.step()
         update_routing_bias(decoder)
     weights = state(decoder)

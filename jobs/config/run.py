@@ -79,6 +79,9 @@ class TrainSection(Section):
     spike_sigmas: float | None = Field(None, gt=0)
     """A loss or gradient norm counts as a spike this many deviations above the median of the last 128 steps; 6 is
     usual, none: never."""
+    exact: bool = False
+    """Every number of data-parallel workers computes the same bits: gradients are added in one fixed order. Wants
+    powers of two: of data-parallel ranks, and of micro-batches in global_batch. Slower, and one thread a worker."""
     audit_every: int = Field(0, ge=0)
     """Steps between two in which other ranks compute a micro-batch again, to find hardware that computes wrongly."""
 
@@ -291,6 +294,8 @@ class RunConfig(Section):
             )
         if self.model.moe:
             self._check_routing_groups(self.model.moe, layout)
+        if self.train.exact:
+            self._check_exact(layout)
 
     def arrange(self, slots: int) -> Layout | None:
         """The layout for at most so many workers; None: there is none. Where their number is fixed, it is the one."""
@@ -347,6 +352,25 @@ class RunConfig(Section):
                 f"model.moe.group_size={moe.group_size} must divide train.micro_batch={self.train.micro_batch} and the "
                 f"{lanes} sequences of each data-parallel rank; try one of {fits}, or larger batches"
             )
+
+    def _check_exact(self, layout: Layout) -> None:
+        """Sums along one tree need powers of two, and micro-batches that do not depend on the number of ranks."""
+        train = self.train
+        leaves, rest = divmod(train.global_batch, train.micro_batch)
+        if rest or leaves & (leaves - 1):
+            fit = train.micro_batch << max(round(math.log2(max(train.global_batch / train.micro_batch, 1))), 0)
+            raise UserError(
+                f"train.exact=true needs train.global_batch={train.global_batch} to be train.micro_batch="
+                f"{train.micro_batch} times a power of two; try train.global_batch={fit}"
+            )
+        if layout.dp & (layout.dp - 1) or layout.dp > leaves:
+            fits = [1 << i for i in range(leaves.bit_length())]
+            raise UserError(
+                f"train.exact=true needs a power of two of data-parallel ranks, with a micro-batch for each: layout "
+                f"{layout} has {layout.dp}; try one of {fits}"
+            )
+        if (layout.tp, layout.ep) != (self.layout.tp, self.layout.ep):
+            raise UserError(f"train.exact=true needs tp and ep as they are: layout {layout} is not {self.layout}")
 
     def _check_router_learns(self, moe: MoEConfig) -> None:
         """A lone gate that is divided by itself has no gradient; published models load with it all the same."""

@@ -95,7 +95,11 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
             f"start from them in another run.dir, with model.from={now.run.dir}"
         )
     before = _deciding(ModelConfig.of(there["model"]), there["train"], there.get("weights_from", ""))
-    if differing := _differing(before, _deciding(now.model, now.train.model_dump(), now.weights_from)):
+    asked = _deciding(now.model, now.train.model_dump(), now.weights_from)
+    if now.train.exact or there["train"].get("exact"):
+        before |= _deciding_bits(there["train"], there["layout"])
+        asked |= _deciding_bits(now.train.model_dump(), now.layout.model_dump())
+    if differing := _differing(before, asked):
         raise UserError(
             f"run.dir={now.run.dir} holds a different run: {', '.join(differing)}; "
             "choose another run.dir or these settings"
@@ -131,6 +135,15 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> dict[str, Any]:
     settings = {"model.from": weights_from, **dict(flatten(model.model_dump(), "model."))}
     return settings | {f"train.{name}": train[name] for name in _FIXED}
+
+
+def _deciding_bits(train: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
+    """What train.exact is exact for."""
+    return {
+        "train.exact": train.get("exact", False),
+        "train.micro_batch": train["micro_batch"],
+        **{f"layout.{name}": layout[name] for name in ("tp", "ep")},
+    }
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """A rank's lanes of a global batch: out of the stream, and into the model in pieces."""
 
+from collections.abc import Sequence
+
 import torch
 
 from moray.data.blocks import CACHE_BYTES
@@ -11,7 +13,7 @@ from moray.model import Randomness
 from moray.parallel.gradients import MicroBatch
 
 
-def stream_of(dataset: Dataset, train: TrainSection, lanes: range, cache_bytes: int = CACHE_BYTES) -> Stream:
+def stream_of(dataset: Dataset, train: TrainSection, lanes: Sequence[int], cache_bytes: int = CACHE_BYTES) -> Stream:
     """The training split, as a run with these settings reads it."""
     return Stream(
         dataset,
@@ -24,10 +26,10 @@ def stream_of(dataset: Dataset, train: TrainSection, lanes: range, cache_bytes: 
     )
 
 
-def micro_batches(training: Training, batch: Batch, lanes: range) -> list[MicroBatch]:
+def micro_batches(training: Training, batch: Batch, lanes: Sequence[int]) -> list[MicroBatch]:
     """These lanes of a global batch in pieces of at most micro_batch sequences, on this rank's device."""
     train, device = training.config.train, training.context.device
-    sequences_B = torch.arange(batch.first + lanes.start, batch.first + lanes.stop)
+    sequences_B = batch.first + torch.tensor(lanes)
     tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT, sequences_B)
     return [
         MicroBatch.of(

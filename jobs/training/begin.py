@@ -14,7 +14,7 @@ from moray import UserError
 from moray.cluster.events import EventLog
 from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
-from moray.jobs.config.run import RunConfig
+from moray.jobs.config.run import RunConfig, TrainSection
 from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.watcher import describe
@@ -29,6 +29,7 @@ from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import Commit
 from moray.parallel.checkpoint.generations import SEEN_WITHIN_S, sees_generation
 from moray.parallel.checkpoint.snapshots import Snapshots
+from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
@@ -76,10 +77,11 @@ class Training:
     decoder: Decoder
     optimizer: torch.optim.AdamW
     checkpointer: Checkpointer
-    lanes: range
+    lanes: list[int]
     work: Work
     peak_flops: float
     witness: Witness | None
+    tree: GradientTree | None
     snapshots: Snapshots | None
     on_event: Callable[[str, dict[str, Any]], None]
     step: int = 0
@@ -107,16 +109,19 @@ class Training:
 def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
     context.enter("opening")
-    if config.train.audit_every:
+    if config.train.audit_every or config.train.exact:
         _compute_reproducibly()
+    if config.train.exact:
+        torch.set_num_threads(1)  # their number decides the order in which products are summed
     layout = config.layout_on(context.world_size)
     dataset = _open_storage(context, config)
     dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
     compute_dtype = getattr(torch, dtype)
     context.enter("building")
+    meshes = layout.meshes(context.device.type)
     decoder = build_decoder(
         config.model,
-        layout.meshes(context.device.type),
+        meshes,
         dtype=torch.float32,
         compute_dtype=compute_dtype,
     )
@@ -125,12 +130,10 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         f"peak of {context.device} in {dtype}, rank {context.local_rank}",
         lambda: worker_peak(context.device, compute_dtype, context.local_world_size),
     )
-    share = config.train.global_batch // layout.dp
-    dp_rank = layout.dp_rank(context.rank)
     events = EventLog(Path(config.run.dir) / "events.jsonl")
     pulse = Pulse(context)
     on_event = partial(note_event, events, pulse, context.generation)
-    optimizer = build_optimizer(decoder, config.optimizer)
+    optimizer = build_optimizer(decoder, config.optimizer, fused=not config.train.exact)
     training = Training(
         context=context,
         pulse=pulse,
@@ -148,16 +151,22 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
             on_event=on_event,
             on_wait=pulse.again,
         ),
-        lanes=range(dp_rank * share, (dp_rank + 1) * share),
+        lanes=lanes_of(config.train, layout, layout.dp_rank(context.rank)),
         work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(peak)).item(),
         witness=Witness(decoder) if config.train.audit_every else None,
+        tree=GradientTree(decoder, meshes) if config.train.exact else None,
         snapshots=make_room(context, config, training_state(decoder, optimizer), on_event),
         on_event=on_event,
     )
     context.enter("loading")
     resume(training, events)
     return training
+
+
+def lanes_of(train: TrainSection, layout: Layout, dp_rank: int) -> list[int]:
+    """Those of the global batch that a data-parallel rank computes."""
+    return layout.lanes(dp_rank, train.global_batch, train.micro_batch if train.exact else None)
 
 
 def _compute_reproducibly() -> None:

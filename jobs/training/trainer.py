@@ -142,10 +142,11 @@ def compute(training: Training, batch: Batch) -> Computed:
     pieces, tp = micro_batches(training, batch, training.lanes), training.layout.tp
     is_audited = is_due(training.step + 1, training.config.train.audit_every)
     second_W4 = recomputed(training, batch, pieces, groups=1) if is_audited else None
-    losses = accumulate_gradients(training.decoder, pieces, tp, training.witness)
+    losses = accumulate_gradients(training.decoder, pieces, tp, training.witness, training.tree)
     if second_W4 is not None:
         compare(training, batch, pieces, losses.own_M4, second_W4)
-    return losses, clip_gradients(training.decoder.parameters(), training.config.optimizer.clip_norm)
+    max_norm, exact = training.config.optimizer.clip_norm, training.config.train.exact
+    return losses, clip_gradients(training.decoder.parameters(), max_norm, exact=exact)
 
 
 def wait_for_all(training: Training) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from moray.cluster.worker import WrongResultError
 from moray.data.stream import Batch
 from moray.jobs.training.batches import micro_batches, stream_of
-from moray.jobs.training.begin import Training
+from moray.jobs.training.begin import Training, lanes_of
 from moray.parallel.gradients import GlobalLosses, MicroBatch, accumulate_gradients, drop_gradients
 
 TOLERANCE = 1e-3
@@ -41,13 +41,13 @@ def recomputed(training: Training, batch: Batch, pieces: Sequence[MicroBatch], g
 
     To be called before the step itself, which stays bit for bit what it is without: gradients and counts are dropped.
     """
-    train, layout, share = training.config.train, training.layout, len(training.lanes)
-    begin = (layout.dp_rank(training.context.rank) + groups * layout.span) % layout.dp * share
-    first = begin + _audited(training, pieces) * train.micro_batch
-    lanes = range(first, min(first + train.micro_batch, begin + share))
+    train, layout = training.config.train, training.layout
+    neighbour = (layout.dp_rank(training.context.rank) + groups * layout.span) % layout.dp
+    first = _audited(training, pieces) * train.micro_batch
+    lanes = lanes_of(train, layout, neighbour)[first : first + train.micro_batch]
     theirs = stream_of(training.dataset, train, lanes, cache_bytes=0).batch(batch.step)
     audited = micro_batches(training, theirs, lanes)
-    losses = accumulate_gradients(training.decoder, audited, layout.tp, training.witness, of=pieces)
+    losses = accumulate_gradients(training.decoder, audited, layout.tp, training.witness, training.tree, of=pieces)
     drop_gradients(training.decoder)
     return _everyone(losses.own_M4[0]).roll(groups * layout.span * layout.tp, 0)
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,12 +61,13 @@ def test_every_token_with_a_predecessor_is_a_target_once_an_epoch(make_dataset: 
 def test_lanes_are_the_same_for_every_world_size(make_dataset: MakeDataset, ranks: int) -> None:
     dataset = make_dataset(DOCUMENTS)
 
-    def stream(lanes: range) -> Stream:
+    def stream(lanes: Sequence[int]) -> Stream:
         return Stream(dataset, "train", seq_len=3, global_batch=4, seed=1, lanes=lanes)
 
     one_at_a_time = Stream(dataset, "train", seq_len=3, global_batch=1, seed=1, lanes=range(1))
     share = 4 // ranks
     parts = [stream(range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
+    assert torch.equal(stream(range(1, 4, 2)).batch(3).tokens_BT, stream(range(4)).batch(3).tokens_BT[1::2])
     assert one_at_a_time.sequences_per_epoch % 4, "batches must straddle epochs here"
     for n in range(8):
         joined = torch.cat([lanes_of(part.batch(n)) for part in parts], dim=1)

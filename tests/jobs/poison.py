@@ -3,7 +3,7 @@
 `train` is a worker function: what shall go wrong stands in RUN/poison.json. There, `killed_after` is the step behind
 which rank 1 of the first generation is killed by SIGKILL, and `flipped` a rank and that of its forward passes, in the
 first generation, whose gradient it gets wrong; `free_bytes` is all the memory that machines say they have;
-`pause_s` follows every step.
+`pause_s` follows every step until RUN/hurry exists. With `fp64`, all is computed in double precision.
 """
 
 import json
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.jobs.config.run import RunConfig
-from moray.jobs.training import recovery, trainer
+from moray.jobs.training import begin, recovery, trainer
 from moray.jobs.training.batches import stream_of
+from moray.parallel.shard import build_decoder
 
 
 @contextmanager
@@ -72,14 +73,16 @@ def flipping(rank: int, calls: range) -> Iterator[None]:
         hook.remove()
 
 
-def pausing(tell: Callable[[int, dict[str, Any]], None], pause_s: float) -> Callable[[int, dict[str, Any]], None]:
+def pausing(
+    tell: Callable[[int, dict[str, Any]], None], pause_s: float, hurry: Path
+) -> Callable[[int, dict[str, Any]], None]:
     """Tells of a step, and sleeps after the first word of it."""
     last = -1
 
     def report(step: int, status: dict[str, Any]) -> None:
         nonlocal last
         tell(step, status)
-        if step > last:
+        if step > last and not hurry.exists():
             last = step
             time.sleep(pause_s)
 
@@ -98,7 +101,10 @@ def train(context: WorkerContext, config: RunConfig) -> int:
 
         context = replace(context, report=report)
     if pause_s := plan.pop("pause_s", 0.0):
-        context = replace(context, report=pausing(context.report, pause_s))
+        context = replace(context, report=pausing(context.report, pause_s, Path(config.run.dir, "hurry")))
+    if plan.pop("fp64", False):
+        in_fp64 = {"dtype": torch.float64, "compute_dtype": torch.float64}
+        begin.build_decoder = lambda model, meshes, **_: build_decoder(model, meshes, **in_fp64)
     if free_bytes := plan.pop("free_bytes", None):
         recovery.free_memory = lambda: free_bytes
     rank, call = plan.pop("flipped", (0, 0))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from moray.jobs.runs.status import status_of
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain
+from moray.parallel.checkpoint.commits import ChunkReader, list_commits
 
 STEPS, EVERY = 12, 3
 ON_FOUR = {
@@ -48,10 +50,10 @@ def config(data: Path, run: Path, **changes: object) -> RunConfig:
     return load_config(*parse_settings(arguments(data, run, **changes)))
 
 
-def ledger_is_whole(run: Path) -> None:
+def ledger_is_whole(run: Path, steps: int = STEPS) -> None:
     """The positions trained on in the history: from 0 to the end, each once, in order. Checked by hand."""
     assert ledger_problems(run) == []
-    assert [row["positions"] for row in read_metrics(run)] == [[8 * step, 8 * step + 8] for step in range(STEPS)]
+    assert [row["positions"] for row in read_metrics(run)] == [[8 * step, 8 * step + 8] for step in range(steps)]
     committed = 0
     for event in read_events(run / "events.jsonl"):
         if event["kind"] in ("begin", "resume"):
@@ -62,7 +64,7 @@ def ledger_is_whole(run: Path) -> None:
         elif event["kind"] == "commit":
             assert event["step"] * 8 > committed
             committed = event["step"] * 8
-    assert committed == STEPS * 8
+    assert committed == steps * 8
 
 
 def rows_written(run: Path) -> int:
@@ -178,7 +180,7 @@ def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> Pa
     """The folder of a run in which something goes wrong, as poison.py has it."""
     monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
     run = tmp_path / "run"
-    run.mkdir()
+    run.mkdir(parents=True)
     (run / "poison.json").write_text(json.dumps(plan))
     return run
 
@@ -298,25 +300,68 @@ def test_a_node_that_computes_wrongly_is_found_and_set_aside(
     ledger_is_whole(run)
 
 
+class Tide(Listener):
+    """Nodes leave and join whenever all workers are at work again: 4 slots, 2, 8, 3 and 4."""
+
+    def __init__(self, nodes: Cluster, run: Path) -> None:
+        self._nodes, self._run = nodes, run
+        (self._newest,) = nodes.worker_nodes
+        self._begun = 0
+        self._plan = [self._lose, partial(self._join, 1, 5), self._lose, partial(self._join, 1), self._hurry]
+
+    def _lose(self) -> None:
+        """The newest; the head stays."""
+        self._nodes.remove_node(self._newest, allow_graceful=False)
+
+    def _join(self, *sizes: int) -> None:
+        for size in sizes:
+            self._newest = self._nodes.add_node(num_cpus=size)
+
+    def _hurry(self) -> None:
+        (self._run / "hurry").touch()
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind in ("ready", "recovered"):
+            self._begun += 1
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        if step and len(self._plan) == 6 - self._begun:
+            self._plan.pop(0)()
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fp64", "exact"])
 def test_a_run_goes_on_with_the_workers_that_there_are(
-    two_nodes: Cluster, untouched: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_nodes: Cluster, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
-    """Of three nodes one is lost: 4 -> 2 workers (and a spare), and 4 again once an agent has started elsewhere."""
-    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
-    monkeypatch.setattr("moray.cluster.ray.resizing.WORTH", 1.0)
-    two_nodes.add_node(num_cpus=2)
-    run, killer = tmp_path / "run", LoseANode(two_nodes, joins=False)
-    run.mkdir()
-    (run / "poison.json").write_text('{"pause_s": 1.0}')
-    assert pretrain(config(dataset, run, cluster__workers="2:4"), Console(quiet=True), killer) == 0
+    """The slots change from 4 to 2, 8, 3 (one is spare) and 4, and the losses are those of two workers all along: to
+    1e-10 where all is computed in fp64, and to the last bit in exact mode.
+    """
+    monkeypatch.setattr("moray.cluster.ray.resizing.WORTH", 0.1)
+    steps = 40
+    changes = {"train__steps": steps, "train__micro_batch": 1, "train__exact": exact, "train__eval_every": 10}
+    still = poisoned(tmp_path / "still", monkeypatch, fp64=not exact)
+    assert pretrain(config(dataset, still, **changes, cluster__workers=2), Console(quiet=True)) == 0
+    run = poisoned(tmp_path / "tide", monkeypatch, fp64=not exact, pause_s=1.0)
+    tide = Tide(two_nodes, run)
+    assert pretrain(config(dataset, run, **changes, cluster__workers="2:8"), Console(quiet=True), tide) == 0
     resizes = [event for event in read_events(run / "events.jsonl") if event["kind"] == "resize"]
-    assert [event["workers"] for event in resizes] == [[4, 2], [2, 4]]
+    assert [event["workers"] for event in resizes] == [[4, 2], [2, 8], [8, 2], [2, 4]]
     wide, narrow = ("dp_replicate=1 dp_shard=4 tp=1 ep=2", "dp_replicate=1 dp_shard=2 tp=1 ep=2")
-    assert [(event["from"], event["to"]) for event in resizes] == [(wide, narrow), (narrow, wide)]
-    assert {row["layout"] for row in read_metrics(run)} == {wide, narrow}
-    for row, expected in zip(read_metrics(run), read_metrics(untouched), strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    ledger_is_whole(run)
+    assert (resizes[0]["from"], resizes[0]["to"]) == (wide, narrow)
+    if exact:
+        assert computed(run) == computed(still)
+        assert state_of(run) == state_of(still)
+    for row, expected in zip(read_metrics(run), read_metrics(still), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-10)
+    ledger_is_whole(run, steps)
+
+
+def state_of(run: Path) -> dict[str, bytes]:
+    """Weights and optimizer of the last commit, whatever layout wrote it."""
+    commit = list_commits(run / "checkpoints")[-1]
+    whole = {name: ((0,) * len(tensor.shape), tensor.shape) for name, tensor in commit.manifest.tensors.items()}
+    reader = ChunkReader(commit)
+    return {name: reader.read(name, chunk).numpy().tobytes() for name, chunk in whole.items()}
 
 
 class StopAt(Listener):

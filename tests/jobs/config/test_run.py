@@ -197,6 +197,21 @@ def test_fewer_slots_keep_what_they_can_of_a_layout(slots: int, found: str) -> N
     assert settings.layout_on(layout.world_size) == layout
 
 
+def test_exact_mode_takes_powers_of_two_and_the_degrees_that_were_asked_for() -> None:
+    wish = {"train__exact": "true", "train__global_batch": "16", "train__micro_batch": "2", "layout__ep": "2"}
+    settings = load(**wish, cluster__workers="2:12", cluster__launcher="ray")
+    found = [settings.arrange(slots) for slots in range(1, 13)]
+    assert [layout and (layout.dp, layout.ep) for layout in found] == [
+        None,
+        *[(2, 2)] * 2,
+        *[(4, 2)] * 4,
+        *[(8, 2)] * 5,
+    ]
+    assert "cluster.workers=1:8: no layout of 1 workers suits" in refusal(
+        **wish, cluster__workers="1:8", cluster__launcher="ray"
+    )
+
+
 def test_a_routing_group_may_be_all_of_a_ranks_sequences() -> None:
     assert load(train__global_batch="6", train__micro_batch="8", model__moe__group_size="6").train.micro_batch == 8
 
@@ -220,6 +235,16 @@ ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}
         ({"train__global_batch": "30"}, "train.global_batch=30 must be a multiple of the 4 data-parallel ranks"),
         ({"train__global_batch": "30"}, "; try 32"),
         ({"train__global_batch": "1"}, "; try 4"),
+        (
+            {"train__exact": "true", "train__global_batch": "24"},
+            "train.exact=true needs train.global_batch=24 to be train.micro_batch=8 times a power of two; try "
+            "train.global_batch=32",
+        ),
+        (
+            {"train__exact": "true", "train__global_batch": "16"},
+            "train.exact=true needs a power of two of data-parallel ranks, with a micro-batch for each: layout "
+            "dp_replicate=1 dp_shard=4 tp=1 ep=1 has 4; try one of [1, 2]",
+        ),
         (
             {"train__audit_every": "9", "layout__ep": "4"},
             "who can compute the same: layout dp_replicate=1 dp_shard=4 tp=1 ep=4 has no "

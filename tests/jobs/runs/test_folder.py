@@ -42,6 +42,26 @@ def commit(config: RunConfig, step: int = 8, position: int = 32) -> Commit:
     return list_commits(folder)[-1]
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train__micro_batch": "1"}, "train.micro_batch=1 (there: 2)"),
+        ({"layout__tp": "2", "cluster__workers": "2"}, "layout.tp=2 (there: 1)"),
+        ({"train__exact": "false"}, "train.exact=False (there: True)"),
+    ],
+)
+def test_a_run_in_exact_mode_keeps_what_its_bits_depend_on(
+    dataset: Path, tmp_path: Path, changes: dict[str, str], named: str
+) -> None:
+    exact = {"train__exact": "true", "cluster__launcher": "ray"}
+    claim(config_of(dataset, tmp_path, **exact))
+    commit(config_of(dataset, tmp_path, **exact))
+    claim(config_of(dataset, tmp_path, **exact, cluster__workers="2"))
+    with pytest.raises(ValueError, match="holds a different run") as error:
+        claim(config_of(dataset, tmp_path, **exact | changes))
+    assert named in str(error.value)
+
+
 def test_a_new_folder_gets_config_and_tokenizer(dataset: Path, tmp_path: Path) -> None:
     config = config_of(dataset, tmp_path / "new" / "run")
     claim(config)
@@ -60,6 +80,7 @@ def test_a_new_folder_gets_config_and_tokenizer(dataset: Path, tmp_path: Path) -
         ({"train__global_batch": "8"}, "train.global_batch=8 (there: 4)"),
         ({"train__seq_len": "32"}, "train.seq_len=32 (there: 64)"),
         ({"model__d_model": "64"}, "model.d_model=64 (there: 32)"),
+        ({"train__exact": "true"}, "train.exact=True (there: False)"),
         ({"model__moe__bias_update_rate": "0.5"}, "model.moe.bias_update_rate=0.5 (there: 0.001)"),
     ],
 )
