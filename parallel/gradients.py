@@ -136,11 +136,11 @@ def world_sum(values: Tensor) -> Tensor:
 
 def _world_totals(own_NX: Tensor) -> list[float]:
     """The sum of each column over the rows of all ranks, which have equally many: rounded once, so in any order."""
-    rows_NX = own_NX
+    found = [own_NX]
     if dist.is_initialized():
-        rows_NX = own_NX.new_empty(dist.get_world_size() * len(own_NX), own_NX.shape[1])
-        dist.all_gather_into_tensor(rows_NX, own_NX.contiguous())
-    return [_rounded_once(column) for column in rows_NX.t().tolist()]
+        found = [torch.empty_like(own_NX) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, own_NX.contiguous())
+    return [_rounded_once(column) for column in torch.cat(found).t().tolist()]
 
 
 def _rounded_once(values: list[float]) -> float:

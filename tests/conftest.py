@@ -76,7 +76,9 @@ def ray_nodes(ray_cluster: str) -> Iterator[Any]:
 @pytest.fixture
 def two_nodes(ray_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """It has two again, whatever the test before left of it."""
-    if len(ray_nodes.list_all_nodes()) < 2:
+    if len(ray_nodes.worker_nodes) != 1:
+        for node in list(ray_nodes.worker_nodes):
+            ray_nodes.remove_node(node)
         ray_nodes.add_node(num_cpus=2)
     monkeypatch.setenv("RAY_ADDRESS", ray_nodes.address)
     return ray_nodes

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -102,12 +103,11 @@ def train(context: WorkerContext, config: RunConfig) -> int:
         context = replace(context, report=report)
     if pause_s := plan.pop("pause_s", 0.0):
         context = replace(context, report=pausing(context.report, pause_s, Path(config.run.dir, "hurry")))
-    if plan.pop("fp64", False):
-        in_fp64 = {"dtype": torch.float64, "compute_dtype": torch.float64}
-        begin.build_decoder = lambda model, meshes, **_: build_decoder(model, meshes, **in_fp64)
     if free_bytes := plan.pop("free_bytes", None):
         recovery.free_memory = lambda: free_bytes
     rank, call = plan.pop("flipped", (0, 0))
     calls = range(call, call + 1) if call and context.generation == 1 else range(0)
-    with poisoned(config, **{name: tuple(batches) for name, batches in plan.items()}), flipping(rank, calls):
+    dtype = {"dtype": torch.float64, "compute_dtype": torch.float64} if plan.pop("fp64", False) else {}
+    build = patch.object(begin, "build_decoder", lambda *words, **names: build_decoder(*words, **names | dtype))
+    with build, poisoned(config, **{name: tuple(batches) for name, batches in plan.items()}), flipping(rank, calls):
         return trainer.train(context, config)

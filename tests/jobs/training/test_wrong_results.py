@@ -77,11 +77,10 @@ def accused(training: Training, rank: int, calls: range) -> tuple[tuple[int, ...
     return error.value.ranks, alike(bits(training), before)
 
 
-def audit(data: str, run: str, layout: dict[str, int], rank: int) -> tuple[bool, list[tuple[tuple[int, ...], bool]]]:
+def audit(data: str, run: str, settings: dict[str, Any], rank: int) -> tuple[bool, list[tuple[tuple[int, ...], bool]]]:
     notes: dict[str, Any] = {}
-    degrees = {f"layout__{name}": degree for name, degree in layout.items()}
-    plain = begin(data, run, notes, **degrees)
-    audited = begin(data, run, notes, train__audit_every=1, **degrees)
+    plain = begin(data, run, notes, **settings)
+    audited = begin(data, run, notes, train__audit_every=1, **settings)
     rows = [steps(plain, 1), steps(audited, 1)]
     is_same = rows[0] == rows[1] and alike(bits(plain), bits(audited))
     # A rank computes another's micro-batch, its own ones, and for the decision another's again.
@@ -90,16 +89,20 @@ def audit(data: str, run: str, layout: dict[str, int], rank: int) -> tuple[bool,
 
 
 @pytest.mark.parametrize(
-    ("layout", "rank", "now_and_then", "always"),
-    [({"dp_shard": 4}, 2, (2,), (2,)), ({"dp_replicate": 2, "tp": 2, "ep": 2}, 3, (3,), (1, 3))],
+    ("settings", "rank", "now_and_then", "always"),
+    [
+        ({}, 2, (2,), (2,)),
+        ({"train__exact": True}, 2, (2,), (2,)),
+        ({"layout__dp_replicate": 2, "layout__tp": 2, "layout__ep": 2}, 3, (3,), (1, 3)),
+    ],
     ids=str,
 )
 def test_an_audit_changes_nothing_and_finds_a_bit_that_flips_in_a_gradient(
-    pool: Pool, dataset: Path, tmp_path: Path, layout: dict[str, int], rank: int, now_and_then: Any, always: Any
+    pool: Pool, dataset: Path, tmp_path: Path, settings: dict[str, Any], rank: int, now_and_then: Any, always: Any
 ) -> None:
     """Of two groups that answer differently, time after time, it cannot tell which one is wrong."""
     take_generation(tmp_path / "checkpoints")
-    for is_same, found in pool.run(audit, 4, str(dataset), str(tmp_path), layout, rank):
+    for is_same, found in pool.run(audit, 4, str(dataset), str(tmp_path), settings, rank):
         assert is_same
         assert found == [(now_and_then, True), (always, True)]
 
