@@ -19,17 +19,7 @@ from pathlib import Path
 import numpy as np
 from webdataset.writer import TarWriter
 
-from moray.data.index import (
-    SAMPLE,
-    SHARD,
-    Extent,
-    GrowingArray,
-    Sample,
-    Split,
-    array_names,
-    sample_key,
-    shard_name,
-)
+from moray.data.index import SAMPLE, SHARD, Extent, GrowingArray, Sample, Split, array_names, sample_key, shard_name
 
 BLOCK_TOKENS = 1 << 16
 SHARD_TOKENS = 16 << 20

@@ -97,10 +97,7 @@ def sort(folder: Path) -> Iterator[ShuffledCorpus]:
             done.n_documents + len(records),
             done.n_duplicates + n_read - len(records),
             done.n_bytes + sum(len(record.text) for record in records),
-            (
-                min(low, *(record.side for record in records)),
-                max(high, *(record.side for record in records)),
-            ),
+            (min(low, *(record.side for record in records)), max(high, *(record.side for record in records))),
         )
         yield done
 

@@ -76,11 +76,7 @@ def _shard_experts(experts: Experts, mesh: DeviceMesh, ranks: int, policy: Mixed
     by_width = held % ranks and width % ranks == 0 and d_model % ranks == 0
     placement = Shard(1) if by_width else Shard(0)
     fully_shard(
-        experts,
-        mesh=mesh,
-        mp_policy=policy,
-        reshard_after_forward=ranks > 1,
-        shard_placement_fn=lambda _: placement,
+        experts, mesh=mesh, mp_policy=policy, reshard_after_forward=ranks > 1, shard_placement_fn=lambda _: placement
     )
 
 

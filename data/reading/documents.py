@@ -20,13 +20,7 @@ from moray.data.reading.texts import cut, read_text
 
 BOM = b"\xef\xbb\xbf"
 _NOTHING_VISIBLE = re.compile("[\\s\u200b-\u200d\u2060\ufeff]*")
-_READERS = {
-    "text": read_text,
-    "jsonl": read_json_lines,
-    "json": read_json,
-    "tar": read_tar,
-    "parquet": read_parquet,
-}
+_READERS = {"text": read_text, "jsonl": read_json_lines, "json": read_json, "tar": read_tar, "parquet": read_parquet}
 
 
 @dataclass(frozen=True, slots=True)

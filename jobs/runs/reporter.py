@@ -12,12 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from moray import UserError
-from moray.cluster.exit_codes import (
-    EXIT_FAILED,
-    EXIT_KILLED_BY_KEYBOARD,
-    EXIT_MISTAKE,
-    EXIT_SUPERSEDED,
-)
+from moray.cluster.exit_codes import EXIT_FAILED, EXIT_KILLED_BY_KEYBOARD, EXIT_MISTAKE, EXIT_SUPERSEDED
 from moray.cluster.process import Process
 from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.files import replace_file

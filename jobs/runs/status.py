@@ -18,13 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moray import UserError
 from moray.cluster.events import read_events
-from moray.cluster.exit_codes import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_KILLED_BY_KEYBOARD,
-    EXIT_SUPERSEDED,
-)
+from moray.cluster.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KILLED_BY_KEYBOARD, EXIT_SUPERSEDED
 from moray.cluster.process import Process
 from moray.parallel.checkpoint.manifest import DamagedError, Manifest
 

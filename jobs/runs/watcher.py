@@ -12,6 +12,7 @@ from rich.text import Text
 from moray.cluster.events import EventLog, is_event
 from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.files import Tail
+from moray.jobs.runs.words import describe
 
 PLAIN_EVERY_S = 10.0  # between two lines where no terminal can show one that changes
 LOOK_EVERY_S = 0.2  # for events that others wrote, however many ranks tell of their steps meanwhile
@@ -131,67 +132,3 @@ def _short(count: float) -> str:
     if count < 100_000:
         return f"{count:,.0f}"
     return f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.2f}M"
-
-
-def describe(kind: str, fields: dict[str, Any]) -> str | None:
-    """A line for an event that a person watching wants to know of."""
-    if kind == "fault":
-        if fields.get("rank") is not None:
-            return f"fault: rank {fields['rank']} (pid {fields['pid']}): {fields['reason']}"
-        return (
-            f"fault: node {fields['node']}: {fields['reason']}" if fields.get("node") else f"fault: {fields['reason']}"
-        )
-    if kind == "recovered":
-        return f"recovered: generation {fields.get('generation')} at work after {fields.get('seconds', 0):.1f} s"
-    if kind == "leaving":
-        return f"node {fields.get('node')} is leaving the cluster"
-    if kind == "resize":
-        old, new = fields.get("workers", (None, None))
-        return f"{old} -> {new} workers, as {fields.get('why')}: {fields.get('to')}"
-    if kind == "node_set_aside":
-        return f"node {fields.get('node')} is set aside: {fields.get('why')}; others take its place"
-    if kind == "node_kept":
-        return (
-            f"node {fields.get('node')} is suspect: {fields.get('why')}; no other has room for its workers, so it stays"
-        )
-    if kind == "commit_refused":
-        return f"refused the damaged commit of step {fields.get('step')}: {'; '.join(fields.get('problems', []))}"
-    if kind == "commit_given_up":
-        return f"removed the commits of steps {fields.get('steps')}: another attempt's, not of this history"
-    if kind == "commit_failed":
-        return f"{fields.get('error')}; the next commit tries again"
-    if kind in ("skip", "rollback"):
-        back = f"back to step {fields.get('step')}, and " if kind == "rollback" else ""
-        at, (first, end) = fields.get("bad_step", fields.get("step")), fields.get("positions", (0, 0))
-        return f"step {at}: {fields.get('why')}; {back}positions {first} to {end} are skipped"
-    if kind == "tracker_failed":
-        failed = f"{fields.get('tracker')} failed: {fields.get('error')}"
-        return f"{failed}; the run goes on without it, and the next start sends what it lacks"
-    if kind == "straggler":
-        slow = [f"rank {one['rank']} on {one['node']} ({one['own_seconds']:.3g} s)" for one in fields.get("ranks", [])]
-        if not slow:
-            return "no worker is slower than the others any more"
-        others = f"{fields.get('median_seconds', 0):.3g} s of their own a step"
-        return f"slower than the others, who take {others} and then wait: {', '.join(slow)}"
-    if kind == "unprotected":
-        return (
-            f"the Ray at {fields.get('address')} asks for no token: whoever reaches it can run code as you; start it "
-            "with RAY_AUTH_MODE=token"
-        )
-    if kind == "wait":
-        return f"waiting for {fields.get('workers')} more slots, {fields.get('patience_s', 0):g} s at most"
-    if kind == "device" and fields.get("device") == "cpu":
-        return "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
-    if kind == "no_snapshots":
-        return (
-            f"recovery.snapshot_every={fields.get('every')} has no effect: nothing outlives the workers of "
-            f"cluster.launcher={fields.get('launcher')}, which recovers from commits alone"
-        )
-    if kind == "resume":
-        what = "snapshot" if fields.get("source") == "memory" else "commit"
-        return f"resumed from the {what} of step {fields.get('step')}"
-    if kind == "begin":
-        return f"computing in {fields.get('dtype')}"
-    if kind == "stop":
-        return "stopping: the workers finish their step and commit"
-    return None

@@ -56,10 +56,7 @@ def ray_job(pods: Pods, command: Sequence[str], recipe: str) -> list[Manifest]:
     cluster = {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},
-        "headGroupSpec": {
-            "rayStartParams": {"num-cpus": "0", "num-gpus": "0"},
-            "template": {"spec": _pod(pods, head)},
-        },
+        "headGroupSpec": {"rayStartParams": {"num-cpus": "0", "num-gpus": "0"}, "template": {"spec": _pod(pods, head)}},
         "workerGroupSpecs": [
             {
                 "groupName": "workers",

@@ -17,7 +17,7 @@ from moray.data.dataset import Dataset
 from moray.jobs.config.run import RunConfig, TrainSection
 from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
-from moray.jobs.runs.watcher import describe
+from moray.jobs.runs.words import describe
 from moray.jobs.training.dtype import choose_dtype
 from moray.jobs.training.metrics import worker_peak
 from moray.jobs.training.optimizer import build_optimizer, older_names, share_step, training_state
@@ -119,12 +119,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     compute_dtype = getattr(torch, dtype)
     context.enter("building")
     meshes = layout.meshes(context.device.type)
-    decoder = build_decoder(
-        config.model,
-        meshes,
-        dtype=torch.float32,
-        compute_dtype=compute_dtype,
-    )
+    decoder = build_decoder(config.model, meshes, dtype=torch.float32, compute_dtype=compute_dtype)
     # Of each rank its own, for what one measures while others are busy is lower: a restart must not change the MFU.
     peak = context.once(
         f"peak of {context.device} in {dtype}, rank {context.local_rank}",

@@ -15,10 +15,7 @@ from moray.parallel.checkpoint.snapshots import Snapshots
 
 
 def make_room(
-    context: WorkerContext,
-    config: RunConfig,
-    state: dict[str, Tensor],
-    on_event: Callable[[str, dict[str, Any]], None],
+    context: WorkerContext, config: RunConfig, state: dict[str, Tensor], on_event: Callable[[str, dict[str, Any]], None]
 ) -> Snapshots | None:
     """Snapshots of `state`; None where none are wanted or nothing outlives the workers. Collective.
 

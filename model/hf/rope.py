@@ -44,10 +44,7 @@ def rope(theta: float = 1e4, *, partial: float | None = None, interleaved: bool 
         share = config.rotary_dim / config.attention.head_dim
         if partial is None and share != 1 and not config.attention.latent:
             raise UserError(f"model.position.rotary_dim={position.rotary_dim} is not all of head_dim")
-        written = {
-            "rope_theta": base(config.rotary_dim, position),
-            "rope_scaling": _write_scaling(position.scaling),
-        }
+        written = {"rope_theta": base(config.rotary_dim, position), "rope_scaling": _write_scaling(position.scaling)}
         return written if partial is None else written | {"partial_rotary_factor": share}
 
     return Rule(read, write)

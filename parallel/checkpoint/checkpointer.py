@@ -141,11 +141,7 @@ class Checkpointer:
         return generation
 
     def save(
-        self,
-        step: int,
-        state: dict[str, Tensor],
-        metadata: dict[str, Any],
-        before: Callable[[], None] | None = None,
+        self, step: int, state: dict[str, Tensor], metadata: dict[str, Any], before: Callable[[], None] | None = None
     ) -> None:
         """Waits for the last save, copies this rank's share of `state` to host memory, and returns; a thread writes it.
 

@@ -1,0 +1,71 @@
+"""Events of a run in words: a line for each that a person watching wants to know of."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+Fields = dict[str, Any]
+
+
+def describe(kind: str, fields: Fields) -> str | None:
+    """None: nobody watching wants to know."""
+    words = _WORDS.get(kind)
+    return words(fields) if callable(words) else words and words.format_map(defaultdict(lambda: "?", fields))
+
+
+def _fault(of: Fields) -> str:
+    if of.get("rank") is not None:
+        return f"fault: rank {of['rank']} (pid {of['pid']}): {of['reason']}"
+    return f"fault: node {of['node']}: {of['reason']}" if of.get("node") else f"fault: {of['reason']}"
+
+
+def _resize(of: Fields) -> str:
+    old, new = of.get("workers", (None, None))
+    return f"{old} -> {new} workers, as {of.get('why')}: {of.get('to')}"
+
+
+def _skip(of: Fields) -> str:
+    back = f"back to step {of.get('step')}, and " if of["kind"] == "rollback" else ""
+    at, (first, end) = of.get("bad_step", of.get("step")), of.get("positions", (0, 0))
+    return f"step {at}: {of.get('why')}; {back}positions {first} to {end} are skipped"
+
+
+def _straggler(of: Fields) -> str:
+    slow = [f"rank {one['rank']} on {one['node']} ({one['own_seconds']:.3g} s)" for one in of.get("ranks", [])]
+    if not slow:
+        return "no worker is slower than the others any more"
+    others = f"{of.get('median_seconds', 0):.3g} s of their own a step"
+    return f"slower than the others, who take {others} and then wait: {', '.join(slow)}"
+
+
+_NO_GPU = "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
+_WORDS: dict[str, str | Callable[[Fields], str | None]] = {
+    "begin": "computing in {dtype}",
+    "commit_failed": "{error}; the next commit tries again",
+    "commit_given_up": "removed the commits of steps {steps}: another attempt's, not of this history",
+    "commit_refused": lambda of: f"refused the damaged commit of step {of.get('step')}: {'; '.join(of['problems'])}",
+    "device": lambda of: _NO_GPU if of.get("device") == "cpu" else None,
+    "fault": _fault,
+    "leaving": "node {node} is leaving the cluster",
+    "no_snapshots": (
+        "recovery.snapshot_every={every} has no effect: nothing outlives the workers of cluster.launcher={launcher}, "
+        "which recovers from commits alone"
+    ),
+    "node_kept": "node {node} is suspect: {why}; no other has room for its workers, so it stays",
+    "node_set_aside": "node {node} is set aside: {why}; others take its place",
+    "recovered": lambda of: f"recovered: generation {of.get('generation')} at work after {of.get('seconds', 0):.1f} s",
+    "resize": _resize,
+    "resume": lambda of: (
+        f"resumed from the {'snapshot' if of.get('source') == 'memory' else 'commit'} of step {of.get('step')}"
+    ),
+    "rollback": lambda of: _skip(of | {"kind": "rollback"}),
+    "skip": lambda of: _skip(of | {"kind": "skip"}),
+    "stop": "stopping: the workers finish their step and commit",
+    "straggler": _straggler,
+    "tracker_failed": "{tracker} failed: {error}; the run goes on without it, and the next start sends what it lacks",
+    "unprotected": (
+        "the Ray at {address} asks for no token: whoever reaches it can run code as you; start it with "
+        "RAY_AUTH_MODE=token"
+    ),
+    "wait": lambda of: f"waiting for {of.get('workers')} more slots, {of.get('patience_s', 0):g} s at most",
+}
