@@ -283,6 +283,10 @@ class Agent:
         for worker in self._living():
             os.kill(worker.pid, signal.SIGTERM)
 
+    def is_told_to_end(self) -> bool:
+        """Whether it has got SIGTERM, which waits."""
+        return signal.SIGTERM in signal.sigpending()
+
     def stacks(self, within_s: float) -> dict[int, str]:
         """Where each worker is, by rank, as seen from outside."""
         return stacks({worker.rank: worker.pid for worker in self._living()}, within_s)

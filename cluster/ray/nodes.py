@@ -83,7 +83,7 @@ def sound(free: Mapping[str, int], avoided: Collection[str], suffice: Callable[[
 
 
 class Slots(NamedTuple):
-    """All slots and the free ones of every node that is alive and stays, by its id; and the nodes that Ray drains."""
+    """All slots and the free ones of every node that is alive and stays, by its id; and the nodes that will go."""
 
     total: dict[str, int]
     free: dict[str, int]
@@ -225,7 +225,7 @@ class Gang:
         return self._arranged(self._held - sum(node.slots for node in nodes) + room) is not None
 
     def leaving(self, seen: Slots) -> list[Node]:
-        """Those that Ray drains: they have been told to go, and will soon be gone."""
+        """Those that have been told to go, and will soon be gone."""
         return [node for node in self.nodes if node.node_id in seen.draining]
 
     def give_up(self, nodes: Sequence[Node]) -> None:
@@ -260,11 +260,19 @@ class Gang:
     def look(self) -> Slots:
         """What the cluster has now. Waits for its head."""
         available = available_resources_per_node()
-        draining = {} if self._connection.is_local else state.get_draining_nodes()
+        draining = self._told() | (set() if self._connection.is_local else set(state.get_draining_nodes()))
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
         total = {node["NodeID"]: int(node["Resources"].get(self._resource, 0)) for node in alive}
         free = {node: int(available.get(node, {}).get(self._resource, 0)) for node in total}
         return Slots(total, free, draining)
+
+    def _told(self) -> set[str]:
+        """The nodes whose agents have got SIGTERM, as schedulers send it to all that runs there."""
+        node_of = {node.call("is_told_to_end"): node.node_id for node in self.nodes}
+        answers = ray.wait([*node_of], num_returns=len(node_of), timeout=ANSWER_S)[0] if node_of else []
+        with suppress(RayError):  # one that is lost is a fault, and told as one
+            return {node_of[answer] for answer in answers if ray.get(answer)}
+        return set()
 
     def _too_few(self, total: int, free: int, patience_s: float) -> str:
         asked = f"cluster.workers={self._least if self._least == self._most else f'{self._least}:{self._most}'}, but"

@@ -47,6 +47,12 @@ class Resizing:
         self._workers, self._began = workers, time.monotonic()
         self._starting_s: float | None = None
 
+    def is_to_go_on(self) -> bool:
+        """Of a generation that stopped, unasked: for another one, or as all that ran on some node was told to end."""
+        if not self.why and (leaving := self._gang.leaving(seen := self._gang.look())):
+            self._leave(leaving, seen)
+        return self.why is not None
+
     def is_due(self) -> bool:
         """Whether the generation shall stop; to be asked often, from when all are at work."""
         now = time.monotonic()

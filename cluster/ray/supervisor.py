@@ -96,7 +96,7 @@ def _run(connection: Connection, gang: Gang, resizing: Resizing, watch: Watch, h
                 resizing.begin(now.world_size)
                 generation = Generation(number, gang.crew, watch, "recovered" if is_after_fault else "ready")
                 outcome = generation.run(laps)
-                if outcome == EXIT_INTERRUPTED and resizing.why and not watch.should_stop():
+                if outcome == EXIT_INTERRUPTED and not watch.should_stop() and resizing.is_to_go_on():
                     laps, is_after_fault = Laps(time.monotonic()), False
                     gang.give_up(gang.leaving(gang.look()))
                     continue

@@ -173,6 +173,40 @@ def test_a_group_shrinks_with_its_cluster_and_grows_again(
     ]
 
 
+class Farewell:
+    """Tells a node of the cluster, as it is at work, that it is to go."""
+
+    def __init__(self, nodes: Cluster, how: str) -> None:
+        self._address, self._how = nodes.address, how
+        self.node = next(iter(nodes.worker_nodes))
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self._is_told = False
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        self.events.append((kind, fields))
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        if step >= 10 and not self._is_told:
+            self._is_told = True
+            self._drain() if self._how == "drained" else self._send_sigterm(self._how == "SIGTERM to all")
+
+    def _drain(self) -> None:
+        in_a_minute = int(1000 * (time.time() + 60))
+        preemption = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        assert GcsClient(address=self._address).drain_node(self.node.node_id, preemption, "the test's", in_a_minute)[0]
+
+    def _send_sigterm(self, to_all: bool) -> None:
+        """To its agent, whose environment says of which raylet it is, and perhaps to the workers."""
+        raylet = self.node.all_processes["raylet"][0].process.pid
+        workers = [entry["pid"] for entry in self.events[0][1]["ranks"]]
+        agents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in workers}
+        for pid, agent in agents.items():
+            if f"RAY_RAYLET_PID={raylet}\0" in Path(f"/proc/{agent}/environ").read_text():
+                for told in {agent, pid} if to_all else {agent}:
+                    os.kill(told, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("how", ["drained", "SIGTERM to the agent", "SIGTERM to all"])
 @pytest.mark.parametrize(
     ("has_spare", "kinds"),
     [
@@ -180,31 +214,21 @@ def test_a_group_shrinks_with_its_cluster_and_grows_again(
         (False, ["start", "ready", "leaving", "stop", "end"]),
     ],
 )
-def test_a_node_that_is_drained_is_left_in_time(
-    two_nodes: Cluster, tmp_path: Path, has_spare: bool, kinds: list[str]
+def test_a_node_that_is_told_to_go_is_left_in_time(
+    two_nodes: Cluster, tmp_path: Path, has_spare: bool, kinds: list[str], how: str
 ) -> None:
-    """To the spare node, or where there is none, for good: neither is a fault, and no step is done twice."""
-    events: list[tuple[str, dict[str, Any]]] = []
-    gone = next(iter(two_nodes.worker_nodes))
-    is_told = False
-
-    def drain(rank: int, step: int, status: dict[str, Any]) -> None:
-        nonlocal is_told
-        if step >= 10 and not is_told:
-            is_told = True
-            in_a_minute = int(1000 * (time.time() + 60))
-            preemption = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-            client = GcsClient(address=two_nodes.address)
-            assert client.drain_node(gone.node_id, preemption, "the test's", in_a_minute)[0]
-
+    """For the spare node, or where there is none, for good: neither is a fault, and no step is done twice."""
+    farewell = Farewell(two_nodes, how)
     spare = two_nodes.add_node(num_cpus=2) if has_spare else None
     try:
-        hooks = Hooks(lambda kind, fields: events.append((kind, fields)), drain)
+        hooks = Hooks(farewell.on_event, farewell.on_status)
         code = supervise(count, Plan(str(tmp_path), 300, pause_s=0.02), Group(4, device="cpu"), hooks)
     finally:
-        two_nodes.remove_node(gone)
+        two_nodes.remove_node(farewell.node)
     assert code == (0 if has_spare else 75)
-    assert [kind for kind, _ in events] == kinds
+    found = [kind for kind, _ in farewell.events]
+    # Workers that were told have ended before anybody could ask them to.
+    assert found == [kind for kind in kinds if kind != "stop" or how != "SIGTERM to all"]
     steps = [step for step, _ in history(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert (len(steps) == 300) == has_spare
