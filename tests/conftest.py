@@ -1,7 +1,6 @@
 """Fixtures that are dear to start and therefore shared by the whole session."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+from disks import small_file_system
 from pool import Pool
 
 STARTING_RAY = (
@@ -24,6 +24,7 @@ STARTING_RAY = (
     "tests/jobs/submission/test_kubernetes_rayjob.py",
     "tests/jobs/submission/test_slurm_jobs.py",
     "tests/jobs/test_recovery.py",
+    "tests/jobs/chaos/",
     "tests/jobs/training/test_stops.py",
 )
 
@@ -86,11 +87,5 @@ def two_nodes(ray_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("may not mount a tmpfs here")
-    try:
+    with small_file_system(tmp_path, 8):
         yield tmp_path
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)

@@ -1,4 +1,4 @@
-"""Two nodes on one machine: each has a network, a name, a hosts file and process ids of its own (Linux, root)."""
+"""Nodes on one machine: each has a network, a name, a hosts file and process ids of its own (Linux, root)."""
 
 import os
 import subprocess
@@ -51,30 +51,41 @@ class SmallNode:
 
 
 @contextmanager
-def two_nodes(folder: Path) -> Iterator[tuple[SmallNode, SmallNode]]:
-    """n1 and n2, joined by a cable; each finds its own name at 127.0.1.1, as Debian's installer writes it."""
-    nodes = []
-    for name, other in (("n1", "n2"), ("n2", "n1")):
+def small_nodes(folder: Path, number: int) -> Iterator[list[SmallNode]]:
+    """n1, n2, …, joined by cables; each finds its own name at 127.0.1.1, as Debian's installer writes it."""
+    names, nodes = [f"n{i + 1}" for i in range(number)], []
+    for name in names:
         hosts = folder / f"hosts-{name}"
-        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{_address(other)} {other}\n")
+        others = "".join(f"{_address(other)} {other}\n" for other in names if other != name)
+        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
         nodes.append(SmallNode(name, _address(name), f"moray-{os.getpid()}-{name}", hosts))
-    first, second = nodes
+    first, *rest = nodes
     try:
         try:
             for node in nodes:
                 _ip("netns", "add", node.namespace)
-            cable = ["type", "veth", "peer", "name", "eth0", "netns", second.namespace]
-            _ip("link", "add", "eth0", "netns", first.namespace, *cable)
+            # Where all cables meet is in the first node: a bridge that is its own interface, too.
+            _ip("-n", first.namespace, "link", "add", "eth0", "type", "bridge")
+            for node in rest:
+                socket = ["type", "veth", "peer", "name", node.name, "netns", first.namespace]
+                _ip("link", "add", "eth0", "netns", node.namespace, *socket)
+                _ip("-n", first.namespace, "link", "set", node.name, "master", "eth0", "up")
             for node in nodes:
                 _ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", "eth0")
                 _ip("-n", node.namespace, "link", "set", "eth0", "up")
             subprocess.run(first.command("true"), check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no namespaces can be made here: {error}")
-        yield first, second
+        yield nodes
     finally:
         for node in nodes:
             subprocess.run(["ip", "netns", "delete", node.namespace], capture_output=True)
+
+
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[tuple[SmallNode, SmallNode]]:
+    with small_nodes(folder, 2) as (first, second):
+        yield first, second
 
 
 def _address(name: str) -> str:

@@ -5,13 +5,16 @@ from pathlib import Path
 
 from moray.parallel.checkpoint.commits import list_commits
 
-WITHOUT_LOCKS = """
-import errno, fcntl, sys
+NO_LOCKS = """
+import errno, fcntl
 
 def flock(file, operation):
     raise OSError(errno.ENOLCK, "No locks available")
 
 fcntl.flock = flock
+"""
+WITHOUT_LOCKS = f"""
+{NO_LOCKS}
 from moray.jobs.cli import main
 main()
 """
