@@ -17,7 +17,7 @@ from audits import rows_of
 from rich.console import Console
 
 from moray.jobs.datasets.prepare import prepare
-from moray.parallel.checkpoint.commits import ChunkReader, list_commits
+from moray.parallel.checkpoint.commits import list_commits, read_tensors
 
 WARM = 4
 WORKERS = (1, 2, 4)
@@ -26,10 +26,9 @@ WORKERS = (1, 2, 4)
 def digest_of(run: Path, losses: list[float]) -> str:
     """Of the losses, and of weights and optimizer of the last commit, whatever layout wrote it."""
     commit = list_commits(run / "checkpoints")[-1]
-    reader, digest = ChunkReader(commit), hashlib.sha256(repr(losses).encode())
-    for name, tensor in sorted(commit.manifest.tensors.items()):
-        whole = ((0,) * len(tensor.shape), tensor.shape)
-        digest.update(name.encode() + reader.read(name, whole).numpy().tobytes())
+    digest = hashlib.sha256(repr(losses).encode())
+    for name, tensor in read_tensors(commit, sorted(commit.manifest.tensors)):
+        digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 

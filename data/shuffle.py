@@ -17,7 +17,6 @@ from moray import UserError
 from moray.data.reading.documents import Document
 
 BUCKET_BYTES = 64 << 20
-FAN_OUT = 256  # a bucket is a value of one more byte of the digest
 MAX_DEPTH = 4  # 256^4 buckets of 64 MiB; deeper than that only equal texts can keep a bucket large
 
 _HEADER = struct.Struct("<16sQQQ")  # digest of the text, side of the split, bytes of the key, bytes of the text

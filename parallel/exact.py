@@ -76,7 +76,9 @@ class GradientTree:
         for shard, branches in self._sums.items():
             total = branches.total()
             if self._copies:
-                total = _pairwise(_gathered(total, self._copies))
+                of_copies = [torch.empty_like(total) for _ in range(self._copies.size())]
+                dist.all_gather(of_copies, total.contiguous(), group=self._copies)
+                total = _pairwise(of_copies)
             shard.grad = torch.empty_like(shard)
             local(shard.grad).copy_(total)
         self._sums.clear()
@@ -100,12 +102,6 @@ def _sum_over_shards(gradient: Tensor, shard: nn.Parameter) -> Tensor:
     group = shard.device_mesh[name].get_group()
     dist.all_to_all_single(received.view(-1), leaving, [mine.numel()] * ranks, sent, group=group)
     return _pairwise(list(received.to(shard.dtype).unbind()))
-
-
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    found = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(found, x.contiguous(), group=group)
-    return found
 
 
 def _pairwise(parts: Sequence[Tensor]) -> Tensor:

@@ -140,11 +140,8 @@ def _world_totals(own_NX: Tensor) -> list[float]:
     if dist.is_initialized():
         found = [torch.empty_like(own_NX) for _ in range(dist.get_world_size())]
         dist.all_gather(found, own_NX.contiguous())
-    return [_rounded_once(column) for column in torch.cat(found).t().tolist()]
-
-
-def _rounded_once(values: list[float]) -> float:
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+    columns = torch.cat(found).t().tolist()
+    return [math.fsum(column) if all(map(math.isfinite, column)) else sum(column) for column in columns]
 
 
 @torch.no_grad()

@@ -64,8 +64,8 @@ class Pulse:
 class Training:
     """What the loop works on. Below `step` stands what changes: the rest keeps its identity.
 
-    step: optimizer steps done. position: of the stream, behind the batch of the last one. applied: loss and gradient
-    norm of the newest steps. skipped: the positions that were passed over since, and why.
+    step: optimizer steps done. position: of the stream, behind the batch of the last one. committed: the newest step
+    that was. applied: loss and gradient norm of the newest steps. skipped: the positions passed over since, and why.
     """
 
     context: WorkerContext
@@ -86,6 +86,7 @@ class Training:
     on_event: Callable[[str, dict[str, Any]], None]
     step: int = 0
     position: int = 0
+    committed: int = 0
     applied: list[tuple[float, float]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
 
@@ -229,6 +230,7 @@ def load_snapshot(training: Training) -> str | None:
         training.snapshots.clear()
         return None
     share_step(training.optimizer)
+    training.committed = newest.step
     go_on_from(training, record.step, record.metadata)
     return newest.digest or ""
 
@@ -237,6 +239,7 @@ def load_commit(training: Training, among: Callable[[int], bool] = lambda step: 
     """Fills weights and optimizer from the newest whole commit of these steps, if there is one."""
     state = training_state(training.decoder, training.optimizer)
     commit = training.checkpointer.load(state, among, older_names(training.decoder))
+    training.committed = commit.step if commit else 0
     share_step(training.optimizer)
     return commit
 

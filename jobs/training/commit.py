@@ -37,7 +37,7 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
         **progress(training, row),
         "versions": versions(),
     }
-    state = training_state(training.decoder, training.optimizer)
+    training.committed, state = training.step, training_state(training.decoder, training.optimizer)
     training.checkpointer.save(training.step, state, metadata, before=log.flush_to_disk if log else None)
 
 
