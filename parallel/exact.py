@@ -23,10 +23,8 @@ from moray.model.sharded import local
 from moray.parallel.layout import Meshes
 from moray.parallel.shard import on_own_gradients
 
-SUM_BITS = 62
-"""Of a sum of integers in int64."""
-PIECE = 1 << 20
-"""Elements whose squares exist in fp64 at a time."""
+SUM_BITS = 62  # of a sum of integers in int64
+PIECE = 1 << 20  # elements whose squares exist in fp64 at a time
 
 
 class PairwiseSum:
@@ -38,8 +36,7 @@ class PairwiseSum:
 
     def add(self, x: Tensor) -> None:
         self._count += 1
-        full_pairs = (self._count & -self._count).bit_length() - 1
-        for _ in range(full_pairs):
+        for _ in range((self._count & -self._count).bit_length() - 1):  # as many branches as are full now
             x = self._branches.pop().add_(x)
         self._branches.append(x)
 
@@ -115,8 +112,7 @@ def _pairwise(parts: Sequence[Tensor]) -> Tensor:
 def exact_squares(gradients: Sequence[Tensor]) -> float:
     """The sum of the squares of all gradients, to fp64's precision and the same bits on every layout. Collective.
 
-    Each gradient is scaled by a power of two so that its squares are integers and fractions of a known size; both
-    parts are summed as int64.
+    Each is scaled by a power of two so that its squares have integers and fractions whose sums fit into int64.
     """
     held = [local(gradient) for gradient in gradients]
     none = held[0].new_zeros(())

@@ -1,5 +1,6 @@
 """When a generation stops for another one: for more workers, or before a node leaves that has said so."""
 
+import math
 import threading
 import time
 from contextlib import suppress
@@ -18,6 +19,7 @@ class Resizing:
     """Looks at the cluster while a generation is at work: for slots, whose agents start meanwhile, and for farewells.
 
     `why` the generation shall stop for another one; None: it shall not. `must_end`: no other one would have room.
+    `left_s`: what its workers expect to need until the end, which more of them must make shorter than another start.
     """
 
     def __init__(self, gang: Gang, on_event: OnEvent) -> None:
@@ -43,7 +45,7 @@ class Resizing:
     def begin(self, workers: int) -> None:
         """A generation of so many workers begins."""
         self.why: str | None = None
-        self._seen = None
+        self.left_s, self._seen = math.inf, None
         self._workers, self._began = workers, time.monotonic()
         self._starting_s: float | None = None
 
@@ -64,8 +66,9 @@ class Resizing:
                 self._leave(leaving, seen)
             elif self._gang.is_elastic:
                 self._gang.grow(seen)
-                arrangement, is_worth_it = self._gang.arrangement, now - self._began >= WORTH * self._starting_s
-                if is_worth_it and arrangement and arrangement.world_size > self._workers:
+                more = arrangement.world_size if (arrangement := self._gang.arrangement) else 0
+                is_worth_it = self.left_s * (1 - self._workers / max(more, 1)) > self._starting_s
+                if is_worth_it and now - self._began >= WORTH * self._starting_s:
                     self.why = "there are slots for more"
         return self.why is not None
 

@@ -51,7 +51,11 @@ def supervise(function: WorkerFunction, argument: Any, group: Group, hooks: Hook
         def stop() -> bool:
             return should_stop() or resizing.must_end
 
-        watch = Watch(patience, hooks.on_event, hooks.on_status, stop, connection.check, resizing.is_due)
+        def hear(rank: int, step: int, status: dict[str, Any]) -> None:
+            resizing.left_s = status.get("left_s", resizing.left_s)
+            hooks.on_status(rank, step, status)
+
+        watch = Watch(patience, hooks.on_event, hear, stop, connection.check, resizing.is_due)
         try:
             code = _run(connection, gang, resizing, watch, hooks, group.max_restarts)
         finally:

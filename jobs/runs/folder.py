@@ -139,11 +139,8 @@ def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> d
 
 def _deciding_bits(train: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     """What train.exact is exact for."""
-    return {
-        "train.exact": train.get("exact", False),
-        "train.micro_batch": train["micro_batch"],
-        **{f"layout.{name}": layout[name] for name in ("tp", "ep")},
-    }
+    settings = {"train.exact": train.get("exact", False), "train.micro_batch": train["micro_batch"]}
+    return settings | {f"layout.{name}": layout[name] for name in ("tp", "ep")}
 
 
 @contextmanager

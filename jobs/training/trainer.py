@@ -51,6 +51,7 @@ def train(context: WorkerContext, config: RunConfig) -> int:
 def run_steps(training: Training) -> int:
     """The steps that are left, with all that comes between them; returns the exit code."""
     context, config, every = training.context, training.config, training.config.checkpoint.every
+    first, started = training.step, time.perf_counter()
     stream = stream_of(training.dataset, config.train, training.lanes)
     leaving = agree_to_leave(context, config)
     log = None
@@ -81,7 +82,9 @@ def run_steps(training: Training) -> int:
             if last or leaving or training.step // every > training.committed // every:
                 context.enter("commit")
                 commit(training, row, log)
-            training.pulse.beat(row if training.is_first_rank else {"step": training.step})
+            pace_s = (time.perf_counter() - started) / max(training.step - first, 1)
+            left_s = (config.train.steps - training.step) * pace_s
+            training.pulse.beat(row | {"left_s": left_s} if training.is_first_rank else {"step": training.step})
     context.enter("leaving")
     if training.snapshots:
         training.snapshots.finish()

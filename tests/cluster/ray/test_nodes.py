@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from counting import Plan, count, history
+from counting import Plan, count, count_nearly_done, history
 from ray._private.state import available_resources_per_node
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -16,7 +16,7 @@ from moray import UserError
 from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.nodes import sound, split
 from moray.cluster.ray.supervisor import supervise
-from moray.cluster.worker import WorkerError
+from moray.cluster.worker import WorkerError, WorkerFunction
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,29 @@ def test_a_group_shrinks_with_its_cluster_and_grows_again(
         ([4, 2], "slots were lost"),
         ([2, 4], "there are slots for more"),
     ]
+
+
+@pytest.mark.parametrize(("function", "resizes"), [(count, [[4, 6]]), (count_nearly_done, [])])
+def test_a_group_grows_only_where_that_saves_time(
+    two_nodes: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: WorkerFunction,
+    resizes: list[list[int]],
+) -> None:
+    monkeypatch.setattr("moray.cluster.ray.resizing.WORTH", 0.1)
+    events: list[tuple[str, dict[str, Any]]] = []
+    joined: list[Any] = []
+
+    def join(rank: int, step: int, status: dict[str, Any]) -> None:
+        if step >= 10 and not joined:
+            joined.append(two_nodes.add_node(num_cpus=2))
+
+    hooks = Hooks(lambda kind, fields: events.append((kind, fields)), join)
+    group = Group(workers=6, min_workers=4, device="cpu")
+    assert supervise(function, Plan(str(tmp_path), 500, pause_s=0.02), group, hooks) == 0
+    assert [fields["workers"] for kind, fields in events if kind == "resize"] == resizes
+    assert len(history(tmp_path)) == 500
 
 
 class Farewell:
