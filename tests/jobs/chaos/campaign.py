@@ -42,8 +42,10 @@ def harm(run: Run, fault: Fault, random: Random) -> Outcome:
 
     Raises AssertionError where it does not get well, or where more was lost than promised.
     """
+    assert not run.is_ill, f"it has not got well after {run.is_ill}"
     wait_until_well(run)
     time.sleep(random.uniform(0, 1))  # anywhere in a step
+    run.is_ill = fault.name
     n_events, repeated, generation = len(run.events()), _repeated(run), run.generation()
     repair = fault.harm(run, random)
     began = since = time.time()
@@ -59,6 +61,7 @@ def harm(run: Run, fault: Fault, random: Random) -> Outcome:
             repair()
     wait_until_well(run)
     again = _repeated(run) - repeated
+    run.is_ill = ""
     assert again <= fault.steps, f"{fault.name}: {again} steps were computed again, {fault.steps} are promised"
     is_own_end = code is not None and fault.sign == ""
     return Outcome(

@@ -57,6 +57,7 @@ class Run:
     workers: str
     driver: subprocess.Popen[str] | None = None
     codes: list[int] = field(default_factory=list)
+    is_ill: str = ""
 
     def command(self, *, without_locks: bool = False, **changes: object) -> tuple[str, ...]:
         script = NO_LOCKS * without_locks + MORAY
