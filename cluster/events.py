@@ -11,7 +11,7 @@ from moray.cluster.json_lines import JsonLines, read_lines
 OnEvent = Callable[[str, dict[str, Any]], None]
 """on_event(kind, fields). Kinds: start, ready, fault, recovered, stop, end; on Ray also unprotected (a Ray that asks
 for no token), wait (for slots), device (which kind of them, where a cluster decided it), resize (another number of
-workers), leaving (a node that Ray drains), and of a node that is suspect node_set_aside or node_kept."""
+workers), leaving (a node told to go), and of a node that is suspect node_set_aside or node_kept."""
 
 OnStatus = Callable[[int, int, dict[str, Any]], None]
 """on_status(rank, step, status): the newest heartbeat of a rank."""

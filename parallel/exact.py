@@ -115,16 +115,14 @@ def exact_squares(gradients: Sequence[Tensor]) -> float:
     Each is scaled by a power of two so that its squares have integers and fractions whose sums fit into int64.
     """
     held = [local(gradient) for gradient in gradients]
-    none = held[0].new_zeros(())
-    highest_P = torch.stack([x.abs().amax() if x.numel() else none for x in held]).double()
+    highest_P = torch.stack([x.abs().amax() if x.numel() else x.new_zeros(()) for x in held]).double()
     _all_reduce(highest_P, dist.ReduceOp.MAX)
     highest = highest_P.tolist()
     if not all(map(math.isfinite, highest)):
         return math.nan if any(map(math.isnan, highest)) else math.inf
     grids = [_Grid(gradient.numel(), top) for gradient, top in zip(gradients, highest, strict=True)]
     sums_P2 = torch.stack([grid.sums(x) for grid, x in zip(grids, held, strict=True)])
-    counts_P = torch.tensor([is_first_holder(gradient) for gradient in gradients], device=sums_P2.device)
-    sums_P2 *= counts_P[:, None]
+    sums_P2 *= torch.tensor([[_is_first_holder(gradient)] for gradient in gradients], device=sums_P2.device)
     _all_reduce(sums_P2, dist.ReduceOp.SUM)
     return math.fsum(grid.value(*sums) for grid, sums in zip(grids, sums_P2.tolist(), strict=True))
 
@@ -151,7 +149,7 @@ class _Grid:
         return (whole + fraction / self._fraction) / self._scale / self._scale
 
 
-def is_first_holder(gradient: Tensor) -> bool:
+def _is_first_holder(gradient: Tensor) -> bool:
     """Whether no earlier rank holds the same part of a tensor that is spread over the world."""
     if not isinstance(gradient, DTensor):
         return not dist.is_initialized() or dist.get_rank() == 0

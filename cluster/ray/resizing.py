@@ -51,8 +51,10 @@ class Resizing:
 
     def is_to_go_on(self) -> bool:
         """Of a generation that stopped, unasked: for another one, or as all that ran on some node was told to end."""
-        if not self.why and (leaving := self._gang.leaving(seen := self._gang.look())):
-            self._leave(leaving, seen)
+        if not self.why and self._gang.is_within_reach():
+            seen = self._gang.look()
+            if leaving := self._gang.leaving(seen):
+                self._leave(leaving, seen)
         return self.why is not None
 
     def is_due(self) -> bool:
