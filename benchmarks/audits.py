@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain

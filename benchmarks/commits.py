@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moray.jobs.config.run import OptimizerSection
+from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import ModelConfig
 from moray.model.sharded import local

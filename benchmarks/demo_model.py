@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moray.jobs.config.run import OptimizerSection
+from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import ModelConfig, Randomness
 from moray.parallel.gradients import MicroBatch, accumulate_gradients

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from moray.cluster.events import read_events
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.training.metrics import read_metrics
 from moray.model.accounting.cost import count_parameters

@@ -20,7 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.pretrain import pretrain

@@ -40,7 +40,7 @@ from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.data.index import SAMPLE, SHARD, Extent, Sample, Split, sample_key, shard_name, write_index
 from moray.data.stream import Stream
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.reporter import Reporter
 from moray.jobs.runs.watcher import Listener, Watcher

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from moray.jobs.config.run import OptimizerSection
+from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.metrics import matmul_peak
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig

@@ -16,7 +16,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
     """The script, as tyro writes it. Raises UserError for a shell that it does not know."""
-    from moray.jobs.config.run import RunConfig, settings
+    from moray.jobs.config.load import settings
+    from moray.jobs.config.run import RunConfig
     from moray.model.presets import PRESETS
 
     if shell not in SHELLS:

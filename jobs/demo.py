@@ -13,7 +13,8 @@ from rich.console import Console
 from moray.cluster.events import read_events
 from moray.data.dataset import Dataset
 from moray.data.stream import Stream
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
 from moray.jobs.runs.ledger import ledger_problems

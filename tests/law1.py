@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moray.jobs.config.run import OptimizerSection
+from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import Decoder, Losses, ModelConfig, Randomness, initialise
 from moray.model.moe import experts

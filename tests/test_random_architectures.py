@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moray.jobs.config.load import load_config
 from moray.jobs.config.recipe_file import to_toml
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.run import RunConfig
 from moray.model import Decoder, KVCache, ModelConfig, Randomness, initialise
 from moray.model.accounting.cost import cache_bytes, count_parameters
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from moray.jobs.config.run import settings
+from moray.jobs.config.load import settings
 
 
 def show_settings(config: type[BaseModel], usage: str, console: Console) -> None:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moray import UserError
+from moray.jobs.config.load import load_config
 from moray.jobs.config.nearest import nearest
-from moray.jobs.config.run import load_config
 from moray.jobs.models.describe import describe
 from moray.jobs.models.weights import config_of, locate
 from moray.model import ModelConfig

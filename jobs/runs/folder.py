@@ -14,8 +14,9 @@ from moray import UserError
 from moray.data.dataset import Dataset
 from moray.data.special_tokens import copy_stops
 from moray.data.tokenizer import copy_tokenizer
+from moray.jobs.config.load import flatten
 from moray.jobs.config.recipe_file import to_toml
-from moray.jobs.config.run import RunConfig, flatten
+from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import tokenizer_of
 from moray.jobs.runs.files import partial_path, replace_file
 from moray.model import ModelConfig

@@ -10,7 +10,8 @@ from rich.console import Console
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_KILLED_BY_KEYBOARD
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.files import replace_file
 from moray.jobs.submission.target import Job, Target
 

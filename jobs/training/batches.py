@@ -7,7 +7,7 @@ import torch
 from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
 from moray.data.stream import Batch, Stream
-from moray.jobs.config.run import TrainSection
+from moray.jobs.config.sections import TrainSection
 from moray.jobs.training.begin import Training
 from moray.model import Randomness
 from moray.parallel.gradients import MicroBatch

@@ -14,7 +14,8 @@ from moray import UserError
 from moray.cluster.events import EventLog
 from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
-from moray.jobs.config.run import RunConfig, TrainSection
+from moray.jobs.config.run import RunConfig
+from moray.jobs.config.sections import TrainSection
 from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.words import describe

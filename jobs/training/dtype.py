@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from moray.jobs.config.run import TrainSection
+from moray.jobs.config.sections import TrainSection
 from moray.parallel.checkpoint.commits import list_commits
 from moray.parallel.gradients import world_sum
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moray.jobs.config.run import OptimizerSection
+from moray.jobs.config.sections import OptimizerSection
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSection, *, fused: bool = True) -> torch.optim.AdamW:

@@ -16,7 +16,8 @@ from moray.cluster.launchers import own_rank
 from moray.cluster.worker import WorkerError
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import same_vocabulary
-from moray.jobs.config.run import RunConfig, flatten
+from moray.jobs.config.load import flatten
+from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import tokenizer_of
 from moray.jobs.runs.folder import claimed
 from moray.jobs.runs.ledger import ledger_problems

@@ -2,7 +2,7 @@
 
 import math
 
-from moray.jobs.config.run import OptimizerSection
+from moray.jobs.config.sections import OptimizerSection
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerSection) -> float:

@@ -15,7 +15,8 @@ def pretrain(arguments: list[str]) -> int:
     The command line wins over the recipe, the recipe over the preset; in brackets is what holds where none speaks.
     """
     from moray.jobs.config.arguments import parse_settings
-    from moray.jobs.config.run import RunConfig, load_config
+    from moray.jobs.config.load import load_config
+    from moray.jobs.config.run import RunConfig
     from moray.jobs.config.settings_help import show_settings
 
     if {"-h", "--help"} & set(arguments):

@@ -18,7 +18,8 @@ from version_1 import samples_of
 
 from moray.data.dataset import Dataset
 from moray.jobs.cli import VERBS, dispatch
-from moray.jobs.config.run import RunConfig, settings
+from moray.jobs.config.load import settings
+from moray.jobs.config.run import RunConfig
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
 

@@ -22,7 +22,7 @@ from moray.data.dataset import Dataset
 from moray.data.stream import Batch, Stream
 from moray.jobs.cli import dispatch
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.models import weights as existing
 from moray.jobs.models.weights import check_changes, config_of, fill_shards, locate, open_weights
 from moray.jobs.training.metrics import read_metrics

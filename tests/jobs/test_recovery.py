@@ -24,7 +24,8 @@ from moray.cluster.events import read_events
 from moray.cluster.group import Group
 from moray.cluster.worker import WorkerError
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.status import status_of
 from moray.jobs.runs.watcher import Listener

@@ -10,7 +10,7 @@ from rich.console import Console
 from chaos.faults import Fault, Repair
 from chaos.run import AT_WORK, Run, words
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.training.pretrain import pretrain
 from moray.parallel.checkpoint.commits import list_commits
 

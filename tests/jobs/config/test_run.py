@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from moray.jobs.config.arguments import parse_settings
+from moray.jobs.config.load import check_name, flatten, load_config
 from moray.jobs.config.recipe_file import to_toml
-from moray.jobs.config.run import RunConfig, check_name, flatten, load_config
+from moray.jobs.config.run import RunConfig
 from moray.model import ModelConfig
 
 NEEDED = {"data.path": "d", "run.dir": "r", "cluster.launcher": "local"}

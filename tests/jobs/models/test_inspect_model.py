@@ -10,8 +10,9 @@ import torch
 from tiny import tiny
 from transformers import LlamaConfig
 
+from moray.jobs.config.load import load_config
 from moray.jobs.config.recipe_file import to_toml
-from moray.jobs.config.run import OptimizerSection, load_config
+from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.models.describe import describe
 from moray.jobs.models.inspect_model import binary, find_config, short
 from moray.jobs.training.optimizer import build_optimizer

@@ -14,7 +14,8 @@ from tiny import TINY
 
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import load_tokenizer
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.folder import check_same_run, claimed
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import Commit, list_commits
@@ -160,7 +161,7 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(dataset: Path, tmp_path
 HOLDER = """
 import sys, time
 from moray.data.dataset import Dataset
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.runs.folder import claimed
 
 config = load_config(sys.argv[1], {})

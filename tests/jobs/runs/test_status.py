@@ -17,7 +17,7 @@ from tiny import TINY, tiny
 
 from moray.cluster.events import EventLog
 from moray.cluster.process import Process
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.runs.reporter import Reporter, job_ids
 from moray.jobs.runs.show_status import show_status
 from moray.jobs.runs.status import BEAT_EVERY_S, LOST_AFTER_S, status_of

@@ -17,8 +17,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TINY, tiny
 
+from moray.jobs.config.load import flatten, load_config
 from moray.jobs.config.recipe_file import to_toml
-from moray.jobs.config.run import RunConfig, flatten, load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.runs import tracking
 from moray.jobs.runs.tracking import tracked
 from moray.jobs.training.metrics import MetricsLog, read_metrics

@@ -10,7 +10,8 @@ from rich.console import Console
 from tiny import TINY
 
 from moray.cluster.events import EventLog
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.runs import watcher as watching
 from moray.jobs.runs.files import Tail
 from moray.jobs.runs.watcher import Listener, Watcher, describe, numbers

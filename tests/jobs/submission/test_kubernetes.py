@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny import tiny
 
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 
 Moray = Callable[..., "Outcome"]  # noqa: F821 - of conftest.py
 SCHEMAS = Path(__file__).parent / "schemas"

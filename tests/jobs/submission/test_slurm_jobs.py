@@ -17,7 +17,7 @@ from tiny import tiny
 
 from moray.cluster.events import read_events
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.runs.status import status_of
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain

@@ -12,7 +12,7 @@ import pytest
 from tiny import tiny
 
 from moray.cluster.worker import WorkerError
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.submission.ray_job import RayJob
 from moray.jobs.submission.submit import as_job
 

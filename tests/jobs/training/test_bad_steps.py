@@ -20,7 +20,8 @@ from tiny import tiny
 from moray.cluster.events import read_events
 from moray.data.stream import Batch, Stream
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.checkpoints import show_checkpoints
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.status import status_of

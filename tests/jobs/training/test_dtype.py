@@ -9,7 +9,7 @@ import torch
 from tiny import tiny
 
 from moray.cluster.events import read_events
-from moray.jobs.config.run import TrainSection
+from moray.jobs.config.sections import TrainSection
 from moray.jobs.training import dtype
 from moray.jobs.training.dtype import choose_dtype, has_fast_bf16
 from moray.parallel.checkpoint.commits import list_commits

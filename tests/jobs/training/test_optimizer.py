@@ -10,7 +10,7 @@ from law1 import BATCH, global_batch
 from pool import Pool
 from torch import Tensor, nn
 
-from moray.jobs.config.run import OptimizerSection
+from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import (
     build_optimizer,
     older_names,

@@ -24,7 +24,7 @@ from moray.cluster.events import read_events
 from moray.data.dataset import Dataset
 from moray.data.stream import Stream
 from moray.jobs.cli import dispatch
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.generation.generate import load_run
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.status import status_of

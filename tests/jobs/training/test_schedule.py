@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moray.jobs.config.run import OptimizerSection
+from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.schedule import learning_rate
 
 

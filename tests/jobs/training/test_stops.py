@@ -18,7 +18,7 @@ from moray.cluster.events import read_events
 from moray.cluster.group import Group, Hooks
 from moray.cluster.ray.supervisor import supervise
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
 from moray.parallel.checkpoint.generations import take_generation

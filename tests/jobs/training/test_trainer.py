@@ -17,7 +17,8 @@ from moray.cluster.worker import TakeGeneration
 from moray.data.dataset import Dataset
 from moray.data.stream import evaluation_batches
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.commit import versions
 from moray.jobs.training.metrics import read_metrics

@@ -14,7 +14,7 @@ from moray.cluster import own_time
 from moray.cluster.events import read_events
 from moray.cluster.worker import WorkerContext
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import load_config
+from moray.jobs.config.load import load_config
 from moray.jobs.runs.words import describe
 from moray.jobs.training import trainer, vitals
 from moray.jobs.training.metrics import read_metrics

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from moray.cluster.events import read_events
 from moray.cluster.worker import WorkerContext, WrongResultError
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.run import RunConfig, load_config
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
 from moray.jobs.training.batches import stream_of
 from moray.jobs.training.begin import Training, set_up
 from moray.jobs.training.metrics import read_metrics

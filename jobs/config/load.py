@@ -1,0 +1,121 @@
+"""A RunConfig out of words: command line over recipe over preset over default."""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from moray import UserError
+from moray.jobs.config.nearest import nearest
+from moray.jobs.config.run import DEFAULT_PRESET, RunConfig
+from moray.jobs.config.sections import absolute
+from moray.jobs.models.weights import check_changes, config_of, locate
+from moray.model import ModelConfig
+from moray.model.config.mistakes import in_one_line
+from moray.model.config.parts import merge
+from moray.model.presets import preset_fields
+from moray.parallel.checkpoint.commits import list_commits
+
+
+def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
+    """The validated config of a recipe (a name or a .toml file) and `section.key` -> value pairs that override it.
+
+    Raises UserError of one line that names the setting, its value and what would be right.
+    """
+    sections: dict[str, Any] = {}
+    for name, value in [*flatten(read_recipe(recipe) if recipe else {}), *overrides.items()]:
+        *path, key = check_name(name).split(".")
+        section = sections
+        for part in path:
+            # What sets a part to none is overruled by what sets one of its fields.
+            section[part] = section = section.get(part) or {}
+        section[key] = None if isinstance(value, str) and value.lower() == "none" else value
+    model = sections.setdefault("model", {})
+    source = _source(model, sections.get("run", {}).get("dir", ""))
+    # The preset, or the model whose weights are taken, is where the architecture's fields start from; what they end as
+    # is the config.
+    fields = source[1].model_dump() if source else preset_fields(str(model.pop("preset", DEFAULT_PRESET)))
+    sections["model"] = merge(fields, model)
+    if source:
+        sections["weights_from"] = str(source[0])
+    try:
+        config = RunConfig.model_validate(sections)
+    except ValidationError as error:
+        raise UserError(in_one_line(error, RunConfig)) from None
+    if source:
+        check_changes(source[1], config.model)
+    return config
+
+
+def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
+    """Takes `from` out of a recipe's model: whose weights the run starts with, and their architecture."""
+    named = model.pop("from", None)
+    if not named:
+        return None
+    if "preset" in model:
+        raise UserError(
+            f"model.preset={model['preset']} and model.from={named} are two models to start from; leave one out"
+        )
+    named = Path(absolute(str(named)))
+    # Once it has committed, a run does without what it started from.
+    for commit in list_commits(Path(absolute(run)) / "checkpoints")[-1:] if run else []:
+        metadata = commit.manifest.metadata["config"]
+        recorded = Path(metadata.get("weights_from") or "/")
+        if recorded.is_relative_to(named):
+            return recorded, ModelConfig.of(metadata["model"])
+    try:
+        path = locate(named)
+        return path, config_of(path)
+    except UserError as error:
+        raise UserError(f"model.from={named}: {error}") from None
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The tables of a recipe. Raises UserError where there is none of that name, or where it is not TOML."""
+    if recipe.endswith(".toml"):
+        path: Any = Path(recipe)
+        if not path.is_file():
+            raise UserError(f"--recipe {recipe} does not exist")
+    else:
+        folder = resources.files("moray.jobs.config.recipes")
+        path = folder / f"{recipe}.toml"
+        known = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+        if recipe not in known:
+            raise UserError(f"--recipe {recipe} is not known; {nearest(recipe, known)}")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--recipe {recipe} is not TOML: {error}") from None
+
+
+def check_name(name: str) -> str:
+    """The name of a setting, or UserError with the nearest one that exists."""
+    known = ["model.preset", *(found for found, _ in settings(RunConfig))]
+    if name not in known:
+        raise UserError(f"{name} is not a setting; {nearest(name, known)}")
+    return name
+
+
+def settings(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting below a config by its dotted name; a part that may be none (`model.moe`) before its own."""
+    for name, field in config.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        part = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        if part is None or NoneType in kinds:
+            yield "model.from" if name == "weights_from" else prefix + name, field
+        if part:
+            yield from settings(part, f"{prefix}{name}.")
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as pairs of a dotted name and a value."""
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,191 @@
+"""The sections of a RunConfig but for the model: what each setting means, its default and its bounds."""
+
+import os
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moray import UserError
+from moray.cluster.launchers import Launcher
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def absolute(path: str) -> str:
+    """A worker elsewhere need not start in this folder; a URL is absolute already."""
+    return os.path.abspath(os.path.expanduser(path)) if path and "://" not in path else path
+
+
+AnyPath = Annotated[str, AfterValidator(absolute)]
+
+
+class DataSection(Section):
+    path: AnyPath = ""
+    """A folder made by `moray prepare`."""
+
+
+class TrainSection(Section):
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run; the learning rate's schedule ends here."""
+    global_batch: int = Field(32, ge=1)
+    """Sequences of one optimizer step, over all workers."""
+    micro_batch: int = Field(8, ge=1)
+    """Most sequences of one forward pass on one worker; the rest of its share is accumulated."""
+    seq_len: int = Field(512, ge=1)
+    """Tokens of a sequence; where it is not set, no more than model.max_seq_len."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides on the initial weights and on the order of the data."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the matrix products; weights, gradients' reduction and optimizer are float32 either way.
+
+    auto: bfloat16 where all workers' devices have instructions for it; once chosen, it stays. bf16 and fp32 will do."""
+    eval_every: int = Field(100, ge=0)
+    """Steps between two passes over the validation split; 0: only at the end."""
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite, or a spike, twice: it is not applied, and the run
+    stops; or skips its batch; or goes back to an older commit and skips all batches since."""
+    max_skipped: int = Field(0, ge=0)
+    """Most batches that skip and rollback leave out in a row, before the run stops after all."""
+    spike_sigmas: float | None = Field(None, gt=0)
+    """A loss or gradient norm counts as a spike this many deviations above the median of the last 128 steps; 6 is
+    usual, none: never."""
+    exact: bool = False
+    """Every number of data-parallel workers computes the same bits: gradients are added in one fixed order. Wants
+    powers of two: of data-parallel ranks, and of micro-batches in global_batch. Slower, and one thread a worker."""
+    audit_every: int = Field(0, ge=0)
+    """Steps between two in which other ranks compute a micro-batch again, to find hardware that computes wrongly."""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _usual_names(cls, name: Any) -> Any:
+        if name in ("float16", "fp16", "half", "16"):
+            raise UserError(
+                f"train.dtype={name} is not offered: its gradients vanish below 6e-8 without loss scaling; "
+                "use bfloat16, or float32 where the device has no bf16"
+            )
+        return {"bf16": "bfloat16", "fp32": "float32"}.get(name, name)
+
+
+class OptimizerSection(Section):
+    """AdamW."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Highest learning rate."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Last learning rate over the highest."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps in which the rate rises to lr; where it is not set, no more than a fifth of train.steps."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After warm-up: a cosine to the end, or stable until a linear decay (warmup-stable-decay)."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in which wsd decays."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Of matrices alone, not of norms."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Highest norm of the gradient of the global batch."""
+
+
+class CheckpointSection(Section):
+    every: int = Field(100, ge=1)
+    """Steps between two commits; the last step is always committed."""
+    keep: int = Field(3, ge=1)
+    """Newest commits that are kept."""
+    keep_every: int | None = Field(None, ge=1)
+    """Commits at multiples of this step are kept for good."""
+
+
+class RecoverySection(Section):
+    snapshot_every: int | Literal["auto"] = "auto"
+    """Steps between two copies of the state in memory of its node and of the next one, from which a fault is recovered.
+
+    auto: as often as costs less than 2% of a step; 0: never. Under ray alone, whose workers something outlives."""
+
+    @field_validator("snapshot_every", mode="before")
+    @classmethod
+    def _check(cls, value: Any) -> Any:
+        if value != "auto" and not str(value).isdecimal():
+            raise UserError(f"recovery.snapshot_every={value} must be auto, 0 for none, or a number of steps")
+        return value
+
+
+def _default_launcher() -> Literal["ray", "torchrun"]:
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "ray"
+
+
+class ClusterSection(Section):
+    launcher: Launcher = Field(default_factory=_default_launcher)
+    """ray starts and watches the workers; under torchrun, and slurm (tasks of srun), this process is one of them;
+    local is this process alone."""
+    workers: int | str = 1
+    """Worker processes: under ray one for each GPU or CPU slot, under slurm the tasks of srun; torchrun says itself how
+    many it has started. MIN:MAX, under ray: as many as there are slots for now, more or fewer when that changes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What workers compute on. auto: GPUs, if the cluster has any when the run starts; cuda waits for them."""
+    max_restarts: int = Field(3, ge=0)
+    """How often within an hour the group may start again after a fault."""
+    heartbeat_timeout_s: float = Field(60.0, gt=0)
+    """Most seconds of a worker's silence before it counts as lost. Ten of its usual steps are enough, or 15 s if they
+    are shorter; never less than three of its slowest."""
+    startup_timeout_s: float = Field(600.0, gt=0)
+    """The same before its first steps, whose pace nobody knows yet: loading a commit and the first step may be long."""
+    lease_timeout_s: float = Field(20.0, gt=0)
+    """Seconds of the driver's silence after which workers end; a node silent for half as long again counts as lost."""
+    placement_timeout_s: float = Field(60.0, ge=0)
+    """Seconds to wait under ray for enough free slots: at the start, and when a lost node must be replaced."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        least, colon, most = str(value).partition(":")
+        if not least.isdecimal() or int(least) < 1 or (colon and not most.isdecimal()):
+            raise UserError(f"cluster.workers={value} must be a number of at least 1, or MIN:MAX")
+        if colon and int(least) > int(most):
+            raise UserError(f"cluster.workers={value} must have its minimum first: {most}:{least}")
+        return f"{int(least)}:{int(most)}" if colon and int(least) < int(most) else int(least)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.launcher == "local" and self.workers != 1:
+            raise UserError(f"cluster.workers={self.workers} must be 1 with cluster.launcher=local; or choose ray")
+        if self.launcher != "ray" and self.is_elastic:
+            raise UserError(
+                f"cluster.workers={self.workers} must be one number with cluster.launcher={self.launcher}, which "
+                "starts them all at once; or choose ray"
+            )
+        return self
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min_workers < self.max_workers
+
+    @property
+    def min_workers(self) -> int:
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        return int(str(self.workers).rpartition(":")[2])
+
+    @property
+    def world_size(self) -> int:
+        """Of all workers that are asked for; what torchrun has started is asked for."""
+        if self.launcher == "torchrun":
+            return int(os.environ.get("WORLD_SIZE", self.max_workers))
+        return self.max_workers
+
+
+class RunSection(Section):
+    dir: AnyPath = ""
+    """The folder that the run lives in; the same command resumes what it holds."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Who else gets every step's numbers, separated by commas; none: nobody but metrics.jsonl."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return () if value is None else tuple(dict.fromkeys(value.split(","))) if isinstance(value, str) else value
