@@ -13,6 +13,8 @@ MLFLOW_LIMIT = 100  # parameters of one request
 
 
 class Tracker(Protocol):
+    """One that has nothing to flush, as its `write` waits or a process of its own writes, and that forgets nothing."""
+
     id: str
     """Under which a later attempt goes on with the same curves."""
     step: int
@@ -22,13 +24,14 @@ class Tracker(Protocol):
         """Adds a step."""
 
     def undo(self, step: int) -> None:
-        """A fault undid the steps above `step`. A tracker that can forget none of its steps keeps them: they are
+        """A fault undid the steps above `step`. What was sent stays where it cannot be taken back: the steps are
         computed again as they were, and are not sent twice."""
 
     def flush(self) -> None:
         """Returns once what was written would outlive this process. Raises OSError where the disk lacks room."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """After the last step."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -53,7 +56,7 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any], id: str | No
     return openers[name](run, settings, id, step)
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Writes RUN/tensorboard/, where a new file says from which step on it replaces the older ones."""
 
     id = ""
@@ -77,11 +80,8 @@ class TensorBoard:
     def flush(self) -> None:
         self._board.flush()
 
-    def close(self) -> None:
-        """Each step was written as it came."""
 
-
-class Wandb:
+class Wandb(Tracker):
     """Weights & Biases, as WANDB_PROJECT, WANDB_MODE and the like have it; its files lie in RUN/wandb/."""
 
     def __init__(self, run: Path, settings: Mapping[str, Any], id: str | None, step: int) -> None:
@@ -102,17 +102,11 @@ class Wandb:
         self._run.log(dict(numbers), step=step)
         self.step = step
 
-    def undo(self, step: int) -> None:
-        """Nothing that was sent can be taken back."""
-
-    def flush(self) -> None:
-        """A process of wandb's own writes."""
-
     def close(self) -> None:
         self._run.finish()
 
 
-class Mlflow:
+class Mlflow(Tracker):
     """A run of the experiment MLFLOW_EXPERIMENT_NAME (or `moray`) at MLFLOW_TRACKING_URI."""
 
     def __init__(self, run: Path, settings: Mapping[str, Any], id: str | None, step: int) -> None:
@@ -142,12 +136,6 @@ class Mlflow:
         points = [self._metric(name, value, now, step) for name, value in numbers.items()]
         self._client.log_batch(self.id, metrics=points)
         self.step = step
-
-    def undo(self, step: int) -> None:
-        """Nothing that was sent can be taken back."""
-
-    def flush(self) -> None:
-        """`write` returns once the server has answered."""
 
     def close(self) -> None:
         self._client.set_terminated(self.id)

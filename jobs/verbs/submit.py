@@ -1,5 +1,6 @@
 """`moray submit`."""
 
+from argparse import ArgumentParser
 from collections.abc import Callable
 from textwrap import wrap
 from typing import Any
@@ -28,8 +29,10 @@ def targets() -> dict[str, Callable[..., Any]]:
 def submit(arguments: list[str]) -> int:
     """Submit a run as a job: `--to TARGET [options] -- pretrain --setting value …`."""
     own, command = _split(arguments)
-    named, options = _take_target(own)
-    known = targets()
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--to", nargs="?")
+    taken, options = parser.parse_known_args(own)
+    named, known = taken.to, targets()
     if named is None and {"-h", "--help"} & {*options}:
         print(_usage(known))
         return 0
@@ -47,20 +50,6 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     at = arguments.index("--")
     return arguments[:at], arguments[at + 1 :]
-
-
-def _take_target(words: list[str]) -> tuple[str | None, list[str]]:
-    """`--to NAME` or `--to=NAME`, taken out of the options."""
-    named, rest, others = None, list(words), list[str]()
-    while rest:
-        word = rest.pop(0)
-        if word == "--to" and rest:
-            named = rest.pop(0)
-        elif word.startswith("--to="):
-            named = word.removeprefix("--to=")
-        else:
-            others.append(word)
-    return named, others
 
 
 def _usage(known: dict[str, Callable[..., Any]]) -> str:
