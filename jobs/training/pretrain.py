@@ -113,4 +113,5 @@ def next_generation(events: Path) -> int:
     """One more than the highest in the log: a number names one attempt in the whole history of a run."""
     if not events.exists():
         return 1
-    return 1 + max((event.get("generation", 0) for event in read_events(events)), default=0)
+    # What goes wrong before the first one has none.
+    return 1 + max((event.get("generation") or 0 for event in read_events(events)), default=0)

@@ -20,7 +20,7 @@ import webdataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny
 
-from moray.cluster.events import read_events
+from moray.cluster.events import EventLog, read_events
 from moray.data.dataset import Dataset
 from moray.data.stream import Stream
 from moray.jobs.cli import dispatch
@@ -29,6 +29,7 @@ from moray.jobs.generation.generate import load_run
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.status import status_of
 from moray.jobs.training.metrics import read_metrics
+from moray.jobs.training.pretrain import next_generation
 from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder, initialise
 from moray.model.accounting.cost import training_state_bytes
@@ -405,3 +406,12 @@ def test_bf16_and_a_dense_model_train_too(dataset: Path, tmp_path: Path, capfd: 
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert [row["expert_balance"] for row in rows] == [[]] * 3
     assert final_state(tmp_path)["model.blocks.1.ffn.gate.weight"].dtype == torch.float32, "master weights"
+
+
+def test_a_fault_before_the_first_generation_has_no_number(tmp_path: Path) -> None:
+    """An agent that did not start ended a driver in a traceback."""
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("fault", generation=None, reason="an agent did not start")
+    assert next_generation(log.path) == 1
+    log.write("start", generation=3)
+    assert next_generation(log.path) == 4
