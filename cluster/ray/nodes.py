@@ -3,8 +3,10 @@
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from socket import create_connection
 from typing import Any, Literal, NamedTuple
 
 import grpc
@@ -110,7 +112,8 @@ class Gang:
         self._connection = connection
         self.patience_s = group.placement_timeout_s
         self._on_event = on_event
-        self._device: Literal["cpu", "cuda"] = _device_of_ray() if group.device == "auto" else group.device
+        of_ray: Literal["cpu", "cuda"] = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+        self._device = of_ray if group.device == "auto" else group.device
         self._resource = RESOURCES[self._device]
         if group.device == "auto" and not connection.is_local:
             on_event("device", {"device": self._device})
@@ -156,7 +159,9 @@ class Gang:
                 return
             self._take_in()
             total, free, _ = self.look()
-            if new := self._within_reach(free):
+            while (new := self._within_reach(free)) and (silent := _silent(new)):
+                free = {node: slots for node, slots in free.items() if node not in silent}
+            if new:
                 self._place(new)
                 continue
             # A cluster may still be growing; a machine is not.
@@ -213,14 +218,14 @@ class Gang:
     def set_aside(self, node_id: str) -> bool:
         """Gives up a node that is suspect, where others have room for its workers; otherwise it stays: False."""
         suspect = [node for node in self.nodes if node.node_id == node_id]
-        if not suspect or not self.can_do_without(suspect, self.look()):
+        if not suspect or not self.can_do_without(suspect, self.look(), self._avoided):
             return False
         self.give_up(suspect)
         return True
 
-    def can_do_without(self, nodes: Sequence[Node], seen: Slots) -> bool:
-        """Whether the slots of the other nodes suffice, and those that could be had."""
-        avoided = {*self._avoided, *(node.node_id for node in nodes)}
+    def can_do_without(self, nodes: Sequence[Node], seen: Slots, avoided: Collection[str] = ()) -> bool:
+        """Whether the slots of the other nodes suffice, and those that could be had, but for those `avoided`."""
+        avoided = {*avoided, *(node.node_id for node in nodes)}
         room = sum(slots for node_id, slots in seen.free.items() if node_id not in avoided)
         return self._arranged(self._held - sum(node.slots for node in nodes) + room) is not None
 
@@ -340,5 +345,14 @@ class Gang:
         return Node(node_id, host, slots, self._device, group, actor, found, loaded)
 
 
-def _device_of_ray() -> Literal["cpu", "cuda"]:
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+def _silent(node_ids: Collection[str]) -> set[str]:
+    """Those whose raylet accepts no connection: Ray takes a minute to see that a network has failed, or a machine."""
+
+    def ask(node: dict[str, Any]) -> str | None:
+        with suppress(OSError), create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_S):
+            return None
+        return str(node["NodeID"])
+
+    asked = [node for node in ray.nodes() if node["NodeID"] in node_ids]
+    with ThreadPoolExecutor(len(asked) or 1) as pool:
+        return {silent for silent in pool.map(ask, asked) if silent}

@@ -63,7 +63,9 @@ def test_a_lost_ray_node_that_nothing_replaces_is_no_mistake_of_the_user(two_nod
 
 
 def test_a_node_on_which_two_ranks_failed_is_set_aside(two_nodes: Cluster, tmp_path: Path) -> None:
-    """Of three nodes, the first has ranks 0 and 1. They are killed one after the other, and it gets no rank again."""
+    """Of three nodes, the first has ranks 0 and 1. They are killed one after the other, and it gets no rank again,
+    until one of the others is told to go.
+    """
     spare = two_nodes.add_node(num_cpus=2)
     events: list[tuple[str, dict[str, Any]]] = []
     to_kill = {10: 0, 30: 1}
@@ -75,9 +77,11 @@ def test_a_node_on_which_two_ranks_failed_is_set_aside(two_nodes: Cluster, tmp_p
             os.kill(starts[-1]["ranks"][to_kill.pop(at)]["pid"], signal.SIGKILL)
         if step >= 50 and not free:
             free.append(available_resources_per_node())
+            aside = next(fields["node_id"] for kind, fields in events if kind == "node_set_aside")
+            drain(two_nodes.address, next(node for node in two_nodes.worker_nodes if node.node_id != aside))
 
     try:
-        plan = Plan(str(tmp_path), 60, pause_s=0.02)
+        plan = Plan(str(tmp_path), 300, pause_s=0.02)
         hooks = Hooks(on_event=lambda kind, fields: events.append((kind, fields)), on_status=kill)
         assert supervise(count, plan, Group(workers=4), hooks) == 0
     finally:
@@ -88,6 +92,7 @@ def test_a_node_on_which_two_ranks_failed_is_set_aside(two_nodes: Cluster, tmp_p
     assert aside["why"] == "ranks 0-1 failed there within an hour"
     assert aside["node_id"] == faults[0]["node_id"] == faults[1]["node_id"]
     assert free[0][aside["node_id"]]["CPU"] == 2.0, "nothing runs there any more"
+    assert [kind for kind, _ in events][-4:] == ["leaving", "start", "ready", "end"]
 
 
 def test_a_lost_ray_node_is_replaced_by_a_new_one(two_nodes: Cluster, tmp_path: Path) -> None:
@@ -196,6 +201,12 @@ def test_a_group_grows_only_where_that_saves_time(
     assert len(history(tmp_path)) == 500
 
 
+def drain(address: str, node: Any) -> None:
+    in_a_minute = int(1000 * (time.time() + 60))
+    preemption = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    assert GcsClient(address=address).drain_node(node.node_id, preemption, "the test's", in_a_minute)[0]
+
+
 class Farewell:
     """Tells a node of the cluster, as it is at work, that it is to go."""
 
@@ -211,12 +222,10 @@ class Farewell:
     def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
         if step >= 10 and not self._is_told:
             self._is_told = True
-            self._drain() if self._how == "drained" else self._send_sigterm(self._how == "SIGTERM to all")
-
-    def _drain(self) -> None:
-        in_a_minute = int(1000 * (time.time() + 60))
-        preemption = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-        assert GcsClient(address=self._address).drain_node(self.node.node_id, preemption, "the test's", in_a_minute)[0]
+            if self._how == "drained":
+                drain(self._address, self.node)
+            else:
+                self._send_sigterm(self._how == "SIGTERM to all")
 
     def _send_sigterm(self, to_all: bool) -> None:
         """To its agent, whose environment says of which raylet it is, and perhaps to the workers."""
