@@ -24,7 +24,6 @@ STARTING_RAY = (
     "tests/jobs/submission/test_kubernetes_rayjob.py",
     "tests/jobs/submission/test_slurm_jobs.py",
     "tests/jobs/test_recovery.py",
-    "tests/jobs/chaos/",
     "tests/jobs/training/test_stops.py",
 )
 

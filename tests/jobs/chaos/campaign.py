@@ -57,8 +57,8 @@ def harm(run: Run, fault: Fault, random: Random) -> Outcome:
     signs = [event["time"] for event in run.events()[n_events:] if event["kind"] == fault.sign]
     if not fault.ends:
         noticed = max(began, signs[0]) if signs else None
-        if repair:
-            repair()
+    if repair and (fault.is_late or not fault.ends):
+        repair()
     wait_until_well(run)
     again = _repeated(run) - repeated
     run.is_ill = ""
@@ -75,7 +75,7 @@ def _same_command_again(run: Run, fault: Fault, repair: Repair | None) -> tuple[
     noticed, said = time.time(), run.ended()
     code = run.codes[-1]
     assert code in fault.ends, f"{fault.name}: exit code {code}: {said}"
-    if repair:
+    if repair and not fault.is_late:
         repair()
     run.start()
     return code, noticed

@@ -36,9 +36,9 @@ assert accepted, why
 class Fault:
     """`harm` does it and returns what puts right what the run does not mend itself.
 
-    ends: how the driver may end of it; then it is put right, and the same command goes on. Otherwise the driver lives,
-    and it is put right once all compute again. steps: most that may be computed again. sign: the event that shows that
-    it was noticed; "": nothing is to be noticed.
+    ends: how the driver may end of it; then it is put right, and the same command goes on. Otherwise, or with
+    `is_late`, it is put right once all compute again. steps: most that may be computed again. sign: the event that
+    shows that it was noticed; "": nothing is to be noticed.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Fault:
     steps: int = EVERY + 2
     sign: str = "fault"
     back: str = "at work"
+    is_late: bool = False
 
 
 def _some_node(run: Run, random: Random) -> RayNode:
@@ -144,6 +145,14 @@ def _suspended(run: Run, random: Random) -> None:
 def _cut_off(run: Run, random: Random) -> Repair:
     node = _some_node(run, random)
     node.network.unplug()
+    return lambda: _restart(node)
+
+
+def _cut_off_without_driver(run: Run, random: Random) -> Repair:
+    """The new driver finds a Ray that does not know yet that the node is gone."""
+    node = _some_node(run, random)
+    node.network.unplug()
+    run.kill_driver()
     return lambda: _restart(node)
 
 
@@ -269,6 +278,7 @@ FAULTS = [
     Fault("a lost node", _node),
     Fault("two lost nodes", _two_nodes),
     Fault("a node cut off from the network", _cut_off),
+    Fault("a node cut off, and SIGKILL of the driver", _cut_off_without_driver, ends=KILLED, sign="", is_late=True),
     Fault("a network that fails for 3 s", _cut_off_for_a_moment, sign="", back="a step"),
     Fault("a drained node", _drained, sign="leaving"),
     Fault("a full disk", _full_disk, sign="", steps=0, back="a commit"),

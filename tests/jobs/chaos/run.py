@@ -55,13 +55,14 @@ class Run:
     folder: Path
     steps_in_all: int
     workers: str
+    changes: dict[str, object] = field(default_factory=dict)
     driver: subprocess.Popen[str] | None = None
     codes: list[int] = field(default_factory=list)
     is_ill: str = ""
 
     def command(self, *, without_locks: bool = False, **changes: object) -> tuple[str, ...]:
         script = NO_LOCKS * without_locks + MORAY
-        settings = {"cluster__workers": self.workers, **changes}
+        settings = {"cluster__workers": self.workers, **self.changes, **changes}
         return (sys.executable, "-c", script, "pretrain", *words(self.data, self.folder, self.steps_in_all, **settings))
 
     def start(self) -> None:
