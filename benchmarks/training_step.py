@@ -24,7 +24,7 @@ from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.metrics import matmul_peak
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
-from moray.model.accounting.cost import train_flops_per_token
+from moray.model.accounting.cost import forward_flops
 from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
@@ -151,7 +151,7 @@ def main() -> None:
     for preset, changes in SHAPES[device.type].items():
         config = ModelConfig.preset(preset, **changes)
         tokens_BT = torch.randint(config.vocab_size, (arguments.batch, arguments.tokens + 1))
-        flops = train_flops_per_token(config, arguments.tokens) * count
+        flops = 3 * sum(forward_flops(config, arguments.tokens).values()) * count
         for dtype, autocast in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
             if device.type == "cuda" and dtype == torch.float32:
                 continue

@@ -48,12 +48,8 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def open_tracker(name: str, run: Path, settings: Mapping[str, Any], id: str | None, step: int) -> Tracker:
     """Goes on after `step` with the curves of that id; None: begins new ones, of a run with these settings."""
-    openers: dict[str, Callable[[Path, Mapping[str, Any], str | None, int], Tracker]] = {
-        "tensorboard": TensorBoard,
-        "wandb": Wandb,
-        "mlflow": Mlflow,
-    }
-    return openers[name](run, settings, id, step)
+    opener: Callable[..., Tracker] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}[name]
+    return opener(run, settings, id, step)
 
 
 class TensorBoard(Tracker):

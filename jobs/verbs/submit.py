@@ -28,7 +28,8 @@ def targets() -> dict[str, Callable[..., Any]]:
 
 def submit(arguments: list[str]) -> int:
     """Submit a run as a job: `--to TARGET [options] -- pretrain --setting value …`."""
-    own, command = _split(arguments)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    own, command = arguments[:at], arguments[at + 1 :]
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--to", nargs="?")
     taken, options = parser.parse_known_args(own)
@@ -42,14 +43,6 @@ def submit(arguments: list[str]) -> int:
     from moray.jobs.submission.submit import submit as run
 
     return run(target, command)
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before two dashes, and after."""
-    if "--" not in arguments:
-        return arguments, []
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]
 
 
 def _usage(known: dict[str, Callable[..., Any]]) -> str:

@@ -64,11 +64,6 @@ def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     return flops
 
 
-def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations of forward and backward for one token: the backward pass costs two forward ones."""
-    return 3 * sum(forward_flops(config, seq_len).values())
-
-
 class TrainingState(NamedTuple):
     """Bytes of what training keeps of every parameter, over all ranks together."""
 

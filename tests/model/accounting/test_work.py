@@ -5,7 +5,7 @@ import torch
 from architectures import PIECES
 
 from moray.model import ModelConfig
-from moray.model.accounting.cost import train_flops_per_token
+from moray.model.accounting.cost import forward_flops
 from moray.model.accounting.work import Work
 
 ROWS = [[3, 9], [12], [1, 1, 10], [5]]  # documents of each row of 12 tokens; what is left is padding
@@ -15,7 +15,7 @@ ROWS = [[3, 9], [12], [1, 1, 10], [5]]  # documents of each row of 12 tokens; wh
 def test_a_batch_asks_for_what_its_documents_ask_for(config: ModelConfig) -> None:
     ids = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in ROWS]
     documents_BT = torch.stack([torch.nn.functional.pad(row, (0, 12 - len(row)), value=-1) for row in ids])
-    alone = sum(train_flops_per_token(config, length) * length for row in ROWS for length in row)
+    alone = sum(3 * sum(forward_flops(config, length).values()) * length for row in ROWS for length in row)
     assert Work.of(config).flops(documents_BT) == pytest.approx(alone, rel=1e-12)
 
 
