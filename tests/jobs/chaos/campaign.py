@@ -45,6 +45,7 @@ def harm(run: Run, fault: Fault, random: Random) -> Outcome:
     assert not run.is_ill, f"it has not got well after {run.is_ill}"
     wait_until_well(run)
     time.sleep(random.uniform(0, 1))  # anywhere in a step
+    run.wait_until(lambda: run.generation() and run.nodes.at_work(), "all at work")  # it may have begun to grow
     run.is_ill = fault.name
     n_events, repeated, generation = len(run.events()), _repeated(run), run.generation()
     repair = fault.harm(run, random)
@@ -53,6 +54,9 @@ def harm(run: Run, fault: Fault, random: Random) -> Outcome:
     if fault.ends:
         code, noticed = _same_command_again(run, fault, repair)
         since, generation = time.time(), run.newest_generation()
+    if fault.sign and not fault.ends:
+        kinds = f"an event {fault.sign} of {fault.name}"
+        run.wait_until(lambda: any(event["kind"] == fault.sign for event in run.events()[n_events:]), kinds)
     back = _wait_until_back(run, fault, generation)
     signs = [event["time"] for event in run.events()[n_events:] if event["kind"] == fault.sign]
     if not fault.ends:

@@ -17,7 +17,7 @@ from chaos.run import Run
 SEED = 1
 STEPS = 400
 # So that it does not take half a minute until a node that is cut off counts as lost.
-LEASE_S = 8
+LEASE_S = 12
 
 
 @pytest.fixture(scope="module")
