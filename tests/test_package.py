@@ -32,10 +32,11 @@ def test_the_wheel_installs_nothing_but_moray(wheel: list[str]) -> None:
     assert {name.partition("/")[0] for name in wheel if ".dist-info/" not in name} == {"moray"}
 
 
-def test_the_wheel_holds_every_module_and_every_preset(wheel: list[str]) -> None:
+def test_the_wheel_holds_every_module_preset_and_script(wheel: list[str]) -> None:
     found = {name.removeprefix("moray/") for name in wheel if name.startswith("moray/")}
     here = {f"{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    here |= {f"{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.toml")}
+    for kind in ("*.toml", "*.sh"):
+        here |= {f"{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob(kind)}
     assert found == here | {"__init__.py", "__main__.py"}
 
 
