@@ -18,6 +18,7 @@ from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_c
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
 from moray.model.randomness import Randomness
+from moray.model.sharded import Embedding, Linear, local
 
 
 class Losses(NamedTuple):
@@ -42,14 +43,14 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocab_size, config.d_model)
         is_learned = config.position.kind == "learned"
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if is_learned else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         # After post-norm blocks the stream is normalised already.
         is_post = config.norm.placement == "post"
         self.norm = nn.Identity() if is_post else build_norm(config.d_model, config.norm)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        self.head = Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.vocabulary = WholeVocabulary()
         self.tie()
 
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
         documents_BT: document of each token (-1: padding), as ids or as Documents; attention stays within a document.
         """
         x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache, None)
-        logits_BTV = F.linear(self.vocabulary.gather(x_BTD), *self._head())
+        logits_BTV = F.linear(self.vocabulary.tokens.gather(x_BTD), *self._head())
         cap = self.config.final_softcap
         return soft_cap(logits_BTV, cap) if cap else logits_BTV
 
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
         randomness: what a router that draws (`moe.is_random`) draws from in training.
         """
         x_BTD, statistics = self._hidden(tokens_BT, positions_BT, documents_BT, None, randomness)
-        x_ND = self.vocabulary.gather(x_BTD).flatten(0, 1)
+        x_ND = self.vocabulary.tokens.gather(x_BTD).flatten(0, 1)
         weight_VD, bias_V = self._head()
         cross_entropy, z = cross_entropy_sum(
             x_ND,
@@ -112,8 +113,7 @@ class Decoder(nn.Module):
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         """This rank's rows of the head's weight and bias."""
-        bias = self.head.bias
-        return self.vocabulary.weight(self.head.weight), None if bias is None else self.vocabulary.weight(bias)
+        return local(self.head.weight), None if self.head.bias is None else local(self.head.bias)
 
     def _hidden(
         self,
@@ -157,10 +157,13 @@ class Decoder(nn.Module):
         return cache.positions(new) if cache else torch.arange(new, device=tokens_BT.device)[None]
 
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self.vocabulary.embed(self.embedding, tokens_BT)
         if self.config.embedding_scale != 1:
             x_BTD = x_BTD * self.config.embedding_scale
-        return x_BTD if self.position_embedding is None else x_BTD + self.position_embedding(positions_BT)
+        if self.position_embedding is None:
+            return x_BTD
+        own_Bt = self.vocabulary.tokens.own(positions_BT.expand_as(tokens_BT))
+        return x_BTD + self.position_embedding(own_Bt)
 
 
 __all__ = ["IGNORED", "Decoder", "Losses"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moray.model.config.parts import FeedForwardConfig
 from moray.model.context import Context
 from moray.model.mixffn import CausalConvolution, LowRankAdapter
+from moray.model.sharded import Linear, RowLinear, WholeTokens
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -41,12 +42,14 @@ class FeedForward(nn.Module):
     Source: Shazeer, 2020; Xie et al., 2021, eq. 3.
     """
 
+    tokens = WholeTokens()
+
     def __init__(self, d_model: int, width: int, config: FeedForwardConfig, layer: int | None = None) -> None:
         """`layer`: the decoder layer whose dense network this is; None for shared experts, which mix no tokens."""
         super().__init__()
-        self.gate = nn.Linear(d_model, width, bias=config.bias) if config.gated else None
-        self.up = nn.Linear(d_model, width, bias=config.bias)
-        self.down = nn.Linear(width, d_model, bias=config.bias)
+        self.gate = Linear(d_model, width, bias=config.bias) if config.gated else None
+        self.up = Linear(d_model, width, bias=config.bias)
+        self.down = RowLinear(width, d_model, bias=config.bias)
         self.activation = activation(config.activation)
         self.conv: CausalConvolution | None = None
         self.adapter: LowRankAdapter | None = None
@@ -56,6 +59,7 @@ class FeedForward(nn.Module):
             self.adapter = LowRankAdapter(width, config.adapter_rank)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = self.tokens.gather(x_BTD)
         up_BTF = self.up(x_BTD)
         if self.conv is not None:
             up_BTF = self.conv(up_BTF, context)

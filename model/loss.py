@@ -5,7 +5,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from moray.model.sharded import WholeTokens
 
 IGNORED = -100
 """The target of a token that has nothing to predict."""
@@ -16,14 +18,12 @@ class WholeVocabulary:
     """All vocabulary entries are on this rank. `parallel.tensor.VocabularyShard` is the other case."""
 
     start = 0
+    tokens = WholeTokens()
 
-    def gather(self, x_BTD: Tensor) -> Tensor:
-        """All tokens of the sequences that this rank holds parts of."""
+    def embed(self, embedding: nn.Embedding, tokens_BT: Tensor) -> Tensor:
+        """The hidden states of this rank's tokens."""
+        x_BTD: Tensor = embedding(tokens_BT)
         return x_BTD
-
-    def weight(self, weight: Tensor) -> Tensor:
-        """This rank's rows of the output weight."""
-        return weight
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over the vocabulary's ranks, in place where possible."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moray.model.context import Context
-from moray.model.sharded import local
+from moray.model.sharded import Linear, WholeTokens, local
 
 
 def causal_convolution(x_BTF: Tensor, weight_Fk: Tensor, bias_F: Tensor | None, padding: int) -> Tensor:
@@ -55,10 +55,12 @@ class LowRankAdapter(nn.Module):
     The weights are A [r, F] and B [F, r]. Under tensor parallelism A h is summed over the slices of F.
     """
 
+    tokens = WholeTokens()
+
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
-        self.a = nn.Linear(width, rank, bias=False)
-        self.b = nn.Linear(rank, width, bias=False)
+        self.a = Linear(width, rank, bias=False)
+        self.b = Linear(rank, width, bias=False)
 
     def forward(self, x_BTF: Tensor) -> Tensor:
-        return x_BTF + self.b(self.a(x_BTF))
+        return x_BTF + self.b(self.tokens.total(self.a(x_BTF)))

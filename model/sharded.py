@@ -1,8 +1,60 @@
-"""Weights that parallelism has split."""
+"""Weights and tokens that parallelism has split, or has not."""
 
-from torch import Tensor
+# Shapes: B sequences, T tokens of each, t of them on this rank, X any width.
+
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def local(parameter: Tensor) -> Tensor:
     """This rank's part of a weight: where tensor or expert parallelism has split it, it is a DTensor."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+class WholeTokens:
+    """This rank has all tokens of its sequences, and all heads and channels. `parallel.tensor.TokenSlices` is the case
+    of ranks that have a slice of the tokens between layers, and a part of heads and channels within them.
+    """
+
+    def project(self, x_BTX: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear map by this rank's inputs of it, summed over the ranks, for this rank's tokens."""
+        return F.linear(x_BTX, weight, bias)
+
+    def gather(self, x_BtX: Tensor) -> Tensor:
+        """All tokens, [B, T, X]."""
+        return x_BtX
+
+    def reduce(self, x_BTX: Tensor) -> Tensor:
+        """The sum of all ranks' parts, for this rank's tokens, [B, t, X]."""
+        return x_BTX
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' parts."""
+        return x
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        """What belongs to this rank's tokens, [B, t]."""
+        return x_BT
+
+
+class Embedding(nn.Embedding):
+    """A table by the rows of it that this rank holds."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, local(self.weight))
+
+
+class Linear(nn.Linear):
+    """A linear map by the outputs of it that this rank holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+
+
+class RowLinear(nn.Linear):
+    """A linear map by the inputs of it that this rank holds: the parts of the result are summed over ranks."""
+
+    tokens = WholeTokens()
+
+    def forward(self, x_BTX: Tensor) -> Tensor:
+        return self.tokens.project(x_BTX, local(self.weight), self.bias)

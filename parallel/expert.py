@@ -19,26 +19,23 @@ from moray.model.decoder import Decoder
 from moray.model.moe.dispatch import LocalDispatcher, Permute, Sorted, invert, sort_by_expert, unsort
 from moray.model.moe.layer import MoE
 from moray.parallel.layout import Meshes
+from moray.parallel.tensor import TokenSlices
 
 
 class SequenceSlice(LocalDispatcher):
     """Local experts, but under tensor parallelism this rank routes only a slice of each sequence's tokens."""
 
-    def __init__(self, tp: DeviceMesh) -> None:
-        self.tp = tp
+    def __init__(self, tokens: TokenSlices) -> None:
+        self.tokens = tokens
 
     def own(self, x_BT: Tensor) -> Tensor:
-        return x_BT.chunk(self.tp.size(), dim=1)[self.tp.get_local_rank()]
+        return self.tokens.own(x_BT)
 
     def whole(self, x_BTK: Tensor) -> Tensor:
-        if self.tp.size() == 1:
-            return x_BTK
-        parts = [torch.empty_like(x_BTK, memory_format=torch.contiguous_format) for _ in range(self.tp.size())]
-        dist.all_gather(parts, x_BTK.contiguous(), group=self.tp.get_group())
-        return torch.cat(parts, dim=1)
+        return x_BTK if self.tokens.size == 1 else self.tokens.all_gather(x_BTK)
 
     def total(self, *statistics: Tensor) -> tuple[Tensor, ...]:
-        return statistics if self.tp.size() == 1 else _SumForward.apply(self.tp.get_group(), *statistics)
+        return statistics if self.tokens.size == 1 else _SumForward.apply(self.tokens.group, *statistics)
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ class AllToAllDispatcher(SequenceSlice):
     A rank that sends or receives nothing still takes part in every exchange.
     """
 
-    def __init__(self, tp: DeviceMesh, ep: DeviceMesh) -> None:
-        super().__init__(tp)
+    def __init__(self, tokens: TokenSlices, ep: DeviceMesh) -> None:
+        super().__init__(tokens)
         self.group, self.size = ep.get_group(), ep.size()
 
     def dispatch(  # type: ignore[override]
@@ -87,13 +84,14 @@ class AllToAllDispatcher(SequenceSlice):
 
 def apply_expert_parallel(decoder: Decoder, meshes: Meshes) -> None:
     """Splits every MoE layer's experts over the `ep` mesh and gives it the dispatcher that reaches them."""
+    tokens = TokenSlices(meshes.tp)
     for module in decoder.modules():
         if not isinstance(module, MoE):
             continue
         if meshes.ep.size() == 1:
-            module.dispatcher = SequenceSlice(meshes.tp)
+            module.dispatcher = SequenceSlice(tokens)
             continue
-        module.dispatcher = AllToAllDispatcher(meshes.tp, meshes.ep)
+        module.dispatcher = AllToAllDispatcher(tokens, meshes.ep)
         for name, weight in list(module.experts.named_parameters()):
             split: DTensor = distribute_tensor(weight, meshes.ep, [Shard(0)], src_data_rank=None)
             setattr(module.experts, name, nn.Parameter(split))

@@ -9,6 +9,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from moray.parallel.chunks import Chunk, whole
 
 
+def sharded_over(tensor: Tensor) -> str | None:
+    """The mesh dimension over whose ranks FSDP has split a tensor; None where it has not."""
+    names = tensor.device_mesh.mesh_dim_names or () if isinstance(tensor, DTensor) else ()
+    return next((name for name in ("dp_shard", "efsdp", "dp_shard_tp") if name in names), None)
+
+
 def held_chunk(tensor: Tensor) -> Chunk:
     """The part of the whole tensor that this rank holds."""
     if not isinstance(tensor, DTensor):

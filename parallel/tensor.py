@@ -1,47 +1,118 @@
-"""Tensor and sequence parallelism: which weight is split how, and the vocabulary-parallel loss.
+"""Tensor and sequence parallelism: which weight is split how, what travels between the parts, and the vocabulary's.
 
 Between layers each rank holds a slice of every sequence's tokens; inside attention and feed-forward it holds all tokens
-and a slice of the heads or the width (Korthikanti et al., 2022).
+and a slice of the heads or the width (Korthikanti et al., 2022). Weights that are not split work on a slice of the
+tokens or for a slice of the heads: their gradients are parts of a sum over the ranks (`parallel.shard` adds them up).
 """
 
+# Shapes: B sequences, T tokens of each, t = T / P of them on each of P ranks, D model width, X any width.
+
+from typing import Any
+
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from moray.model.attention.latent import LatentAttention
 from moray.model.attention.layer import Attention
-from moray.model.block import Block
-from moray.model.config.parts import AttentionConfig, LatentConfig
+from moray.model.config.parts import AttentionConfig
 from moray.model.decoder import Decoder
 from moray.model.feedforward import FeedForward
 from moray.model.loss import WholeVocabulary
-from moray.model.moe.layer import MoE
-from moray.parallel.styles import ChannelSharded, GatheredWidth, Replicated
+from moray.model.mixffn import LowRankAdapter
+from moray.model.norm import RMSNorm
+from moray.model.sharded import RowLinear, WholeTokens
+
+
+class TokenSlices(WholeTokens):
+    """Each of the `tp` mesh's ranks has a run of every sequence's tokens between layers, and all of them within."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.group, self.size, self.rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+
+    def project(self, x_BTX: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out_BtX = self.reduce(F.linear(x_BTX, weight))
+        return out_BtX if bias is None else out_BtX + bias
+
+    def gather(self, x_BtX: Tensor) -> Tensor:
+        return _Gather.apply(x_BtX, self)
+
+    def reduce(self, x_BTX: Tensor) -> Tensor:
+        return _Reduce.apply(x_BTX, self)
+
+    def total(self, x: Tensor) -> Tensor:
+        return _Total.apply(x, self.group)
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        return x_BT.chunk(self.size, dim=1)[self.rank]
+
+    def all_gather(self, x_BtX: Tensor) -> Tensor:
+        """Without a gradient, as `reduce_scatter` is."""
+        parts_PBtX = x_BtX.new_empty(self.size, *x_BtX.shape)
+        dist.all_gather_single(parts_PBtX.flatten(0, 1), x_BtX.contiguous(), group=self.group)
+        return parts_PBtX.transpose(0, 1).flatten(1, 2)
+
+    def reduce_scatter(self, x_BTX: Tensor) -> Tensor:
+        parts_PBtX = x_BTX.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
+        own_BtX = torch.empty_like(parts_PBtX[0])
+        dist.reduce_scatter_single(own_BtX, parts_PBtX.flatten(0, 1), group=self.group)
+        return own_BtX
+
+
+class _Gather(torch.autograd.Function):
+    """What the ranks read is the same, what each makes of it a part: their gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BtX: Tensor, tokens: TokenSlices) -> Tensor:
+        ctx.tokens = tokens
+        return tokens.all_gather(x_BtX)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTX: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.tokens.reduce_scatter(grad_BTX), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTX: Tensor, tokens: TokenSlices) -> Tensor:
+        ctx.tokens = tokens
+        return tokens.reduce_scatter(x_BTX)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BtX: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.tokens.all_gather(grad_BtX), None
+
+
+class _Total(torch.autograd.Function):
+    """Every rank reads the sum, and makes a part of the result of it: the gradient is summed, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, total = group, x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class VocabularyShard(WholeVocabulary):
     """The rows of embedding and head that this tensor-parallel rank holds, and the sums over its peers."""
 
-    def __init__(self, mesh: DeviceMesh, vocab_size: int) -> None:
-        self.mesh, self.group = mesh, mesh.get_group()
-        self.start = mesh.get_local_rank() * (vocab_size // mesh.size())
+    def __init__(self, tokens: TokenSlices, vocab_size: int) -> None:
+        self.tokens, self.group, self.rows = tokens, tokens.group, vocab_size // tokens.size
+        self.start = tokens.rank * self.rows
 
-    def gather(self, x_BTD: Tensor) -> Tensor:
-        whole = DTensor.from_local(x_BTD, self.mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
-        # Each rank's loss gradient covers its own vocabulary rows only: the parts sum to the whole.
-        return whole.to_local(grad_placements=[Partial()])
-
-    def weight(self, weight: Tensor) -> Tensor:
-        assert isinstance(weight, DTensor)
-        return weight.to_local()
+    def embed(self, embedding: nn.Embedding, tokens_BT: Tensor) -> Tensor:
+        index_BT = tokens_BT - self.start
+        here_BT = (index_BT >= 0) & (index_BT < self.rows)
+        return self.tokens.reduce(embedding(torch.where(here_BT, index_BT, 0)) * here_BT[..., None])
 
     def total(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self.group)
@@ -52,20 +123,51 @@ class VocabularyShard(WholeVocabulary):
         return x
 
 
+class SlicedRMSNorm(RMSNorm):
+    """A norm over channels of which this rank holds a run: the ranks' sums of squares are added up."""
+
+    tokens: TokenSlices
+
+    def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:
+        accurate = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = self.tokens.total(accurate.square().sum(-1, keepdim=True))
+        own_X = weight_D.chunk(self.tokens.size)[self.tokens.rank]
+        return (accurate * torch.rsqrt(squares / len(weight_D) + self.eps)).to(x.dtype) * own_X
+
+
 def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """Turns a decoder's weights into DTensors over the `tp` mesh and inserts the collectives between them."""
-    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
-    top: dict[str, ParallelStyle] = {"embedding": embedding, "head": ColwiseParallel()}
-    if decoder.position_embedding is not None:
-        top["position_embedding"] = embedding
-    parallelize_module(decoder, mesh, top | _norms_plan(decoder, "norm"))
+    """Turns the weights that are split into DTensors over the `tp` mesh, and has the layers exchange their tokens."""
+    tokens, config = TokenSlices(mesh), decoder.config
+    _split(mesh, 0, decoder.embedding, decoder.head)
     decoder.tie()
-    decoder.vocabulary = VocabularyShard(mesh, decoder.config.vocab_size)
-    for block in decoder.blocks:
-        assert isinstance(block, Block)
-        parallelize_module(block, mesh, _block_plan(block, decoder.config.attention, mesh.size()))
-        if isinstance(block.attention, Attention):
-            block.attention.kv_heads = kv_heads_read(decoder.config.attention, mesh.size(), mesh.get_local_rank())
+    decoder.vocabulary = VocabularyShard(tokens, config.vocab_size)
+    for module in decoder.modules():
+        if isinstance(module, Attention | LatentAttention | FeedForward | LowRankAdapter | RowLinear):
+            module.tokens = tokens
+        if isinstance(module, Attention):
+            _split_heads(module, config.attention, mesh, tokens)
+        elif isinstance(module, LatentAttention):
+            _split(mesh, 0, module.query_up if module.latent.q_rank else module.query, module.kv_up)
+            _split(mesh, 1, module.output)
+        elif isinstance(module, FeedForward):
+            _split(mesh, 0, module.up, *(part for part in (module.gate, module.conv) if part is not None))
+            _split(mesh, 1, module.down)
+        elif isinstance(module, LowRankAdapter):
+            _split(mesh, 1, module.a)
+            _split(mesh, 0, module.b)
+
+
+def _split_heads(attention: Attention, config: AttentionConfig, mesh: DeviceMesh, tokens: TokenSlices) -> None:
+    _split(mesh, 0, attention.query)
+    _split(mesh, 1, attention.output)
+    attention.kv_heads = kv_heads_read(config, tokens.size, tokens.rank)
+    has_own = attention.kv_heads is None
+    if has_own:
+        _split(mesh, 0, attention.key, attention.value)
+    if config.qk_norm == "full":
+        for norm in (attention.query_norm, attention.key_norm) if has_own else (attention.query_norm,):
+            norm.__class__ = SlicedRMSNorm
+            norm.tokens = tokens  # type: ignore[assignment]
 
 
 def kv_heads_read(config: AttentionConfig, ranks: int, rank: int) -> list[int] | None:
@@ -81,69 +183,10 @@ def kv_heads_read(config: AttentionConfig, ranks: int, rank: int) -> list[int] |
     return groups if is_even else read
 
 
-def _block_plan(block: Block, config: AttentionConfig, ranks: int) -> dict[str, ParallelStyle]:
-    names = ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm")
-    plan = _norms_plan(block, *names) | {"attention": _gather_tokens()}
-    attention = _latent_plan(config.latent) if config.latent else _attention_plan(config, ranks)
-    plan |= {f"attention.{name}": style for name, style in attention.items()}
-    if not isinstance(block.ffn, MoE):
-        return plan | _feed_forward_plan("ffn", block.ffn)
-    on_slices = [name for name in ("router.linear", "router.noise", "shared_gate") if _has(block.ffn, name)]
-    plan |= {f"ffn.{name}": SequenceParallel(use_local_output=True) for name in on_slices}
-    return plan if block.ffn.shared is None else plan | _feed_forward_plan("ffn.shared", block.ffn.shared)
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    return any(found == name for found, _ in module.named_modules())
-
-
-def _norms_plan(module: nn.Module, *names: str) -> dict[str, ParallelStyle]:
-    """Norms of the residual stream see a slice of the tokens."""
-    norms = [name for name in names if list(module.get_submodule(name).parameters())]
-    return {name: SequenceParallel(use_local_output=True) for name in norms}
-
-
-def _gather_tokens() -> ParallelStyle:
-    return PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None))
-
-
-def _attention_plan(config: AttentionConfig, ranks: int) -> dict[str, ParallelStyle]:
-    plan: dict[str, ParallelStyle] = {"query": ColwiseParallel(), "output": RowwiseParallel(output_layouts=Shard(1))}
-    # Heads are split, tokens are not: a norm of heads has a slice of dimension 2, one of all heads a slice of width.
-    of_slices = GatheredWidth() if config.qk_norm == "full" else SequenceParallel(sequence_dim=2, use_local_output=True)
-    norms: dict[str, ParallelStyle] = {"query_norm": of_slices, "key_norm": of_slices} if config.qk_norm else {}
-    if config.n_kv_heads % ranks == 0:
-        return plan | norms | {"key": ColwiseParallel(), "value": ColwiseParallel()}
-    # Fewer heads than ranks: each rank computes all of them and reads some.
-    plan |= {"key": Replicated(None if norms else Partial()), "value": Replicated(Partial())}
-    return plan | ({**norms, "key_norm": Replicated(Partial())} if norms else {})
-
-
-def _latent_plan(config: LatentConfig) -> dict[str, ParallelStyle]:
-    """What is small is computed whole by every rank; heads are split. All heads read the same turned channels."""
-    plan: dict[str, ParallelStyle] = {
-        "kv_down": Replicated(),
-        "key_rope": Replicated(Partial()),
-        "kv_norm": Replicated(),
-        "kv_up": ColwiseParallel(),
-        "output": RowwiseParallel(output_layouts=Shard(1)),
-    }
-    if config.q_rank is None:
-        return plan | {"query": ColwiseParallel()}
-    return plan | {"query_down": Replicated(), "query_norm": Replicated(), "query_up": ColwiseParallel()}
-
-
-def _feed_forward_plan(name: str, ffn: FeedForward) -> dict[str, ParallelStyle]:
-    plan: dict[str, ParallelStyle] = {
-        name: _gather_tokens(),
-        f"{name}.up": ColwiseParallel(),
-        f"{name}.down": RowwiseParallel(output_layouts=Shard(1)),
-    }
-    if ffn.gate is not None:
-        plan[f"{name}.gate"] = ColwiseParallel()
-    if ffn.conv is not None:
-        plan[f"{name}.conv"] = ChannelSharded()
-    if ffn.adapter is not None:
-        plan[f"{name}.adapter.a"] = RowwiseParallel(output_layouts=Replicate())
-        plan[f"{name}.adapter.b"] = ColwiseParallel()
-    return plan
+def _split(mesh: DeviceMesh, dim: int, *modules: nn.Module) -> None:
+    """Each rank has a run of the weights' outputs (0), bias included, or inputs (1), whose bias stays whole."""
+    for module in modules:
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if dim < weight.ndim:
+                split: DTensor = distribute_tensor(weight, mesh, [Shard(dim)], src_data_rank=None)
+                setattr(module, name, nn.Parameter(split))

@@ -16,7 +16,7 @@ from moray.model.attention.sdpa import Scoring, attend, attend_visible
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
 from moray.model.norm import RMSNorm
-from moray.model.sharded import local
+from moray.model.sharded import Linear, RowLinear, WholeTokens, local
 
 LATENT_EPS = 1e-6
 """Epsilon of the two norms here, whatever the model's: DeepSeek's code (and transformers) leave it at its default."""
@@ -28,6 +28,8 @@ class LatentAttention(nn.Module):
     Source: DeepSeek-V2, eqs. 9-19 (decoupled RoPE: 14-19).
     """
 
+    tokens = WholeTokens()
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         attention, latent = config.attention, config.attention.latent
@@ -38,24 +40,23 @@ class LatentAttention(nn.Module):
         self.scoring = Scoring(scale * yarn_scale(config.position.scaling))
         q_width = attention.n_heads * attention.head_dim
         if latent.q_rank is None:
-            self.query = nn.Linear(config.d_model, q_width, bias=False)
+            self.query = Linear(config.d_model, q_width, bias=False)
         else:
-            self.query_down = nn.Linear(config.d_model, latent.q_rank, bias=False)
+            self.query_down = Linear(config.d_model, latent.q_rank, bias=False)
             self.query_norm = RMSNorm(latent.q_rank, LATENT_EPS)
-            self.query_up = nn.Linear(latent.q_rank, q_width, bias=False)
-        self.kv_down = nn.Linear(config.d_model, latent.kv_rank + latent.rope_dim, bias=False)
-        # Passes on the key's turned channels, which every head reads: tensor parallelism sums their gradient here.
-        self.key_rope = nn.Identity()
+            self.query_up = Linear(latent.q_rank, q_width, bias=False)
+        self.kv_down = Linear(config.d_model, latent.kv_rank + latent.rope_dim, bias=False)
         self.kv_norm = RMSNorm(latent.kv_rank, LATENT_EPS)
         # Each head's rows: nope_dim for the key, then value_dim for the value.
-        self.kv_up = nn.Linear(latent.kv_rank, attention.n_heads * (latent.nope_dim + latent.value_dim), bias=False)
-        self.output = nn.Linear(attention.n_heads * latent.value_dim, config.d_model, bias=attention.output_bias)
+        self.kv_up = Linear(latent.kv_rank, attention.n_heads * (latent.nope_dim + latent.value_dim), bias=False)
+        self.output = RowLinear(attention.n_heads * latent.value_dim, config.d_model, bias=attention.output_bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         assert context.rope is not None  # the config wants RoPE with latent attention
+        x_BTD = self.tokens.gather(x_BTD)
         q_nope_BTHn, q_rope_BTHp = self._queries(x_BTD)
         compressed_BTr, k_rope_BTp = self.kv_down(x_BTD).split([self.latent.kv_rank, self.latent.rope_dim], dim=-1)
-        compressed_BTr, k_rope_BT1p = self.kv_norm(compressed_BTr), self.key_rope(k_rope_BTp)[:, :, None]
+        compressed_BTr, k_rope_BT1p = self.kv_norm(compressed_BTr), k_rope_BTp[:, :, None]
         q_rope_BTHp, k_rope_BT1p = (rotate(x, *context.rope, self.interleaved) for x in (q_rope_BTHp, k_rope_BT1p))
         cache, documents = context.cache, context.documents
         if cache is not None:

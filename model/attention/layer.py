@@ -11,6 +11,7 @@ from moray.model.attention.sdpa import Scoring, attend, attend_visible
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context, Documents
 from moray.model.norm import RMSNorm
+from moray.model.sharded import Linear, RowLinear, WholeTokens
 
 
 def build_attention(config: ModelConfig, layer: int) -> nn.Module:
@@ -28,6 +29,8 @@ class Attention(nn.Module):
     Shapes: x_BTD -> [B, T, D]. With a cache, the T tokens follow those it holds.
     """
 
+    tokens = WholeTokens()
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         attention = config.attention
@@ -40,17 +43,17 @@ class Attention(nn.Module):
         )
         self.kv_heads: list[int] | None = None
         q_width, kv_width = attention.n_heads * self.head_dim, attention.n_kv_heads * self.head_dim
-        self.query = nn.Linear(config.d_model, q_width, bias=attention.qkv_bias)
-        self.key = nn.Linear(config.d_model, kv_width, bias=attention.qkv_bias)
-        self.value = nn.Linear(config.d_model, kv_width, bias=attention.qkv_bias)
-        self.output = nn.Linear(q_width, config.d_model, bias=attention.output_bias)
+        self.query = Linear(config.d_model, q_width, bias=attention.qkv_bias)
+        self.key = Linear(config.d_model, kv_width, bias=attention.qkv_bias)
+        self.value = Linear(config.d_model, kv_width, bias=attention.qkv_bias)
+        self.output = RowLinear(q_width, config.d_model, bias=attention.output_bias)
         if self.qk_norm:
             is_full = self.qk_norm == "full"
             self.query_norm = RMSNorm(q_width if is_full else self.head_dim, config.norm.eps)
             self.key_norm = RMSNorm(kv_width if is_full else self.head_dim, config.norm.eps)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        q, k, v = self._project(x_BTD)
+        q, k, v = self._project(self.tokens.gather(x_BTD))
         if context.rope:
             q, k = (rotate(x, *context.rope, self.interleaved) for x in (q, k))
         if self.kv_heads is not None:
@@ -62,7 +65,7 @@ class Attention(nn.Module):
         return self.output(out_BTHd.flatten(2))
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Under tensor parallelism x holds a slice of the tokens; the projections return all of them, fewer heads."""
+        """Under tensor parallelism, fewer heads."""
         q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.qk_norm == "full":
             q, k = self.query_norm(q), self.key_norm(k)
