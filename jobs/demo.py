@@ -112,7 +112,7 @@ def _seconds_alone(config: RunConfig) -> float:
             MicroBatch.of(batch.tokens_BT[p], batch.targets_BT[p], batch.positions_BT[p], batch.documents_BT[p], cpu)
             for p in pieces
         ]
-        accumulate_gradients(decoder, micro_batches, tp=1)
+        accumulate_gradients(decoder, micro_batches)
         optimizer.step()
         optimizer.zero_grad()
         fastest = min(fastest, time.perf_counter() - began)

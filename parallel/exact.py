@@ -20,7 +20,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moray.model.decoder import Decoder
 from moray.model.sharded import local
+from moray.parallel.held import sharded_over
 from moray.parallel.layout import Meshes
+from moray.parallel.reduction import Reduction
 from moray.parallel.shard import on_own_gradients
 
 SUM_BITS = 62  # of a sum of integers in int64
@@ -47,7 +49,7 @@ class PairwiseSum:
         return self._branches[0]
 
 
-class GradientTree:
+class GradientTree(Reduction):
     """Takes each micro-batch's gradient from autograd before FSDP would reduce it, and adds it to the tree.
 
     No rank holds the whole model's gradient: one weight's at a time, and of its own part log2(micro-batches) + 1 sums.
@@ -55,6 +57,7 @@ class GradientTree:
 
     def __init__(self, decoder: Decoder, meshes: Meshes) -> None:
         """To be made after the decoder's witness, which looks at what this takes away. Collective."""
+        super().__init__(decoder, meshes, stage=3)
         self._sums: defaultdict[nn.Parameter, PairwiseSum] = defaultdict(PairwiseSum)
         self._copies = meshes.dense["dp_replicate"].get_group() if meshes.dense["dp_replicate"].size() > 1 else None
         on_own_gradients(decoder, self._take)
@@ -65,7 +68,7 @@ class GradientTree:
         if isinstance(gradient, DTensor):
             assert isinstance(whole, DTensor)
             gradient = gradient.redistribute(placements=whole.placements).to_local()
-        self._sums[shard].add(_sum_over_shards(gradient, shard))
+        self._sums[shard].add(_sum_over_shards(gradient, shard, self.tp))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -81,13 +84,14 @@ class GradientTree:
         self._sums.clear()
 
 
-def _sum_over_shards(gradient: Tensor, shard: nn.Parameter) -> Tensor:
+def _sum_over_shards(gradient: Tensor, shard: nn.Parameter, tp: int) -> Tensor:
     """This rank's part of the sum, over the ranks that share a weight, of their gradients of all of it."""
-    if not isinstance(shard, DTensor):
+    name = sharded_over(shard)
+    if name is None:
         return gradient
-    names = shard.device_mesh.mesh_dim_names or ()
-    name = "efsdp" if "efsdp" in names else "dp_shard"
-    placement, ranks = shard.placements[names.index(name)], shard.device_mesh[name].size()
+    assert isinstance(shard, DTensor)
+    mesh = shard.device_mesh
+    placement, ranks = shard.placements[(mesh.mesh_dim_names or ()).index(name)], mesh[name].size()
     if ranks == 1:
         return gradient.to(shard.dtype)
     assert isinstance(placement, Shard | _StridedShard)
@@ -96,9 +100,10 @@ def _sum_over_shards(gradient: Tensor, shard: nn.Parameter) -> Tensor:
     mine = local(shard)
     received = gradient.new_empty(ranks, *mine.shape)
     leaving = torch.cat([chunk.reshape(-1) for chunk in chunks])
-    group = shard.device_mesh[name].get_group()
-    dist.all_to_all_single(received.view(-1), leaving, [mine.numel()] * ranks, sent, group=group)
-    return _pairwise(list(received.to(shard.dtype).unbind()))
+    dist.all_to_all_single(received.view(-1), leaving, [mine.numel()] * ranks, sent, group=mesh[name].get_group())
+    received = received.to(shard.dtype)
+    # Tensor-parallel peers have parts of the same leaves.
+    return _pairwise(list(received.unflatten(0, (-1, tp)).sum(1) if name == "dp_shard_tp" else received))
 
 
 def _pairwise(parts: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,6 @@ from typing import NamedTuple, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moray.model import Documents, Randomness
@@ -17,7 +16,8 @@ from moray.model.decoder import IGNORED, Decoder
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.layer import MoE
 from moray.model.sharded import local
-from moray.parallel.exact import GradientTree, exact_squares
+from moray.parallel.exact import exact_squares
+from moray.parallel.reduction import Reduction
 from moray.parallel.witness import Witness
 
 
@@ -79,20 +79,17 @@ class GlobalLosses:
 def accumulate_gradients(
     decoder: Decoder,
     micro_batches: Sequence[MicroBatch],
-    tp: int,
+    reduction: Reduction | None = None,
     witness: Witness | None = None,
-    tree: GradientTree | None = None,
     of: Sequence[MicroBatch] | None = None,
 ) -> GlobalLosses:
     """Adds the gradient of the global batch's loss to every parameter, and returns that loss.
 
     The loss is sum(cross-entropy + z) / (valid tokens of the global batch) + sum(auxiliary) / (its routing groups),
-    whatever ranks and micro-batches the batch is spread over. `tp` peers hold the same sequences. Each micro-batch's
-    gradient is reduced to this rank's shard at once, so that no rank ever holds the whole model's; replicas (HSDP)
-    exchange theirs once, with the last. With a `tree`, it adds them up, and not FSDP. `of` are this rank's
-    micro-batches of the global batch, where these are not they. Collective.
+    whatever ranks and micro-batches the batch is spread over; without a `reduction`, this process is alone. `of` are
+    this rank's micro-batches of the global batch, where these are not they. Collective.
     """
-    config = decoder.config
+    config, tp = decoder.config, reduction.tp if reduction else 1  # peers that hold the same sequences
     held = [(batch.n_targets, len(batch.tokens_BT), batch.flops) for batch in of or micro_batches]
     tokens, sequences, flops = (world_sum(torch.tensor(held, dtype=torch.float64).sum(0)) / tp).tolist()
     # A batch without a single target has loss 0, not 0/0.
@@ -100,15 +97,15 @@ def accumulate_gradients(
     per_token, per_group = 1 / max(tokens, 1), group_size / sequences
     own = []
     for i, batch in enumerate(micro_batches):
-        if isinstance(decoder, FSDPModule):
-            decoder.set_requires_all_reduce(i == len(micro_batches) - 1)
+        if reduction:
+            reduction.begin(is_last=i == len(micro_batches) - 1)
         losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents, batch.randomness)
         loss = (losses.cross_entropy + losses.z) * per_token + losses.auxiliary * per_group
         loss.backward()
         checksum = witness.take() if witness else torch.zeros_like(loss, dtype=torch.float64)
         own.append(torch.stack([*(part.detach().double() for part in losses), checksum]))
-    if tree:
-        tree.finish()
+    if reduction:
+        reduction.finish()
     own_M4 = torch.stack(own)
     cross_entropy, z, auxiliary = (total / tp for total in _world_totals(own_M4[:, :3]))
     return GlobalLosses(cross_entropy * per_token, z * per_token, auxiliary * per_group, int(tokens), flops, own_M4)

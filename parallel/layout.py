@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from moray import UserError
 from moray.model import ModelConfig
@@ -15,14 +16,16 @@ from moray.model import ModelConfig
 
 @dataclass(frozen=True)
 class Meshes:
-    """Two views of the same ranks. dense: (dp_replicate, dp_shard, tp); sparse: (dp_replicate, efsdp, ep).
+    """Views of the same ranks. dense: (dp_replicate, dp_shard, tp); sparse: (dp_replicate, efsdp, ep); flat:
+    (dp_replicate, dp_shard_tp), None without tensor parallelism.
 
-    Experts live on the sparse mesh, all other weights on the dense one. Tensor- and expert-parallel peers are
-    neighbours in rank, so that they share a node.
+    Experts live on the sparse mesh, weights that tensor parallelism does not split on the flat one, all others on the
+    dense one. Tensor- and expert-parallel peers are neighbours in rank, so that they share a node.
     """
 
     dense: DeviceMesh
     sparse: DeviceMesh
+    flat: DeviceMesh | None
 
     @property
     def tp(self) -> DeviceMesh:
@@ -145,15 +148,43 @@ class Layout(BaseModel):
         """Collective: every rank of the world must call it."""
         if dist.get_world_size() != self.world_size:
             raise UserError(f"{self} needs {self.world_size} ranks; the process group has {dist.get_world_size()}")
+        build = _MeshBuilder(device_type)
         dense = (self.dp_replicate, self.shard, self.tp)
         sparse = (self.dp_replicate, self.shard * self.tp // self.ep, self.ep)
+        flat = (self.dp_replicate, self.shard * self.tp)
         return Meshes(
-            init_device_mesh(device_type, dense, mesh_dim_names=("dp_replicate", "dp_shard", "tp")),
-            init_device_mesh(device_type, sparse, mesh_dim_names=("dp_replicate", "efsdp", "ep")),
+            build.mesh(dense, ("dp_replicate", "dp_shard", "tp")),
+            build.mesh(sparse, ("dp_replicate", "efsdp", "ep")),
+            build.mesh(flat, ("dp_replicate", "dp_shard_tp")) if self.tp > 1 else None,
         )
 
     def __str__(self) -> str:
         return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} tp={self.tp} ep={self.ep}"
+
+
+class _MeshBuilder:
+    """Builds meshes over the world whose dimensions share a process group where they have the same ranks.
+
+    Every group is a thread that wakes again and again, and on GPUs a communicator with buffers of its own.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type, self._world, self._rank = device_type, dist.get_world_size(), dist.get_rank()
+        self._groups = {tuple(range(self._world)): dist.group.WORLD}
+
+    def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        ranks = torch.arange(self._world).view(shape)
+        groups = [self._group(ranks.movedim(dim, -1).reshape(-1, size).tolist()) for dim, size in enumerate(shape)]
+        return DeviceMesh.from_group(groups, self._device_type, ranks, mesh_dim_names=names)
+
+    def _group(self, cuts: list[list[int]]) -> dist.ProcessGroup:
+        """This rank's, of those that the world is cut into."""
+        for members in [[self._rank]] if len(cuts) == self._world else cuts:
+            if tuple(members) not in self._groups:
+                self._groups[tuple(members)] = dist.new_group(members, use_local_synchronization=len(members) == 1)
+        own = next(group for members, group in self._groups.items() if self._rank in members and [*members] in cuts)
+        assert own
+        return own
 
 
 def _divisors(n: int) -> list[int]:

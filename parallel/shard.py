@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import Shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
+from torch.distributed.tensor import DTensor, Shard
 
 from moray.model import ModelConfig
 from moray.model.decoder import Decoder
@@ -19,21 +22,24 @@ from moray.model.tensors import Read, tensor_shapes
 from moray.parallel.expert import apply_expert_parallel
 from moray.parallel.held import held_chunk
 from moray.parallel.layout import Meshes
+from moray.parallel.reduction import Stage
 from moray.parallel.tensor import apply_tensor_parallel
 
 
-def build_decoder(config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, compute_dtype: torch.dtype) -> Decoder:
+def build_decoder(
+    config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, compute_dtype: torch.dtype, stage: Stage = 3
+) -> Decoder:
     """A decoder spread over the meshes, whose weights `initialise_shards` or a checkpoint must fill.
 
     `dtype` is that of the weights, gradients and reductions, `compute_dtype` that of the products (bf16 or the same).
-    No rank ever holds more than its own shard. Collective.
+    Between steps no rank holds more than its own shard; within one, `stage` decides. Collective.
     """
     with torch.device("meta"):
         decoder = Decoder(config).to(dtype)
     if meshes.tp.size() > 1:
         apply_tensor_parallel(decoder, meshes.tp)
     apply_expert_parallel(decoder, meshes)
-    _shard(decoder, meshes, dtype, compute_dtype)
+    _shard(decoder, meshes, dtype, compute_dtype, stage)
     decoder.to_empty(device=meshes.dense.device_type)
     for module in decoder.modules():
         if isinstance(module, MoE):
@@ -42,25 +48,56 @@ def build_decoder(config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, co
     return decoder
 
 
-def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
-    """FSDP2 with experts on the sparse mesh and routers in `dtype` whatever the products' dtype."""
-    if meshes.dense.size() == 1 and compute_dtype == dtype:
-        return  # nothing to share and nothing to cast: FSDP would only copy the gradients
-    replicated = meshes.dense["dp_replicate"].size() > 1
-    dense = meshes.dense["dp_replicate", "dp_shard"] if replicated else meshes.dense["dp_shard"]
-    sparse = meshes.sparse["dp_replicate", "efsdp"] if replicated else meshes.sparse["efsdp"]
+def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: torch.dtype, stage: Stage) -> None:
+    """FSDP2, with experts on the sparse mesh, what tensor parallelism has left whole on the flat one, and routers in
+    `dtype` whatever the products' dtype.
+    """
+    has_copies = meshes.dense["dp_replicate"].size() > 1
+    dense, sparse = _over(meshes.dense, "dp_shard"), _over(meshes.sparse, "efsdp")
+    flat = _over(meshes.flat, "dp_shard_tp") if meshes.flat else dense
+    experts = [module for module in decoder.modules() if isinstance(module, Experts)]
+    routers = [module for module in decoder.modules() if isinstance(module, Router)]
+    of_experts = {weight for module in experts for weight in module.parameters()}
+    others = {weight for weight in decoder.parameters() if weight not in of_experts}
+    undivided = {weight for weight in others if meshes.flat and not isinstance(weight, DTensor)}
+    # What a rank holds whole and need not cast stays as it is: FSDP would only copy weights and gradients.
+    ignored: set[nn.Parameter] = set()
+    if compute_dtype == dtype and (stage == 1 or not has_copies):
+        ignored |= of_experts if meshes.sparse["efsdp"].size() == 1 else set()
+        ignored |= others - undivided if meshes.dense["dp_shard"].size() == 1 else set()
+    if len(ignored) == len(of_experts | others):
+        return
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=dtype)
     accurate = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
-    # Where one rank holds all the weights, freeing and copying them again would be work for nothing.
-    reshard = meshes.dense["dp_shard"].size() > 1
-    for module in decoder.modules():
-        if isinstance(module, Experts):
-            _shard_experts(module, sparse, meshes.sparse["efsdp"].size(), policy)
-        elif isinstance(module, Router):
-            fully_shard(module, mesh=dense, mp_policy=accurate, reshard_after_forward=reshard)
-    for block in decoder.blocks:
-        fully_shard(block, mesh=dense, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(decoder, mesh=dense, mp_policy=policy, reshard_after_forward=False)
+    ranks, on_flat = meshes.sparse["efsdp"].size(), cast(FSDPMeshInfo, _get_mesh_info(flat))
+
+    def wrap(module: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+        def place(weight: nn.Parameter) -> Shard | ShardPlacementResult | None:
+            if weight in of_experts:
+                return _expert_split(weight, ranks)
+            return ShardPlacementResult(None, on_flat) if weight in undivided else None
+
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=place,
+            ignored_params=ignored,
+        )
+
+    # In stage 1 there are as few exchanges as there are meshes and dtypes. Where one rank holds all the weights,
+    # freeing and copying them again would be work for nothing.
+    for some in [experts] if stage == 1 else [[module] for module in experts]:
+        if some and not of_experts <= ignored:
+            wrap(some, sparse, policy, stage == 3 and ranks > 1)
+    reshard = stage == 3 and meshes.dense["dp_shard"].size() > 1
+    for group in [routers] if stage == 1 else [[router] for router in routers]:
+        if group and compute_dtype != dtype:
+            wrap(group, flat, accurate, reshard)
+    for block in decoder.blocks if stage == 3 else ():
+        wrap(block, dense, policy, reshard)
+    wrap(decoder, dense, policy, False)
     register_fsdp_forward_method(decoder, "loss")
     for module in decoder.modules():
         # A lone rank's sum is its mean, and dividing by 1 would be a pass over all gradients.
@@ -70,14 +107,14 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
             module.set_gradient_divide_factor(1.0)
 
 
-def _shard_experts(experts: Experts, mesh: DeviceMesh, ranks: int, policy: MixedPrecisionPolicy) -> None:
+def _over(mesh: DeviceMesh, shards: str) -> DeviceMesh:
+    return mesh["dp_replicate", shards] if mesh["dp_replicate"].size() > 1 else mesh[shards]
+
+
+def _expert_split(weight: nn.Parameter, ranks: int) -> Shard:
     """By expert where that divides evenly, else by width, so that no rank is left without a share."""
-    held, width, d_model = local(experts.up_EFD).shape
-    by_width = held % ranks and width % ranks == 0 and d_model % ranks == 0
-    placement = Shard(1) if by_width else Shard(0)
-    fully_shard(
-        experts, mesh=mesh, mp_policy=policy, reshard_after_forward=ranks > 1, shard_placement_fn=lambda _: placement
-    )
+    held, width, *_ = local(weight).shape
+    return Shard(1) if held % ranks and width % ranks == 0 else Shard(0)
 
 
 def on_own_gradients(decoder: Decoder, do: Callable[[nn.Parameter, Tensor], None]) -> None:
@@ -86,16 +123,17 @@ def on_own_gradients(decoder: Decoder, do: Callable[[nn.Parameter, Tensor], None
     `whole` is the weight as this rank computes with it, whose `grad` is the rank's own: the gathered one under FSDP,
     whose parameters' gradients are sums over all ranks. Collective.
     """
-    wrapped = [module for module in decoder.modules() if isinstance(module, FSDPModule)]
-    for parameter in decoder.parameters() if not wrapped else ():
-        parameter.register_post_accumulate_grad_hook(partial(do, parameter))
-    for module in wrapped:
+    plain = dict.fromkeys(decoder.parameters())
+    for module in [module for module in decoder.modules() if isinstance(module, FSDPModule)]:
         shards = dict(module.named_parameters())
         module.unshard()
         for name, whole in module.named_parameters():
             if whole is not shards[name]:
+                plain.pop(shards[name], None)
                 whole.register_post_accumulate_grad_hook(partial(do, shards[name]))
         module.reshard()
+    for parameter in plain:
+        parameter.register_post_accumulate_grad_hook(partial(do, parameter))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from moray.model.moe.layer import MoE
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
 from moray.parallel.layout import Layout
+from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards
 
 STEPS, BATCH, TOKENS, SEED = 3, 8, 16, 3
@@ -142,6 +143,7 @@ def spread(
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
     device: torch.device = CPU,
+    stage: Stage = 3,
     *,
     exact: bool = False,
 ) -> dict[str, Any] | None:
@@ -153,11 +155,11 @@ def spread(
     """
     experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
     meshes, least = layout.meshes(device.type), group_size(config)
-    decoder = build_decoder(config, meshes, dtype=dtype, compute_dtype=compute_dtype or dtype)
+    decoder = build_decoder(config, meshes, dtype=dtype, compute_dtype=compute_dtype or dtype, stage=stage)
     initialise_shards(decoder, SEED)
     starve(decoder)
     optimizer = build_optimizer(decoder, OPTIMIZER, fused=not exact)
-    tree = GradientTree(decoder, meshes) if exact else None
+    reduction = GradientTree(decoder, meshes) if exact else Reduction(decoder, meshes, stage)
     lanes = layout.lanes(layout.dp_rank(dist.get_rank()), BATCH, least if exact else None)
     edges = [*range(0, len(lanes), least)] if exact else [0, least]
     losses, norms, gradients = [], [], {}
@@ -168,7 +170,7 @@ def spread(
             MicroBatch.of(*(x[cut] for x in batch.values()), device, randomness(step, cut, device)) for cut in cuts
         ]
         optimizer.zero_grad()
-        losses.append(accumulate_gradients(decoder, micro_batches, layout.tp, tree=tree).cross_entropy)
+        losses.append(accumulate_gradients(decoder, micro_batches, reduction).cross_entropy)
         gradients = gradients or {name: full(p.grad) for name, p in decoder.named_parameters()}
         norms.append(clip_gradients(decoder.parameters(), MAX_NORM, exact=exact))
         optimizer.step()

@@ -130,6 +130,8 @@ class RunConfig(Section):
     def _check_bounds(self) -> None:
         """Of what is done about bad steps and wrong results."""
         train, every = self.train, self.checkpoint.every
+        if train.zero_stage == 1 and train.exact:
+            raise UserError("train.zero_stage=1 must be 3 or auto with train.exact=true, which adds up gradients")
         least = {"stop": 0, "skip": 1, "rollback": every + 1}[train.on_bad_step]
         if train.max_skipped < least:
             why = f", as it may go back over checkpoint.every={every} steps" if least > 1 else ""

@@ -41,6 +41,9 @@ class TrainSection(Section):
     """Dtype of the matrix products; weights, gradients' reduction and optimizer are float32 either way.
 
     auto: bfloat16 where all workers' devices have instructions for it; once chosen, it stays. bf16 and fp32 will do."""
+    zero_stage: Literal["auto", 1, 3] = "auto"
+    """How workers share weights and gradients (ZeRO). 3: each layer's are exchanged with every micro-batch. 1: once a
+    step, and meanwhile each has all of them, which is faster. auto: 1 where half of the free memory holds that."""
     eval_every: int = Field(100, ge=0)
     """Steps between two passes over the validation split; 0: only at the end."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
@@ -56,6 +59,11 @@ class TrainSection(Section):
     powers of two: of data-parallel ranks, and of micro-batches in global_batch. Slower, and one thread a worker."""
     audit_every: int = Field(0, ge=0)
     """Steps between two in which other ranks compute a micro-batch again, to find hardware that computes wrongly."""
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _number(cls, stage: Any) -> Any:
+        return int(stage) if isinstance(stage, str) and stage.isdecimal() else stage
 
     @field_validator("dtype", mode="before")
     @classmethod

@@ -39,7 +39,7 @@ def values(field: FieldInfo) -> str:
 
 def _kind(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
+        return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) is tuple:
         return f"{_kind(get_args(annotation)[0])},…"
     if arguments := get_args(annotation):

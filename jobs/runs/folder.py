@@ -118,8 +118,9 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
 def _changes(commit: Commit, now: RunConfig) -> list[str]:
     """What the steps to come are taken with, where those up to the commit were not: lengths, rates, dtype, batches."""
     there, wanted = commit.manifest.metadata["config"], now.model_dump(include={"train", "optimizer"})
-    if now.train.dtype == "auto":
-        wanted["train"]["dtype"] = there["train"]["dtype"]  # it stays as it was chosen
+    for name in ("dtype", "zero_stage"):
+        if wanted["train"][name] == "auto":
+            wanted["train"][name] = there["train"].get(name)  # it stays as it was chosen
     before = dict(flatten({name: there[name] for name in wanted}))
     # A setting that is younger than the commit has not been changed.
     return _differing(before, {name: value for name, value in flatten(wanted) if name in before})

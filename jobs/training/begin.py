@@ -12,6 +12,7 @@ import torch
 
 from moray import UserError
 from moray.cluster.events import EventLog
+from moray.cluster.host_memory import keep_freed_memory
 from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.jobs.config.run import RunConfig
@@ -23,6 +24,7 @@ from moray.jobs.training.dtype import choose_dtype
 from moray.jobs.training.metrics import worker_peak
 from moray.jobs.training.optimizer import build_optimizer, older_names, share_step, training_state
 from moray.jobs.training.recovery import make_room
+from moray.jobs.training.stage import choose_stage
 from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
@@ -33,6 +35,7 @@ from moray.parallel.checkpoint.snapshots import Snapshots
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
+from moray.parallel.reduction import Reduction
 from moray.parallel.shard import build_decoder, initialise_shards
 from moray.parallel.witness import Witness
 
@@ -82,7 +85,7 @@ class Training:
     work: Work
     peak_flops: float
     witness: Witness | None
-    tree: GradientTree | None
+    reduction: Reduction
     snapshots: Snapshots | None
     on_event: Callable[[str, dict[str, Any]], None]
     step: int = 0
@@ -111,20 +114,26 @@ class Training:
 def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
     context.enter("opening")
+    if context.device.type == "cpu":
+        keep_freed_memory()
     if config.train.audit_every or config.train.exact:
         _compute_reproducibly()
     if config.train.exact:
         torch.set_num_threads(1)  # their number decides the order in which products are summed
     layout = config.layout_on(context.world_size)
     dataset = _open_storage(context, config)
-    dtype = choose_dtype(config.train, context.device, None if context.rank else checkpoints_of(config))
-    compute_dtype = getattr(torch, dtype)
+    commits = None if context.rank else checkpoints_of(config)
+    chosen = {"dtype": choose_dtype(config.train, context.device, commits)}
+    config = config.model_copy(update={"train": config.train.model_copy(update=chosen)})
+    stage = choose_stage(config, context, layout, commits)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": stage})})
+    compute_dtype = getattr(torch, config.train.dtype)
     context.enter("building")
     meshes = layout.meshes(context.device.type)
-    decoder = build_decoder(config.model, meshes, dtype=torch.float32, compute_dtype=compute_dtype)
+    decoder = build_decoder(config.model, meshes, dtype=torch.float32, compute_dtype=compute_dtype, stage=stage)
     # Of each rank its own, for what one measures while others are busy is lower: a restart must not change the MFU.
     peak = context.once(
-        f"peak of {context.device} in {dtype}, rank {context.local_rank}",
+        f"peak of {context.device} in {config.train.dtype}, rank {context.local_rank}",
         lambda: worker_peak(context.device, compute_dtype, context.local_world_size),
     )
     events = EventLog(Path(config.run.dir) / "events.jsonl")
@@ -135,7 +144,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         context=context,
         pulse=pulse,
         vitals=Vitals(context, on_event),
-        config=config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})}),
+        config=config,
         layout=layout,
         dataset=dataset,
         decoder=decoder,
@@ -152,7 +161,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(peak)).item(),
         witness=Witness(decoder) if config.train.audit_every else None,
-        tree=GradientTree(decoder, meshes) if config.train.exact else None,
+        reduction=GradientTree(decoder, meshes) if config.train.exact else Reduction(decoder, meshes, stage),
         snapshots=make_room(context, config, training_state(decoder, optimizer), on_event),
         on_event=on_event,
     )
@@ -209,6 +218,7 @@ def resume(training: Training, events: EventLog) -> None:
         "position": training.position,
         "layout": str(training.layout),
         "dtype": training.config.train.dtype,
+        "zero_stage": training.config.train.zero_stage,
         "digest": digest or None,
         "source": source,
         "snapshot_bytes": training.snapshots.most_bytes if training.snapshots else 0,

@@ -143,10 +143,10 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any] | None:
 
 def compute(training: Training, batch: Batch) -> Computed:
     """The losses of a global batch, and the norm of its gradient, which is clipped then; audited when that is due."""
-    pieces, tp = micro_batches(training, batch, training.lanes), training.layout.tp
+    pieces = micro_batches(training, batch, training.lanes)
     is_audited = is_due(training.step + 1, training.config.train.audit_every)
     second_W4 = recomputed(training, batch, pieces, groups=1) if is_audited else None
-    losses = accumulate_gradients(training.decoder, pieces, tp, training.witness, training.tree)
+    losses = accumulate_gradients(training.decoder, pieces, training.reduction, training.witness)
     if second_W4 is not None:
         compare(training, batch, pieces, losses.own_M4, second_W4)
     max_norm, exact = training.config.optimizer.clip_norm, training.config.train.exact

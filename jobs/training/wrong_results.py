@@ -47,7 +47,7 @@ def recomputed(training: Training, batch: Batch, pieces: Sequence[MicroBatch], g
     lanes = lanes_of(train, layout, neighbour)[first : first + train.micro_batch]
     theirs = stream_of(training.dataset, train, lanes, cache_bytes=0).batch(batch.step)
     audited = micro_batches(training, theirs, lanes)
-    losses = accumulate_gradients(training.decoder, audited, layout.tp, training.witness, training.tree, of=pieces)
+    losses = accumulate_gradients(training.decoder, audited, training.reduction, training.witness, of=pieces)
     drop_gradients(training.decoder)
     return _everyone(losses.own_M4[0]).roll(groups * layout.span * layout.tp, 0)
 
@@ -80,6 +80,8 @@ def outvoted(ranks: Sequence[int], is_third_first: bool, is_third_second: bool) 
 
 
 def _audited(training: Training, pieces: Sequence[MicroBatch]) -> int:
+    if training.config.train.zero_stage == 1:
+        return 0  # what is seen of the others' gradients is the sum so far
     return (training.step + 1) // training.config.train.audit_every % len(pieces)
 
 

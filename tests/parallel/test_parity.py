@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from architectures import MODELS
-from law1 import SEED, check, global_batch, spread, truth
+from law1 import CPU, SEED, check, global_batch, spread, truth
 from pool import Pool
 
 from moray.model import ModelConfig
 from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.layout import Layout
+from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards
 
 LAYOUTS = [
@@ -37,39 +38,50 @@ def cases() -> list[Any]:
         for layout in LAYOUTS:
             if (layout.ep > 1 and not config.n_experts) or (layout.world_size > 4 and not has_all):
                 continue
-            for dtype in (torch.float64, torch.float32) if has_all else (torch.float64,):
-                found.append(pytest.param(name, layout, dtype, id=f"{name}, {layout}, {str(dtype)[6:]}"))
+            kinds: list[tuple[torch.dtype, Stage]] = [(torch.float64, 3)]
+            if has_all:
+                kinds += [(torch.float64, 1), (torch.float32, 3)]
+            elif layout == Layout(dp_replicate=2, dp_shard=1):
+                kinds = [(torch.float64, 1)]  # the model is whole on every rank
+            for dtype, stage in kinds:
+                label = f"{name}, {layout}, {str(dtype)[6:]}, stage {stage}"
+                found.append(pytest.param(name, layout, dtype, stage, id=label))
     return found
 
 
 TRUTHS: dict[tuple[str, torch.dtype], dict[str, Any]] = {}
 
 
-@pytest.mark.parametrize(("name", "layout", "dtype"), cases())
-def test_layout_computes_what_one_process_computes(pool: Pool, name: str, layout: Layout, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "layout", "dtype", "stage"), cases())
+def test_layout_computes_what_one_process_computes(
+    pool: Pool, name: str, layout: Layout, dtype: torch.dtype, stage: Stage
+) -> None:
     if (name, dtype) not in TRUTHS:
         TRUTHS[name, dtype] = truth(MODELS[name], dtype)
     expected = TRUTHS[name, dtype]
-    found = pool.run(spread, layout.world_size, MODELS[name], layout, dtype)[0]
+    found = pool.run(spread, layout.world_size, MODELS[name], layout, dtype, None, CPU, stage)[0]
     check(found, expected, dtype)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("layout", [Layout(dp_shard=4, ep=2), Layout(dp_shard=2, tp=2, ep=4)], ids=str)
-def test_bf16_products_keep_fp32_weights_and_stay_near_fp32(pool: Pool, layout: Layout) -> None:
+def test_bf16_products_keep_fp32_weights_and_stay_near_fp32(pool: Pool, layout: Layout, stage: Stage) -> None:
     config = MODELS["moe-deepseek"]
     expected = truth(config, torch.float32)
-    found = pool.run(spread, layout.world_size, config, layout, torch.float32, torch.bfloat16)[0]
+    found = pool.run(spread, layout.world_size, config, layout, torch.float32, torch.bfloat16, CPU, stage)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
     for gradient in found["gradients"].values():
         assert gradient.dtype == torch.float32
 
 
 def warnings_of_a_step(config: ModelConfig, layout: Layout) -> list[str]:
-    decoder = build_decoder(config, layout.meshes("cpu"), dtype=torch.float32, compute_dtype=torch.bfloat16)
+    meshes = layout.meshes("cpu")
+    decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=torch.bfloat16)
     initialise_shards(decoder, SEED)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        accumulate_gradients(decoder, [MicroBatch.of(*global_batch(0).values(), torch.device("cpu"))], layout.tp)
+        batches = [MicroBatch.of(*global_batch(0).values(), torch.device("cpu"))]
+        accumulate_gradients(decoder, batches, Reduction(decoder, meshes, 3))
     return [str(warning.message) for warning in found]
 
 
@@ -80,7 +92,8 @@ def test_a_step_in_bf16_warns_of_nothing(pool: Pool, layout: Layout) -> None:
 
 
 def gradients_between_micro_batches(config: ModelConfig, layout: Layout) -> bool:
-    decoder = build_decoder(config, layout.meshes("cpu"), dtype=torch.float32, compute_dtype=torch.float32)
+    meshes = layout.meshes("cpu")
+    decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=torch.float32)
     initialise_shards(decoder, SEED)
     tensors = [x[:1] for x in global_batch(0).values()]
     micro_batches = [MicroBatch.of(*tensors, torch.device("cpu")) for _ in range(2)]
@@ -94,7 +107,7 @@ def gradients_between_micro_batches(config: ModelConfig, layout: Layout) -> bool
                 yield batch
 
     watched = Watched(micro_batches)
-    accumulate_gradients(decoder, watched, layout.tp)
+    accumulate_gradients(decoder, watched, Reduction(decoder, meshes, 3))
     return held_early[-1]
 
 

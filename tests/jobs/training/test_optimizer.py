@@ -23,6 +23,7 @@ from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import list_commits, read_tensors
 from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.layout import Layout
+from moray.parallel.reduction import Reduction
 from moray.parallel.shard import build_decoder, initialise_shards
 
 CONFIG = ModelConfig.preset(
@@ -111,8 +112,9 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_itself() -> None:
 
 def taken_up(folder: Path, layout: Layout, until: int) -> None:
     """Goes on from the newest commit, if there is one, to step `until`, and commits it."""
-    decoder = build_decoder(CONFIG, layout.meshes("cpu"), dtype=torch.float64, compute_dtype=torch.float64)
-    optimizer = build_optimizer(decoder, OptimizerSection(lr=1e-2))
+    meshes = layout.meshes("cpu")
+    decoder = build_decoder(CONFIG, meshes, dtype=torch.float64, compute_dtype=torch.float64)
+    reduction, optimizer = Reduction(decoder, meshes, 3), build_optimizer(decoder, OptimizerSection(lr=1e-2))
     checkpointer = Checkpointer(folder, keep=9, keep_every=None, on_event=lambda kind, fields: None)
     state = training_state(decoder, optimizer)
     commit = checkpointer.load(state)
@@ -123,7 +125,7 @@ def taken_up(folder: Path, layout: Layout, until: int) -> None:
     held = slice(layout.dp_rank(rank) * lanes, (layout.dp_rank(rank) + 1) * lanes)
     for step in range(commit.step if commit else 0, until):
         tensors = [tensor[held] for tensor in global_batch(step).values()]
-        accumulate_gradients(decoder, [MicroBatch.of(*tensors, torch.device("cpu"))], layout.tp)
+        accumulate_gradients(decoder, [MicroBatch.of(*tensors, torch.device("cpu"))], reduction)
         optimizer.step()
         optimizer.zero_grad()
     checkpointer.save(until, training_state(decoder, optimizer), {})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from poison import flipping
+from poison import flipping, is_embedding
 from pool import Pool
 from rich.console import Console
 from tiny import tiny
@@ -133,7 +133,7 @@ def test_a_bad_value_that_does_not_come_again_is_the_hardwares(
 
     def spoil(module: nn.Module, arguments: tuple[Any, ...], x_BTD: Tensor) -> None:
         nonlocal passes
-        if isinstance(module, nn.Embedding):
+        if is_embedding(module, x_BTD):
             passes += 1
             if passes == 8 * 2 + 1:
                 x_BTD.data.view(torch.int32)[0, 0, 0] |= 0x7F800000
