@@ -8,6 +8,7 @@ from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import ModelConfig, Randomness
 from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.layout import Layout
+from moray.parallel.reduction import Reduction
 from moray.parallel.shard import build_decoder, initialise_shards
 
 WORKERS, LANES, SEQ_LEN = 4, 4, 256
@@ -21,6 +22,7 @@ class DemoModel:
         meshes = Layout(dp_shard=WORKERS, ep=2).meshes("cpu")
         self._config = ModelConfig.preset("demo-moe")
         self._decoder = build_decoder(self._config, meshes, dtype=torch.float32, compute_dtype=torch.float32)
+        self._reduction = Reduction(self._decoder, meshes, 3)
         self._optimizer = build_optimizer(self._decoder, OptimizerSection())
         self.state: dict[str, Tensor] = training_state(self._decoder, self._optimizer)
 
@@ -34,6 +36,6 @@ class DemoModel:
         randomness = Randomness(0, number, torch.arange(LANES))
         documents_BT = torch.zeros_like(tokens_BT)
         batch = MicroBatch.of(tokens_BT, tokens_BT, positions_BT, documents_BT, torch.device("cpu"), randomness)
-        accumulate_gradients(self._decoder, [batch], 1)
+        accumulate_gradients(self._decoder, [batch], self._reduction)
         self._optimizer.step()
         self._optimizer.zero_grad()

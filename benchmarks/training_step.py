@@ -15,11 +15,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 
+from moray.cluster.host_memory import keep_freed_memory
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.metrics import matmul_peak
 from moray.jobs.training.optimizer import build_optimizer
@@ -40,11 +42,20 @@ LARGE = {
     "attention": {"n_heads": 16, "n_kv_heads": 8, "head_dim": 128},
     "ffn": {"width": 8192},
 }
-SHAPES = {
-    "cpu": {"minimind-3": {}, "minimind-3-moe": {}},
+FINE = {"n_experts": 64, "top_k": 6, "expert_width": 304}
+SHAPES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "cpu": {
+        "minimind-3": ("minimind-3", {}),
+        "minimind-3-moe": ("minimind-3-moe", {}),
+        "64 experts of 304, top 6": ("minimind-3-moe", {"moe": FINE}),
+        "dense of 6 x 304": ("minimind-3", {"ffn": {"width": 6 * 304}}),
+    },
     "cuda": {
-        "minimind-3": LARGE,
-        "minimind-3-moe": {**LARGE, "moe": {"n_experts": 16, "top_k": 4, "expert_width": 1024}},
+        "dense": ("minimind-3", LARGE),
+        "16 experts of 1,024, top 4": (
+            "minimind-3-moe",
+            {**LARGE, "moe": {"n_experts": 16, "top_k": 4, "expert_width": 1024}},
+        ),
     },
 }
 
@@ -63,16 +74,15 @@ def moray_step(
     batch = MicroBatch.of(inputs, targets, positions, documents, device)
 
     def step() -> None:
-        accumulate_gradients(decoder, [batch], tp=1)
+        accumulate_gradients(decoder, [batch])
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def transformers_step(
-    config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, device: torch.device, autocast: bool
-) -> Step:
+def transformers_model(config: ModelConfig) -> torch.nn.Module:
+    """Qwen3 or Qwen3-MoE of the same shapes."""
     common = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -84,20 +94,25 @@ def transformers_step(
         "tie_word_embeddings": config.tied_embeddings,
         "use_cache": False,
     }
+    if not config.moe:
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common))
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **common,
+            num_experts=config.moe.n_experts,
+            num_experts_per_tok=config.moe.top_k,
+            moe_intermediate_size=config.moe.expert_width,
+            norm_topk_prob=config.moe.normalise_gates,
+            output_router_logits=True,
+        )
+    )
+
+
+def transformers_step(
+    config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, device: torch.device, autocast: bool
+) -> Step:
     with device:
-        if config.moe:
-            peer = transformers.Qwen3MoeForCausalLM(
-                transformers.Qwen3MoeConfig(
-                    **common,
-                    num_experts=config.moe.n_experts,
-                    num_experts_per_tok=config.moe.top_k,
-                    moe_intermediate_size=config.moe.expert_width,
-                    norm_topk_prob=config.moe.normalise_gates,
-                    output_router_logits=True,
-                )
-            )
-        else:
-            peer = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common))
+        peer = transformers_model(config)
     peer = peer if autocast else peer.to(dtype)
     optimizer = torch.optim.AdamW(peer.parameters(), fused=True)
     # transformers shifts the labels itself; as many positions are computed on either side.
@@ -137,7 +152,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--only", default="", help="models whose name has one of these words, by commas")
+    parser.add_argument("--give-back", action="store_true", help="freed memory goes back to the system, as by default")
     arguments = parser.parse_args()
+    if not arguments.give_back:
+        keep_freed_memory()  # as moray's workers do: on both sides, which take turns in this process
     device = torch.device(arguments.device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
@@ -148,7 +167,9 @@ def main() -> None:
     print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
     print("| model | dtype | peer's weights | moray tokens/s | transformers tokens/s | ratio | share of peak: both |")
     print("|---|---|---|---|---|---|---|")
-    for preset, changes in SHAPES[device.type].items():
+    for name, (preset, changes) in SHAPES[device.type].items():
+        if not any(word in name for word in arguments.only.split(",")):
+            continue
         config = ModelConfig.preset(preset, **changes)
         tokens_BT = torch.randint(config.vocab_size, (arguments.batch, arguments.tokens + 1))
         flops = 3 * sum(forward_flops(config, arguments.tokens).values()) * count
@@ -161,7 +182,7 @@ def main() -> None:
             peak = matmul_peak(device, dtype, 2.0)
             weights = "float32" if autocast or dtype == torch.float32 else "bfloat16"
             print(
-                f"| {preset} | {str(dtype)[6:]} | {weights} | {count / a:,.0f} | {count / b:,.0f} | {ratio:.2f} "
+                f"| {name} | {str(dtype)[6:]} | {weights} | {count / a:,.0f} | {count / b:,.0f} | {ratio:.2f} "
                 f"| {flops / a / peak:.0%} {flops / b / peak:.0%} |",
                 flush=True,
             )
