@@ -19,13 +19,19 @@ from moray.parallel.checkpoint.commits import Commit, list_commits
 Repair = Callable[[], None]
 FULL_S = 8.0
 DRAIN = """
-import sys, time
+import socket, sys, time
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
 import ray, os
 address = os.environ["RAY_ADDRESS"]
 ray.init(address, logging_level="error")
-(node,) = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == sys.argv[1]]
+def answers(n):  # Ray believes for a minute in a node that was cut off, whose successor has its address
+    try:
+        socket.create_connection((n["NodeManagerAddress"], n["NodeManagerPort"]), 2).close()
+    except OSError:
+        return False
+    return True
+(node,) = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == sys.argv[1] and answers(n)]
 reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
 accepted, why = GcsClient(address=address).drain_node(node, reason, "chaos", int(1000 * (time.time() + 60)))
 assert accepted, why
