@@ -82,7 +82,7 @@ def moray_step(
 
 
 def transformers_model(config: ModelConfig) -> torch.nn.Module:
-    """Qwen3 or Qwen3-MoE of the same shapes."""
+    """Qwen3 or Qwen3-MoE of the same widths: without shared experts, and with a MoE in every layer."""
     common = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
