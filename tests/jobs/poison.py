@@ -80,9 +80,9 @@ def flipping(rank: int, calls: range) -> Iterator[None]:
 
 
 def pausing(
-    tell: Callable[[int, dict[str, Any]], None], pause_s: float, hurry: Path
+    tell: Callable[[int, dict[str, Any]], None], pause_s: Callable[[int], float], hurry: Path
 ) -> Callable[[int, dict[str, Any]], None]:
-    """Tells of a step, and sleeps after the first word of it."""
+    """Tells of a step, and sleeps as long as is due behind it after the first word of it."""
     last = -1
 
     def report(step: int, status: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def pausing(
         tell(step, status)
         if step > last and not hurry.exists():
             last = step
-            time.sleep(pause_s)
+            time.sleep(pause_s(step))
 
     return report
 
@@ -107,7 +107,7 @@ def train(context: WorkerContext, config: RunConfig) -> int:
 
         context = replace(context, report=report)
     if pause_s := plan.pop("pause_s", 0.0):
-        context = replace(context, report=pausing(context.report, pause_s, Path(config.run.dir, "hurry")))
+        context = replace(context, report=pausing(context.report, lambda _: pause_s, Path(config.run.dir, "hurry")))
     if free_bytes := plan.pop("free_bytes", None):
         recovery.free_memory = lambda: free_bytes
     rank, call = plan.pop("flipped", (0, 0))

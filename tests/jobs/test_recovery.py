@@ -359,7 +359,7 @@ def test_a_run_goes_on_with_the_workers_that_there_are(
     1e-10 where all is computed in fp64, and to the last bit in exact mode.
     """
     monkeypatch.setattr("moray.cluster.ray.resizing.WORTH", 0.1)
-    steps, ep = 32, 1 if exact else 2
+    steps, ep = 48, 1 if exact else 2
     # A validation between is left out where a generation is asked to stop meanwhile; the one at the end never is.
     changes = {"train__steps": steps, "train__micro_batch": 1, "train__exact": exact, "train__eval_every": 0}
     alone = poisoned(tmp_path / "alone", monkeypatch, fp64=not exact)

@@ -15,7 +15,7 @@ from chaos.nodes import ray_of
 from chaos.run import Run
 
 SEED = 1
-STEPS = 400
+STEPS = 500
 # So that it does not take half a minute until a node that is cut off counts as lost.
 LEASE_S = 12
 

@@ -1,7 +1,8 @@
 """The worker function of a run that is to be harmed: `train`, with traps that spring at a certain line of the code.
 
 A trap is armed by a file RUN/trap-NAME; whichever process gets there first removes the file, and dies of SIGKILL (or
-computes a NaN). `PAUSE_S` follows every step until RUN/hurry exists.
+computes a NaN). A pause follows every step until RUN/hurry exists: `PAUSE_S` at first, and the longer the fewer steps
+are left, so that on a slow machine, too, some are left for the last fault.
 """
 
 import os
@@ -29,8 +30,12 @@ TRAPS = ("shard", "manifest", "rename", "renamed", "snapshot", "nan")
 
 
 def train(context: WorkerContext, config: RunConfig) -> int:
-    run = Path(config.run.dir)
-    context = replace(context, report=pausing(context.report, PAUSE_S, run / "hurry"))
+    run, steps = Path(config.run.dir), config.train.steps
+
+    def pause_s(step: int) -> float:
+        return PAUSE_S * steps / max(1, steps - step)
+
+    context = replace(context, report=pausing(context.report, pause_s, run / "hurry"))
     with _trapped(run):
         return trainer.train(context, config)
 
