@@ -26,7 +26,7 @@ class WholeVocabulary:
         return x_BTD
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over the vocabulary's ranks, in place where possible."""
+        """The sum over the vocabulary's ranks."""
         return x
 
     def highest(self, x: Tensor) -> Tensor:

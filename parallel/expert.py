@@ -6,7 +6,9 @@ route -> sort by expert -> exchange counts -> exchange rows -> grouped products 
 # Shapes: N tokens on this rank, K experts per token, M rows that leave (N * K but for those dropped), R rows that
 # arrive, D model width, E experts, e experts of this rank, P expert-parallel ranks.
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from moray.model.decoder import Decoder
 from moray.model.moe.dispatch import LocalDispatcher, Permute, Sorted, invert, sort_by_expert, unsort
 from moray.model.moe.layer import MoE
 from moray.parallel.layout import Meshes
-from moray.parallel.tensor import TokenSlices
+from moray.parallel.tensor import Exchange, TokenSlices
 
 
 class SequenceSlice(LocalDispatcher):
@@ -68,7 +70,7 @@ class AllToAllDispatcher(SequenceSlice):
         arriving_Pe = arriving_E.view(self.size, -1)
         # A wait for the device: the exchange needs its sizes on the host.
         sent_P, received_P = torch.stack((plan.counts_E.view(self.size, -1).sum(1), arriving_Pe.sum(1))).tolist()
-        rows_RD = _Exchange.apply(plan.rows_MD, sent_P, received_P, self.group)
+        rows_RD = Exchange.apply(plan.rows_MD, *self._ways(sent_P, received_P))
         # Rows arrive ordered by (source rank, expert); the grouped product wants them by expert.
         expert_R = torch.arange(arriving_Pe.shape[1], device=x_ND.device).repeat(self.size)
         order_R = expert_R.repeat_interleave(arriving_E, output_size=sum(received_P)).argsort(stable=True)
@@ -78,8 +80,17 @@ class AllToAllDispatcher(SequenceSlice):
 
     def combine(self, rows_RD: Tensor, journey: Journey, gates_NK: Tensor) -> Tensor:  # type: ignore[override]
         rows_RD = Permute.apply(rows_RD, journey.inverse_R, journey.order_R)
-        rows_MD = _Exchange.apply(rows_RD, journey.received_P, journey.sent_P, self.group)
+        rows_MD = Exchange.apply(rows_RD, *self._ways(journey.received_P, journey.sent_P))
         return unsort(rows_MD, journey.plan, gates_NK)
+
+    def _ways(self, sent_P: list[int], received_P: list[int]) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """There and back."""
+        return partial(self._exchange, sent_P, received_P), partial(self._exchange, received_P, sent_P)
+
+    def _exchange(self, sent_P: list[int], received_P: list[int], rows_MD: Tensor) -> Tensor:
+        out_RD = rows_MD.new_empty(sum(received_P), rows_MD.shape[1])
+        dist.all_to_all_single(out_RD, rows_MD.contiguous(), received_P, sent_P, group=self.group)
+        return out_RD
 
 
 def apply_expert_parallel(decoder: Decoder, meshes: Meshes) -> None:
@@ -95,23 +106,6 @@ def apply_expert_parallel(decoder: Decoder, meshes: Meshes) -> None:
         for name, weight in list(module.experts.named_parameters()):
             split: DTensor = distribute_tensor(weight, meshes.ep, [Shard(0)], src_data_rank=None)
             setattr(module.experts, name, nn.Parameter(split))
-
-
-class _Exchange(torch.autograd.Function):
-    """Rows to and from every rank of a group; the gradient travels the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, sent_P: list[int], received_P: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent_P, ctx.received_P, ctx.group = sent_P, received_P, group
-        out_RD = x_MD.new_empty(sum(received_P), x_MD.shape[1])
-        dist.all_to_all_single(out_RD, x_MD.contiguous(), received_P, sent_P, group=group)
-        return out_RD
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        grad_MD = grad_RD.new_empty(sum(ctx.sent_P), grad_RD.shape[1])
-        dist.all_to_all_single(grad_MD, grad_RD.contiguous(), ctx.sent_P, ctx.received_P, group=ctx.group)
-        return grad_MD, None, None, None
 
 
 class _SumForward(torch.autograd.Function):

@@ -52,52 +52,43 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
     """FSDP2, with experts on the sparse mesh, what tensor parallelism has left whole on the flat one, and routers in
     `dtype` whatever the products' dtype.
     """
-    has_copies = meshes.dense["dp_replicate"].size() > 1
     dense, sparse = _over(meshes.dense, "dp_shard"), _over(meshes.sparse, "efsdp")
     flat = _over(meshes.flat, "dp_shard_tp") if meshes.flat else dense
-    experts = [module for module in decoder.modules() if isinstance(module, Experts)]
-    routers = [module for module in decoder.modules() if isinstance(module, Router)]
+    experts: list[nn.Module] = [module for module in decoder.modules() if isinstance(module, Experts)]
+    routers: list[nn.Module] = [module for module in decoder.modules() if isinstance(module, Router)]
     of_experts = {weight for module in experts for weight in module.parameters()}
     others = {weight for weight in decoder.parameters() if weight not in of_experts}
     undivided = {weight for weight in others if meshes.flat and not isinstance(weight, DTensor)}
+    efsdp, dp_shard = meshes.sparse["efsdp"].size(), meshes.dense["dp_shard"].size()
     # What a rank holds whole and need not cast stays as it is: FSDP would only copy weights and gradients.
     ignored: set[nn.Parameter] = set()
-    if compute_dtype == dtype and (stage == 1 or not has_copies):
-        ignored |= of_experts if meshes.sparse["efsdp"].size() == 1 else set()
-        ignored |= others - undivided if meshes.dense["dp_shard"].size() == 1 else set()
+    if compute_dtype == dtype and (stage == 1 or meshes.dense["dp_replicate"].size() == 1):
+        ignored |= of_experts if efsdp == 1 else set()
+        ignored |= others - undivided if dp_shard == 1 else set()
     if len(ignored) == len(of_experts | others):
         return
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=dtype)
-    accurate = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
-    ranks, on_flat = meshes.sparse["efsdp"].size(), cast(FSDPMeshInfo, _get_mesh_info(flat))
+    on_flat = cast(FSDPMeshInfo, _get_mesh_info(flat))
 
-    def wrap(module: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
-        def place(weight: nn.Parameter) -> Shard | ShardPlacementResult | None:
-            if weight in of_experts:
-                return _expert_split(weight, ranks)
-            return ShardPlacementResult(None, on_flat) if weight in undivided else None
+    def place(weight: nn.Parameter) -> Shard | ShardPlacementResult | None:
+        if weight in of_experts:
+            return _expert_split(weight, efsdp)
+        return ShardPlacementResult(None, on_flat) if weight in undivided else None
 
-        fully_shard(
-            module,
-            mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard,
-            shard_placement_fn=place,
-            ignored_params=ignored,
-        )
+    def wrap(modules: list[nn.Module], mesh: DeviceMesh, products: torch.dtype, reshard: bool) -> None:
+        """In stage 1 as one, for there are to be as few exchanges as there are meshes and dtypes."""
+        policy = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=dtype)
+        rest: dict[str, Any] = {"mp_policy": policy, "shard_placement_fn": place, "ignored_params": ignored}
+        for module in [modules] if stage == 1 and len(modules) > 1 else modules:
+            fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3 and reshard, **rest)  # type: ignore
 
-    # In stage 1 there are as few exchanges as there are meshes and dtypes. Where one rank holds all the weights,
-    # freeing and copying them again would be work for nothing.
-    for some in [experts] if stage == 1 else [[module] for module in experts]:
-        if some and not of_experts <= ignored:
-            wrap(some, sparse, policy, stage == 3 and ranks > 1)
-    reshard = stage == 3 and meshes.dense["dp_shard"].size() > 1
-    for group in [routers] if stage == 1 else [[router] for router in routers]:
-        if group and compute_dtype != dtype:
-            wrap(group, flat, accurate, reshard)
-    for block in decoder.blocks if stage == 3 else ():
-        wrap(block, dense, policy, reshard)
-    wrap(decoder, dense, policy, False)
+    # Where one rank holds all the weights, freeing and copying them again would be work for nothing.
+    if not of_experts <= ignored:
+        wrap(experts, sparse, compute_dtype, efsdp > 1)
+    if compute_dtype != dtype:
+        wrap(routers, flat, dtype, dp_shard > 1)
+    if stage == 3:
+        wrap([*decoder.blocks], dense, compute_dtype, dp_shard > 1)
+    wrap([decoder], dense, compute_dtype, False)
     register_fsdp_forward_method(decoder, "loss")
     for module in decoder.modules():
         # A lone rank's sum is its mean, and dividing by 1 would be a pass over all gradients.

@@ -7,6 +7,7 @@ tokens or for a slice of the heads: their gradients are parts of a sum over the 
 
 # Shapes: B sequences, T tokens of each, t = T / P of them on each of P ranks, D model width, X any width.
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,13 +39,13 @@ class TokenSlices(WholeTokens):
         return out_BtX if bias is None else out_BtX + bias
 
     def gather(self, x_BtX: Tensor) -> Tensor:
-        return _Gather.apply(x_BtX, self)
+        return Exchange.apply(x_BtX, self.all_gather, self.reduce_scatter)
 
     def reduce(self, x_BTX: Tensor) -> Tensor:
-        return _Reduce.apply(x_BTX, self)
+        return Exchange.apply(x_BTX, self.reduce_scatter, self.all_gather)
 
     def total(self, x: Tensor) -> Tensor:
-        return _Total.apply(x, self.group)
+        return Exchange.apply(x, self.all_reduce, self.all_reduce)
 
     def own(self, x_BT: Tensor) -> Tensor:
         return x_BT.chunk(self.size, dim=1)[self.rank]
@@ -61,52 +62,35 @@ class TokenSlices(WholeTokens):
         dist.reduce_scatter_single(own_BtX, parts_PBtX.flatten(0, 1), group=self.group)
         return own_BtX
 
-
-class _Gather(torch.autograd.Function):
-    """What the ranks read is the same, what each makes of it a part: their gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BtX: Tensor, tokens: TokenSlices) -> Tensor:
-        ctx.tokens = tokens
-        return tokens.all_gather(x_BtX)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTX: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.tokens.reduce_scatter(grad_BTX), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTX: Tensor, tokens: TokenSlices) -> Tensor:
-        ctx.tokens = tokens
-        return tokens.reduce_scatter(x_BTX)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BtX: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.tokens.all_gather(grad_BtX), None
-
-
-class _Total(torch.autograd.Function):
-    """Every rank reads the sum, and makes a part of the result of it: the gradient is summed, too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, total = group, x.clone()
-        dist.all_reduce(total, group=group)
+    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, op, group=self.group)
         return total
 
+
+class Exchange(torch.autograd.Function):
+    """`there(x)` between ranks; the gradient goes `back`, by its transpose.
+
+    What a rank makes of what all have read alike is a part of the result: such gradients are summed.
+    """
+
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = grad.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.back(grad), None, None
 
 
 class VocabularyShard(WholeVocabulary):
     """The rows of embedding and head that this tensor-parallel rank holds, and the sums over its peers."""
 
+    tokens: TokenSlices
+
     def __init__(self, tokens: TokenSlices, vocab_size: int) -> None:
-        self.tokens, self.group, self.rows = tokens, tokens.group, vocab_size // tokens.size
+        self.tokens, self.rows = tokens, vocab_size // tokens.size
         self.start = tokens.rank * self.rows
 
     def embed(self, embedding: nn.Embedding, tokens_BT: Tensor) -> Tensor:
@@ -115,18 +99,19 @@ class VocabularyShard(WholeVocabulary):
         return self.tokens.reduce(embedding(torch.where(here_BT, index_BT, 0)) * here_BT[..., None])
 
     def total(self, x: Tensor) -> Tensor:
-        dist.all_reduce(x, group=self.group)
-        return x
+        return self.tokens.all_reduce(x)
 
     def highest(self, x: Tensor) -> Tensor:
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
-        return x
+        return self.tokens.all_reduce(x, dist.ReduceOp.MAX)
 
 
 class SlicedRMSNorm(RMSNorm):
     """A norm over channels of which this rank holds a run: the ranks' sums of squares are added up."""
 
-    tokens: TokenSlices
+    def __init__(self, whole: RMSNorm, tokens: TokenSlices) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.eps, self.unit_offset = whole.weight, whole.bias, whole.eps, whole.unit_offset
+        self.tokens = tokens
 
     def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:
         accurate = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -165,9 +150,9 @@ def _split_heads(attention: Attention, config: AttentionConfig, mesh: DeviceMesh
     if has_own:
         _split(mesh, 0, attention.key, attention.value)
     if config.qk_norm == "full":
-        for norm in (attention.query_norm, attention.key_norm) if has_own else (attention.query_norm,):
-            norm.__class__ = SlicedRMSNorm
-            norm.tokens = tokens  # type: ignore[assignment]
+        attention.query_norm = SlicedRMSNorm(attention.query_norm, tokens)
+        if has_own:
+            attention.key_norm = SlicedRMSNorm(attention.key_norm, tokens)
 
 
 def kv_heads_read(config: AttentionConfig, ranks: int, rank: int) -> list[int] | None:

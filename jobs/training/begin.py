@@ -20,11 +20,10 @@ from moray.jobs.config.sections import TrainSection
 from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.words import describe
-from moray.jobs.training.dtype import choose_dtype
+from moray.jobs.training.choices import decided
 from moray.jobs.training.metrics import worker_peak
 from moray.jobs.training.optimizer import build_optimizer, older_names, share_step, training_state
 from moray.jobs.training.recovery import make_room
-from moray.jobs.training.stage import choose_stage
 from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
@@ -35,7 +34,7 @@ from moray.parallel.checkpoint.snapshots import Snapshots
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
-from moray.parallel.reduction import Reduction
+from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards
 from moray.parallel.witness import Witness
 
@@ -123,11 +122,9 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     layout = config.layout_on(context.world_size)
     dataset = _open_storage(context, config)
     commits = None if context.rank else checkpoints_of(config)
-    chosen = {"dtype": choose_dtype(config.train, context.device, commits)}
-    config = config.model_copy(update={"train": config.train.model_copy(update=chosen)})
-    stage = choose_stage(config, context, layout, commits)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": stage})})
-    compute_dtype = getattr(torch, config.train.dtype)
+    config = decided(config, context, layout, commits)
+    compute_dtype: torch.dtype = getattr(torch, config.train.dtype)
+    stage: Stage = 1 if config.train.zero_stage == 1 else 3
     context.enter("building")
     meshes = layout.meshes(context.device.type)
     decoder = build_decoder(config.model, meshes, dtype=torch.float32, compute_dtype=compute_dtype, stage=stage)

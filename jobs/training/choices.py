@@ -1,0 +1,67 @@
+"""What the machines decide of a run where its user does not: once, and a later attempt on others keeps to it."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from moray.cluster.host_memory import free_memory
+from moray.cluster.worker import WorkerContext
+from moray.jobs.config.run import RunConfig
+from moray.model.accounting.saved import activation_bytes
+from moray.parallel.checkpoint.commits import list_commits
+from moray.parallel.gradients import world_sum
+from moray.parallel.layout import Layout
+from moray.parallel.memory import rank_bytes
+
+SHARE = 0.5
+"""Of the free memory, that ZeRO's stage 1 may take: snapshots, allocators and other programs have some, too."""
+
+T = TypeVar("T")
+
+
+def decided(config: RunConfig, context: WorkerContext, layout: Layout, commits: Path | None) -> RunConfig:
+    """The config with `train.dtype` and `train.zero_stage`: those set, else those of the newest commit, else bf16 and
+    stage 1 where every rank has the instructions and the memory for it.
+
+    `commits` is the folder of commits, on rank 0 alone, which looks for all. Collective where something is left open.
+    """
+    newest = list_commits(commits)[-1:] if commits else []
+    recorded = newest[0].manifest.metadata["config"]["train"] if newest else {}
+
+    def choose(name: str, better: T, other: T, is_able: bool) -> T:
+        """Collective. A commit of before a setting existed was of the `other` kind."""
+        found = recorded.get(name, other) if recorded else None
+        votes = torch.tensor([found == better, found == other, not is_able], dtype=torch.float32)
+        was_better, was_other, lacks = world_sum(votes).bool().tolist()
+        return better if was_better or not (was_other or lacks) else other
+
+    chosen = dict(config.train)
+    if chosen["dtype"] == "auto":
+        chosen["dtype"] = choose("dtype", "bfloat16", "float32", has_fast_bf16(context.device))
+    if config.train.exact:
+        chosen["zero_stage"] = 3  # its tree takes the gradient of each micro-batch
+    elif chosen["zero_stage"] == "auto":
+        # As much is free in later generations as was in the first one.
+        has_room = context.once(
+            f"room for stage 1, {layout}, rank {context.local_rank}",
+            lambda: _has_room(config, context, layout, 2 if chosen["dtype"] == "bfloat16" else 4),
+        )
+        chosen["zero_stage"] = choose("zero_stage", 1, 3, has_room)
+    return config.model_copy(update={"train": config.train.model_copy(update=chosen)})
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether it has instructions for products in bf16: a CPU without them is tens of times slower than in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+def _has_room(config: RunConfig, context: WorkerContext, layout: Layout, itemsize: int) -> bool:
+    train, device = config.train, context.device
+    held = rank_bytes(config.model, layout, itemsize)
+    activations = activation_bytes(config.model, train.seq_len).total * train.micro_batch * itemsize / 2 / layout.tp
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory() / context.local_world_size
+    return held.state + held.whole + activations <= SHARE * free
