@@ -11,6 +11,7 @@ from moray.model.feedforward import FeedForward
 from moray.model.moe.balance import Statistics
 from moray.model.moe.layer import MoE
 from moray.model.norm import build_norm
+from moray.model.recompute import Recompute, recomputing
 
 
 class Block(nn.Module):
@@ -21,10 +22,12 @@ class Block(nn.Module):
     x + attention(norm(x)) + ffn(norm'(x)) (GPT-NeoX).
 
     Shapes: x_BTD -> [B, T, D], and what a MoE layer's auxiliary losses are made of while training (else None).
+    `recompute`: what it keeps for the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, recompute: Recompute = "none") -> None:
         super().__init__()
+        self.recompute: Recompute = recompute
         norm = config.norm
         self.is_post, self.is_parallel = norm.placement == "post", config.residual == "parallel"
         self.attention_norm = build_norm(config.d_model, norm)
@@ -37,6 +40,9 @@ class Block(nn.Module):
         self.ffn_post_norm = build_norm(config.d_model, norm) if is_sandwich else nn.Identity()
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
+        return recomputing(self.recompute, self._compute, x_BTD, context)
+
+    def _compute(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
         if self.is_post:
             x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, context))
             out_BTD, statistics = self._feed_forward(x_BTD, context)

@@ -18,6 +18,7 @@ from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_c
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
 from moray.model.randomness import Randomness
+from moray.model.recompute import Recompute
 from moray.model.sharded import Embedding, Linear, local
 
 
@@ -37,16 +38,17 @@ class Losses(NamedTuple):
 class Decoder(nn.Module):
     """A decoder-only GPT as its config describes it.
 
-    Weights are uninitialised until `model.init.initialise` (or a checkpoint) fills them.
+    Weights are uninitialised until `model.init.initialise` (or a checkpoint) fills them. `recompute`: what layers keep
+    for a backward pass.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model)
         is_learned = config.position.kind == "learned"
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if is_learned else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer, recompute) for layer in range(config.n_layers))
         # After post-norm blocks the stream is normalised already.
         is_post = config.norm.placement == "post"
         self.norm = nn.Identity() if is_post else build_norm(config.d_model, config.norm)

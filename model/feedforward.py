@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moray.model.config.parts import FeedForwardConfig
 from moray.model.context import Context
 from moray.model.mixffn import CausalConvolution, LowRankAdapter
+from moray.model.recompute import cheap
 from moray.model.sharded import Linear, RowLinear, WholeTokens
 
 
@@ -65,6 +66,10 @@ class FeedForward(nn.Module):
             up_BTF = self.conv(up_BTF, context)
         elif self.adapter is not None:
             up_BTF = self.adapter(up_BTF)
-        if self.gate is None:
-            return self.down(self.activation(up_BTF))
-        return self.down(self.activation(self.gate(x_BTD)) * up_BTF)
+        gate_BTF = None if self.gate is None else self.gate(x_BTD)
+        return self.down(cheap(partial(activated, self.activation), up_BTF, gate_BTF))
+
+
+def activated(function: Callable[[Tensor], Tensor], up: Tensor, gate: Tensor | None) -> Tensor:
+    """act(gate) * up, or act(up) without a gate."""
+    return function(up) if gate is None else function(gate) * up

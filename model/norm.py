@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moray.model.config.parts import NormConfig
+from moray.model.recompute import cheap
 
 
 class _Norm(nn.Module, ABC):
@@ -23,11 +24,12 @@ class _Norm(nn.Module, ABC):
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.unit_offset:
-            return self.normalise(x, self.weight, self.bias)
+        return cheap(self._offset if self.unit_offset else self.normalise, x, self.weight, self.bias)
+
+    def _offset(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:
         accurate = torch.promote_types(x.dtype, torch.float32)
-        bias_D = None if self.bias is None else self.bias.to(accurate)
-        return self.normalise(x.to(accurate), 1 + self.weight.to(accurate), bias_D).to(x.dtype)
+        bias_D = None if bias_D is None else bias_D.to(accurate)
+        return self.normalise(x.to(accurate), 1 + weight_D.to(accurate), bias_D).to(x.dtype)
 
     @abstractmethod
     def normalise(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from moray.model.decoder import Decoder
 from moray.model.init import initial_tensor
 from moray.model.moe.experts import Experts
 from moray.model.moe.layer import MoE, Router
+from moray.model.recompute import Recompute
 from moray.model.sharded import local
 from moray.model.tensors import Read, tensor_shapes
 from moray.parallel.expert import apply_expert_parallel
@@ -27,15 +28,22 @@ from moray.parallel.tensor import apply_tensor_parallel
 
 
 def build_decoder(
-    config: ModelConfig, meshes: Meshes, *, dtype: torch.dtype, compute_dtype: torch.dtype, stage: Stage = 3
+    config: ModelConfig,
+    meshes: Meshes,
+    *,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    stage: Stage = 3,
+    recompute: Recompute = "none",
 ) -> Decoder:
     """A decoder spread over the meshes, whose weights `initialise_shards` or a checkpoint must fill.
 
     `dtype` is that of the weights, gradients and reductions, `compute_dtype` that of the products (bf16 or the same).
-    Between steps no rank holds more than its own shard; within one, `stage` decides. Collective.
+    Between steps no rank holds more than its own shard; within one, `stage` decides, and `recompute` what is kept of
+    activations. Collective.
     """
     with torch.device("meta"):
-        decoder = Decoder(config).to(dtype)
+        decoder = Decoder(config, recompute).to(dtype)
     if meshes.tp.size() > 1:
         apply_tensor_parallel(decoder, meshes.tp)
     apply_expert_parallel(decoder, meshes)

@@ -21,6 +21,7 @@ from moray.model.moe import experts
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.grouped import grouped_linear, grouped_mm_linear
 from moray.model.moe.layer import MoE
+from moray.model.recompute import Recompute
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
 from moray.parallel.layout import Layout
@@ -144,6 +145,7 @@ def spread(
     compute_dtype: torch.dtype | None = None,
     device: torch.device = CPU,
     stage: Stage = 3,
+    recompute: Recompute = "none",
     *,
     exact: bool = False,
 ) -> dict[str, Any] | None:
@@ -155,7 +157,8 @@ def spread(
     """
     experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
     meshes, least = layout.meshes(device.type), group_size(config)
-    decoder = build_decoder(config, meshes, dtype=dtype, compute_dtype=compute_dtype or dtype, stage=stage)
+    compute_dtype = compute_dtype or dtype
+    decoder = build_decoder(config, meshes, dtype=dtype, compute_dtype=compute_dtype, stage=stage, recompute=recompute)
     initialise_shards(decoder, SEED)
     starve(decoder)
     optimizer = build_optimizer(decoder, OPTIMIZER, fused=not exact)

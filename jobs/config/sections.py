@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from moray import UserError
 from moray.cluster.launchers import Launcher
+from moray.model.recompute import Recompute
 
 
 class Section(BaseModel):
@@ -44,6 +45,9 @@ class TrainSection(Section):
     zero_stage: Literal["auto", 1, 3] = "auto"
     """How workers share weights and gradients (ZeRO). 3: each layer's are exchanged with every micro-batch. 1: once a
     step, and meanwhile each has all of them, which is faster. auto: 1 where half of the free memory holds that."""
+    recompute: Recompute = "none"
+    """What is computed again in the backward pass, instead of kept. selective: what is cheap to compute (norms,
+    activation functions, copies), for half the memory of activations or less. full: whole layers, for a tenth of it."""
     eval_every: int = Field(100, ge=0)
     """Steps between two passes over the validation split; 0: only at the end."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
@@ -64,6 +68,11 @@ class TrainSection(Section):
     @classmethod
     def _number(cls, stage: Any) -> Any:
         return int(stage) if isinstance(stage, str) and stage.isdecimal() else stage
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _word(cls, how: Any) -> Any:
+        return "none" if how is None else how  # as the word is read everywhere else
 
     @field_validator("dtype", mode="before")
     @classmethod

@@ -142,6 +142,7 @@ def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> d
 def _deciding_bits(train: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     """What train.exact is exact for."""
     settings = {"train.exact": train.get("exact", False), "train.micro_batch": train["micro_batch"]}
+    settings["train.recompute"] = train.get("recompute", "none")
     return settings | {f"layout.{name}": layout[name] for name in ("tp", "ep")}
 
 

@@ -127,7 +127,14 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     stage: Stage = 1 if config.train.zero_stage == 1 else 3
     context.enter("building")
     meshes = layout.meshes(context.device.type)
-    decoder = build_decoder(config.model, meshes, dtype=torch.float32, compute_dtype=compute_dtype, stage=stage)
+    decoder = build_decoder(
+        config.model,
+        meshes,
+        dtype=torch.float32,
+        compute_dtype=compute_dtype,
+        stage=stage,
+        recompute=config.train.recompute,
+    )
     # Of each rank its own, for what one measures while others are busy is lower: a restart must not change the MFU.
     peak = context.once(
         f"peak of {context.device} in {config.train.dtype}, rank {context.local_rank}",

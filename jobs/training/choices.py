@@ -61,7 +61,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 def _has_room(config: RunConfig, context: WorkerContext, layout: Layout, itemsize: int) -> bool:
     train, device = config.train, context.device
     held = rank_bytes(config.model, layout, itemsize)
-    activations = activation_bytes(config.model, train.seq_len).total * train.micro_batch * itemsize / 2 / layout.tp
+    kept = activation_bytes(config.model, train.seq_len, train.recompute).total
+    activations = kept * train.micro_batch * itemsize / 2 / layout.tp
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory() / context.local_world_size
     return held.state + held.whole + activations <= SHARE * free

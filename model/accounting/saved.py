@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from moray.model.attention.rope import rope_angles
@@ -22,21 +21,26 @@ from moray.model.context import Context, Documents
 from moray.model.decoder import Decoder
 from moray.model.moe.router import Router
 from moray.model.randomness import Randomness
+from moray.model.recompute import Recompute, noting
 
 
 class Activations(NamedTuple):
-    """Bytes that one sequence leaves: in each layer, and outside of them (tokens, angles, last norm, head)."""
+    """Bytes that one sequence leaves: in each layer, and outside of them (tokens, angles, last norm, head).
+
+    again: what the layer of which most is computed again leaves when it is. total: the most that there is at once.
+    """
 
     layers: list[int]
     outside: int
+    again: int = 0
 
     @property
     def total(self) -> int:
-        return sum(self.layers) + self.outside
+        return sum(self.layers) + self.outside + self.again
 
 
-def activation_bytes(config: ModelConfig, seq_len: int) -> Activations:
-    """Bytes that autograd saves of one sequence when products run in bf16 and routers in fp32, as in training.
+def activation_bytes(config: ModelConfig, seq_len: int, recompute: Recompute = "none") -> Activations:
+    """Bytes that are kept of one sequence when products run in bf16 and routers in fp32, as in training.
 
     Every storage once, but not those of weights and their gradients, nor the few numbers an expert that become a
     routing group's losses; and as if no assignment to an expert were dropped.
@@ -56,10 +60,11 @@ def activation_bytes(config: ModelConfig, seq_len: int) -> Activations:
     for layer in range(config.n_layers):
         kind = config.is_moe_layer(layer), config.attention.is_local(layer)
         if kind not in kinds:
-            kinds[kind] = _saved(partial(Block, config, layer), fake, x_BTD, context)
+            kinds[kind] = _saved(partial(Block, config, layer, recompute), fake, x_BTD, context)
         layers.append(sum(size for storage, size in kinds[kind].items() if storage not in shared))
     outside = _saved(partial(_without_layers, config), fake, tokens_BT) | shared
-    return Activations([size // batch for size in layers], sum(outside.values()) // batch)
+    again = max(activation_bytes(config, seq_len).layers) if recompute == "full" else 0
+    return Activations([size // batch for size in layers], sum(outside.values()) // batch, again)
 
 
 def _context(config: ModelConfig, batch: int, tokens: int) -> Context:
@@ -77,19 +82,13 @@ def _without_layers(config: ModelConfig) -> Decoder:
 
 
 def _saved(build: Callable[[], nn.Module], fake: FakeTensorMode, x: Tensor, *context: Any) -> dict[int, int]:
-    """Bytes of each storage that a module's forward pass saves, but for those of weights."""
+    """Bytes of each storage that a module's forward pass keeps, but for those of weights."""
     with torch.device("meta"):
         module = build().to(torch.bfloat16)
     for child in module.modules():
         if isinstance(child, Router):
             child.to(torch.float32)
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with fake, saved_tensors_hooks(keep, lambda tensor: tensor):
+    with fake, noting() as saved:
         weights = {
             name: torch.empty(held.shape, dtype=held.dtype, requires_grad=held.requires_grad)
             for name, held in (*module.named_parameters(), *module.named_buffers())

@@ -7,9 +7,12 @@
 # A = N * K assignments of a token to an expert, M rows sent to experts: those of the A that are kept.
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from moray.model.recompute import cheap
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,13 @@ def sort_by_expert(x_ND: Tensor, chosen_NK: Tensor, kept_NK: Tensor | None, n_ex
         order_M, inverse_A = kept_M[expert_A.argsort(stable=True)], None
     # bincount would make a GPU wait to learn how many bins there are.
     counts_E = expert_A.new_zeros(n_experts).scatter_add_(0, expert_A, torch.ones_like(expert_A))
-    return Sorted(Spread.apply(x_ND, order_M, inverse_A, k), counts_E, order_M, inverse_A)
+    rows_MD = cheap(partial(_spread, k), x_ND, order_M, inverse_A)
+    return Sorted(rows_MD, counts_E, order_M, inverse_A)
+
+
+def _spread(k: int, x_ND: Tensor, order_M: Tensor, inverse_A: Tensor | None) -> Tensor:
+    rows_MD: Tensor = Spread.apply(x_ND, order_M, inverse_A, k)
+    return rows_MD
 
 
 def unsort(rows_MD: Tensor, plan: Sorted, gates_NK: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 # Shapes: M rows ordered by expert, D model width, F expert width, E experts (under expert parallelism
 # this rank's share).
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from moray.model.config.parts import FeedForwardConfig
-from moray.model.feedforward import activation
+from moray.model.feedforward import activated, activation
 from moray.model.moe.grouped import grouped_bias, grouped_linear
+from moray.model.recompute import cheap
 from moray.model.sharded import local
 
 
@@ -34,10 +37,10 @@ class Experts(nn.Module):
 
     def forward(self, rows_MD: Tensor, counts_E: Tensor) -> Tensor:
         up_MF = _project(rows_MD, self.up_EFD, self.up_bias_EF, counts_E)
-        if self.gate_EFD is None:
-            hidden_MF = self.activation(up_MF)
-        else:
-            hidden_MF = self.activation(_project(rows_MD, self.gate_EFD, self.gate_bias_EF, counts_E)) * up_MF
+        gate_MF = None
+        if self.gate_EFD is not None:
+            gate_MF = _project(rows_MD, self.gate_EFD, self.gate_bias_EF, counts_E)
+        hidden_MF = cheap(partial(activated, self.activation), up_MF, gate_MF)
         return _project(hidden_MF, self.down_EDF, self.down_bias_ED, counts_E)
 
 

@@ -2,6 +2,8 @@
 
 # Shapes: B sequences, T tokens of each on this rank, D model width, E experts, K experts per token, M rows sent.
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from moray.model.moe.capacity import capacity_of, within_capacity
 from moray.model.moe.dispatch import LocalDispatcher
 from moray.model.moe.experts import Experts
 from moray.model.moe.router import Router, Routing
+from moray.model.recompute import once
 
 
 class MoE(nn.Module):
@@ -47,9 +50,9 @@ class MoE(nn.Module):
         if self.training:
             self._check_groups(len(x_BTD))
             if self.moe.capacity_factor is not None:
-                kept_BTK = self._within_capacity(routing, context.documents.valid_BT)
+                kept_BTK = once(partial(self._within_capacity, routing, context.documents.valid_BT))
             statistics = statistics_of(routing, self.dispatcher.own(context.documents.valid_BT), self.moe)
-            self.tokens_E += statistics.counts_GE.sum(0).to(torch.int64)
+            once(partial(self._count, statistics.counts_GE))
             statistics = statistics.total(self.dispatcher.total)
         kept_NK = None if kept_BTK is None else kept_BTK.flatten(0, 1)
         rows_MD, counts_E, plan = self.dispatcher.dispatch(
@@ -57,6 +60,9 @@ class MoE(nn.Module):
         )
         out_ND = self.dispatcher.combine(self.experts(rows_MD, counts_E), plan, routing.gates_BTK.flatten(0, 1))
         return self._with_shared(out_ND.view_as(x_BTD), x_BTD, context), statistics
+
+    def _count(self, counts_GE: Tensor) -> None:
+        self.tokens_E += counts_GE.sum(0).to(torch.int64)
 
     def forget_counts(self) -> None:
         """Begins to count routed tokens anew."""

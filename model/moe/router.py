@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moray.model.config.architecture import ModelConfig
 from moray.model.config.moe import MoEConfig
 from moray.model.randomness import normal, uniform
+from moray.model.recompute import cheap, once
 
 TINY = 1e-20
 """Added to sums of scores that are divided by: sigmoids can underflow to 0, all of them."""
@@ -72,7 +73,9 @@ class Router(nn.Module):
 
     def forward(self, x_BTD: Tensor, keys_BT: Tensor | None = None) -> Routing:
         moe = self.moe
-        x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        accurate = torch.promote_types(x_BTD.dtype, torch.float32)
+        if x_BTD.dtype != accurate:
+            x_BTD = cheap(lambda x: x.to(accurate), x_BTD)
         if moe.jitter and keys_BT is not None:
             spread_BTD = 2 * uniform(keys_BT, "jitter", x_BTD.shape[-1]) - 1
             x_BTD = x_BTD * (1 + moe.jitter * spread_BTD).to(x_BTD.dtype)
@@ -86,9 +89,9 @@ class Router(nn.Module):
         chosen_BTK, gates_BTK = choose(scores_BTE, self.bias_E, moe)
         drawn_BTK = None
         if moe.second_expert == "random" and keys_BT is not None:
-            drawn_BTK = torch.ones_like(chosen_BTK, dtype=torch.bool)
             # With probability min(1, 2 gate), the gate being what it is before it is scaled.
-            drawn_BTK[..., 1:] = uniform(keys_BT, "second expert", 1) < 2 * gates_BTK[..., 1:]
+            second_BT1 = once(lambda: uniform(keys_BT, "second expert", 1) < 2 * gates_BTK[..., 1:])
+            drawn_BTK = torch.cat((torch.ones_like(second_BT1), second_BT1), dim=-1)
         load_BTE = None
         if moe.load_loss and deviation_BTE is not None:
             load_BTE = expected_load(clean_BTE, logits_BTE, deviation_BTE, moe.top_k)
@@ -100,7 +103,7 @@ def choose(scores_BTE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, 
     """The K experts of the highest score and bias in the groups allowed, and their gates before they are scaled."""
     # The bias steers which experts are chosen, never how much they count (DeepSeek-V3, eq. 16).
     ranking_BTE = limit_to_groups(scores_BTE.detach() + bias_E, moe.n_groups, moe.top_k_groups, moe.group_score)
-    chosen_BTK = ranking_BTE.topk(moe.top_k, dim=-1).indices
+    chosen_BTK = once(lambda: ranking_BTE.topk(moe.top_k, dim=-1).indices)
     gates_BTK = scores_BTE.gather(-1, chosen_BTK)
     if moe.normalise_gates:
         gates_BTK = gates_BTK / (gates_BTK.sum(-1, keepdim=True) + TINY)

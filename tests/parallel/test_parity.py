@@ -10,6 +10,7 @@ from law1 import CPU, SEED, check, global_batch, spread, truth
 from pool import Pool
 
 from moray.model import ModelConfig
+from moray.model.recompute import Recompute
 from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction, Stage
@@ -61,6 +62,24 @@ def test_layout_computes_what_one_process_computes(
     expected = TRUTHS[name, dtype]
     found = pool.run(spread, layout.world_size, MODELS[name], layout, dtype, None, CPU, stage)[0]
     check(found, expected, dtype)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp_replicate=2, dp_shard=1), Layout(dp_shard=2, ep=2), Layout(dp_replicate=2, dp_shard=2, tp=2, ep=2)],
+    ids=str,
+)
+def test_what_is_computed_again_is_what_one_process_computes(
+    pool: Pool, layout: Layout, stage: Stage, recompute: Recompute
+) -> None:
+    """Dropped assignments, routing groups of two sequences, norms over all heads: what must be as it was before."""
+    config = MODELS["moe-deepseek"].but(
+        attention={"qk_norm": "full"}, moe={"capacity_factor": 1.0, "drop_by": "gate", "group_size": 2}
+    )
+    found = pool.run(spread, layout.world_size, config, layout, torch.float64, None, CPU, stage, recompute)[0]
+    check(found, truth(config, torch.float64), torch.float64)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -49,6 +49,7 @@ def commit(config: RunConfig, step: int = 8, position: int = 32) -> Commit:
         ({"train__micro_batch": "1"}, "train.micro_batch=1 (there: 2)"),
         ({"layout__tp": "2", "cluster__workers": "2"}, "layout.tp=2 (there: 1)"),
         ({"train__exact": "false"}, "train.exact=False (there: True)"),
+        ({"train__recompute": "selective"}, "train.recompute=selective (there: none)"),
     ],
 )
 def test_a_run_in_exact_mode_keeps_what_its_bits_depend_on(
