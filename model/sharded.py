@@ -24,6 +24,10 @@ class WholeTokens:
         """All tokens, [B, T, X]."""
         return x_BtX
 
+    def gather_each(self, *parts_BtX: Tensor) -> tuple[Tensor, ...]:
+        """All tokens of each, [B, T, X], in one exchange."""
+        return parts_BtX
+
     def reduce(self, x_BTX: Tensor) -> Tensor:
         """The sum of all ranks' parts, for this rank's tokens, [B, t, X]."""
         return x_BTX

@@ -131,6 +131,15 @@ def world_sum(values: Tensor) -> Tensor:
     return values
 
 
+def of_all_ranks(value: float) -> list[float]:
+    """What each rank has, in their order. Collective."""
+    found = [torch.tensor(value, dtype=torch.float64)]
+    if dist.is_initialized():
+        found = [torch.empty_like(found[0]) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, torch.tensor(value, dtype=torch.float64))
+    return [one.item() for one in found]
+
+
 def _world_totals(own_NX: Tensor) -> list[float]:
     """The sum of each column over the rows of all ranks, which have equally many: rounded once, so in any order."""
     found = [own_NX]

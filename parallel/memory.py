@@ -1,26 +1,88 @@
-"""What a rank holds of a model, from its config and the layout alone."""
+"""What a rank has in memory at once while it trains, from config and layout alone."""
 
 from typing import NamedTuple
 
+import torch
+
 from moray.model.accounting.cost import parameters_by_part
+from moray.model.accounting.saved import activation_bytes
 from moray.model.config.architecture import ModelConfig
+from moray.model.loss import CHUNK_TOKENS
+from moray.model.recompute import Recompute
 from moray.parallel.layout import Layout
+from moray.parallel.reduction import Stage
 
-STATE_BYTES = 16
-"""Of a parameter: fp32 weight, gradient, and AdamW's two moments."""
-
-
-class RankBytes(NamedTuple):
-    """state: of this rank's shards, always. whole: of the weights and gradients that ZeRO's stage 1 has in a step."""
-
-    state: float
-    whole: float
+FP32_BYTES = 4
+MOMENTS = 2
 
 
-def rank_bytes(config: ModelConfig, layout: Layout, itemsize: int) -> RankBytes:
-    """Of a resolved layout; `itemsize` is that of the products' dtype. Gradients are added up in fp32."""
+class RankMemory(NamedTuple):
+    """Bytes. weights, gradients, optimizer: fp32, of this rank's shards. gathered: what it has of its peers' weights
+    and of gradients that are not reduced yet. activations: what a micro-batch leaves for the backward pass. passing:
+    what the layer at work has beside them, or the loss, whichever is more. head: its gradient, which the loss forms.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    passing: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def rank_memory(
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    seq_len: int,
+    micro_batch: int,
+    dtype: torch.dtype,
+    stage: Stage,
+    recompute: Recompute,
+) -> RankMemory:
+    """At its most, of a resolved layout; `dtype` is that of the products.
+
+    As if tokens were spread evenly over experts, and without what a kernel needs for itself.
+    """
     parts = {part: count.total for part, count in parameters_by_part(config).items()}
-    experts = parts.pop("routed experts", 0)
-    dense = sum(parts.values()) / layout.tp
-    shard = dense / layout.shard + experts / (layout.shard * layout.tp)
-    return RankBytes(STATE_BYTES * shard, (itemsize + 4) * (dense + experts / layout.ep))
+    experts = parts.pop("routed experts", 0) / layout.ep
+    ends = sum(parts.pop(part, 0) for part in ("embedding", "positions", "head")) / layout.tp
+    layers = sum(parts.values()) / layout.tp
+    expert_ranks = layout.shard * layout.tp // layout.ep
+    shard = (ends + layers) / layout.shard + experts / expert_ranks
+    kept = activation_bytes(config, seq_len, recompute, dtype=dtype, tp=layout.tp)
+    vocabulary = config.vocab_size / layout.tp
+    logits = min(CHUNK_TOKENS, seq_len * micro_batch) * vocabulary * (2 * FP32_BYTES + dtype.itemsize)
+    return RankMemory(
+        weights=FP32_BYTES * shard,
+        gradients=FP32_BYTES * shard,
+        optimizer=MOMENTS * FP32_BYTES * shard,
+        gathered=_gathered(config, layout, dtype, stage, ends, layers, experts),
+        activations=kept.total * micro_batch,
+        passing=max(kept.passing * micro_batch, logits),
+        head=FP32_BYTES * vocabulary * config.d_model,
+    )
+
+
+def _gathered(
+    config: ModelConfig, layout: Layout, dtype: torch.dtype, stage: Stage, ends: float, layers: float, experts: float
+) -> float:
+    """Stage 1 has all weights and gradients (fp32, for they are added up), 3 those outside of layers and the weights of
+    one layer, whose gradients are not there yet when activations are at their most.
+
+    What a rank holds whole in the products' dtype is no copy (`parallel.shard`).
+    """
+    is_whole = layout.shard == 1 and dtype.itemsize == FP32_BYTES
+    are_experts_whole = layout.shard * layout.tp == layout.ep and dtype.itemsize == FP32_BYTES
+    ends, layers = (0.0, 0.0) if is_whole else (ends, layers)
+    experts = 0.0 if are_experts_whole else experts
+    weight, gradient = dtype.itemsize, FP32_BYTES
+    if stage == 1:
+        return (weight + gradient) * (ends + layers + experts)
+    of_layer = layers / config.n_layers + experts / max(config.n_moe_layers, 1)
+    return (weight + gradient) * ends + weight * of_layer

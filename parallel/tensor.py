@@ -25,6 +25,7 @@ from moray.model.feedforward import FeedForward
 from moray.model.loss import WholeVocabulary
 from moray.model.mixffn import LowRankAdapter
 from moray.model.norm import RMSNorm
+from moray.model.recompute import cheap
 from moray.model.sharded import RowLinear, WholeTokens
 
 
@@ -39,7 +40,16 @@ class TokenSlices(WholeTokens):
         return out_BtX if bias is None else out_BtX + bias
 
     def gather(self, x_BtX: Tensor) -> Tensor:
+        """It may be gathered again: kept, it would be there as often as there are ranks (Korthikanti et al., 2022,
+        section 4.2.2).
+        """
+        return cheap(self._gather, x_BtX)
+
+    def _gather(self, x_BtX: Tensor) -> Tensor:
         return Exchange.apply(x_BtX, self.all_gather, self.reduce_scatter)
+
+    def gather_each(self, *parts_BtX: Tensor) -> tuple[Tensor, ...]:
+        return self.gather(torch.cat(parts_BtX, dim=-1)).split([x.shape[-1] for x in parts_BtX], dim=-1)
 
     def reduce(self, x_BTX: Tensor) -> Tensor:
         return Exchange.apply(x_BTX, self.reduce_scatter, self.all_gather)

@@ -11,7 +11,9 @@ from moray import UserError
 from moray.jobs.config.load import load_config
 from moray.jobs.config.nearest import nearest
 from moray.jobs.models.describe import describe
+from moray.jobs.models.units import binary, short
 from moray.jobs.models.weights import config_of, locate
+from moray.jobs.models.worker_memory import Training
 from moray.model import ModelConfig
 from moray.model.accounting.cost import (
     PARTS,
@@ -29,26 +31,28 @@ from moray.parallel.checkpoint.snapshots import FILES
 USUAL_SEQ_LEN = 4096
 
 
-def inspect_model(source: str, seq_len: int | None, *, as_json: bool, console: Console) -> None:
+def inspect_model(source: str, seq_len: int | None, training: Training, *, as_json: bool, console: Console) -> None:
     """Prints the architecture that `source` names and its costs at a sequence length.
 
-    Raises UserError for a source that is neither a preset nor a run nor a Hugging Face folder, and for a length that
-    the model has not.
+    Raises UserError for a source that is neither a preset nor a run nor a Hugging Face folder, for a length that the
+    model has not, and for a layout that it cannot have.
     """
     config = find_config(source)
     seq_len = min(USUAL_SEQ_LEN, config.max_seq_len) if seq_len is None else seq_len
     if not 1 <= seq_len <= config.max_seq_len:
         raise UserError(f"seq_len={seq_len} must lie between 1 and max_seq_len={config.max_seq_len}")
-    costs = costs_of(config, seq_len)
+    training.layout.validate_for(config, seq_len)
+    costs, of_worker = costs_of(config, seq_len), training.memory(config, seq_len)
     if as_json:
-        print(json.dumps({"source": source, "model": config.model_dump(), **costs}, indent=2))
+        worker = training.to_json(of_worker)
+        print(json.dumps({"source": source, "model": config.model_dump(), **costs, "worker": worker}, indent=2))
         return
     console.print(source, style="bold", markup=False, soft_wrap=True)
     for line in describe(config):
         console.print(line)
     total, active = count_parameters(config)
     console.print(f"{total:,} parameters" + (f", of which a token passes {active:,}" if active < total else ""))
-    console.print(_table_of_parts(costs), _table_of_bytes(costs))
+    console.print(_table_of_parts(costs), _table_of_bytes(costs), training.table(of_worker))
 
 
 def find_config(source: str) -> ModelConfig:
@@ -133,21 +137,3 @@ def _table_of_bytes(costs: dict[str, Any]) -> Table:
     ):
         table.add_row(name, f"{size:,.0f}", binary(size))
     return table
-
-
-def short(number: float, units: str) -> str:
-    """With three digits: short(1234567, "kMBT") -> 1.23M."""
-    for unit in ("", *units[:-1]):
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}{units[-1]}"
-
-
-def binary(size: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.4g} {unit}"
-        size /= 1024
-    return f"{size:,.4g} TiB"

@@ -38,6 +38,21 @@ def _straggler(of: Fields) -> str:
     return f"slower than the others, who take {others} and then wait: {', '.join(slow)}"
 
 
+def _short_of_memory(of: Fields) -> str:
+    needed, least, parts = of.get("needed", 0), of.get("least", 0), of.get("parts", {})
+    largest = max(parts, key=lambda name: parts[name], default="weights")
+    has = f"{of.get('ranks')} of them have less, {least / 2**30:.1f} GiB" if of.get("ranks") else "they have less"
+    return (
+        f"a worker needs about {needed / 2**30:.1f} GiB, of which {largest} {parts.get(largest, 0) / 2**30:.1f}, but "
+        f"{has}: try {_REMEDIES.get(largest, 'more workers')}"
+    )
+
+
+_REMEDIES = {
+    "activations": "train.recompute=full or a smaller train.micro_batch",
+    "gathered": "train.zero_stage=3 or a larger layout.tp",
+    "head": "a larger layout.tp",
+}
 _NO_GPU = "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
 _WORDS: dict[str, str | Callable[[Fields], str | None]] = {
     "begin": "computing in {dtype}",
@@ -61,6 +76,7 @@ _WORDS: dict[str, str | Callable[[Fields], str | None]] = {
     "rollback": lambda of: _skip(of | {"kind": "rollback"}),
     "skip": lambda of: _skip(of | {"kind": "skip"}),
     "stop": "stopping: the workers finish their step and commit",
+    "short_of_memory": _short_of_memory,
     "straggler": _straggler,
     "tracker_failed": "{tracker} failed: {error}; the run goes on without it, and the next start sends what it lacks",
     "unprotected": (

@@ -21,6 +21,7 @@ from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.words import describe
 from moray.jobs.training.choices import decided
+from moray.jobs.training.memory import warn_of_too_little
 from moray.jobs.training.metrics import worker_peak
 from moray.jobs.training.optimizer import build_optimizer, older_names, share_step, training_state
 from moray.jobs.training.recovery import make_room
@@ -122,7 +123,10 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     layout = config.layout_on(context.world_size)
     dataset = _open_storage(context, config)
     commits = None if context.rank else checkpoints_of(config)
+    events, pulse = EventLog(Path(config.run.dir) / "events.jsonl"), Pulse(context)
+    on_event = partial(note_event, events, pulse, context.generation)
     config = decided(config, context, layout, commits)
+    warn_of_too_little(config, context, layout, on_event)
     compute_dtype: torch.dtype = getattr(torch, config.train.dtype)
     stage: Stage = 1 if config.train.zero_stage == 1 else 3
     context.enter("building")
@@ -140,9 +144,6 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         f"peak of {context.device} in {config.train.dtype}, rank {context.local_rank}",
         lambda: worker_peak(context.device, compute_dtype, context.local_world_size),
     )
-    events = EventLog(Path(config.run.dir) / "events.jsonl")
-    pulse = Pulse(context)
-    on_event = partial(note_event, events, pulse, context.generation)
     optimizer = build_optimizer(decoder, config.optimizer, fused=not config.train.exact)
     training = Training(
         context=context,

@@ -5,14 +5,12 @@ from typing import TypeVar
 
 import torch
 
-from moray.cluster.host_memory import free_memory
 from moray.cluster.worker import WorkerContext
 from moray.jobs.config.run import RunConfig
-from moray.model.accounting.saved import activation_bytes
+from moray.jobs.training.memory import free, needed
 from moray.parallel.checkpoint.commits import list_commits
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
-from moray.parallel.memory import rank_bytes
 
 SHARE = 0.5
 """Of the free memory, that ZeRO's stage 1 may take: snapshots, allocators and other programs have some, too."""
@@ -42,11 +40,7 @@ def decided(config: RunConfig, context: WorkerContext, layout: Layout, commits: 
     if config.train.exact:
         chosen["zero_stage"] = 3  # its tree takes the gradient of each micro-batch
     elif chosen["zero_stage"] == "auto":
-        # As much is free in later generations as was in the first one.
-        has_room = context.once(
-            f"room for stage 1, {layout}, rank {context.local_rank}",
-            lambda: _has_room(config, context, layout, 2 if chosen["dtype"] == "bfloat16" else 4),
-        )
+        has_room = needed(config, layout, chosen["dtype"], 1).total <= SHARE * free(context)
         chosen["zero_stage"] = choose("zero_stage", 1, 3, has_room)
     return config.model_copy(update={"train": config.train.model_copy(update=chosen)})
 
@@ -56,13 +50,3 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
-
-
-def _has_room(config: RunConfig, context: WorkerContext, layout: Layout, itemsize: int) -> bool:
-    train, device = config.train, context.device
-    held = rank_bytes(config.model, layout, itemsize)
-    kept = activation_bytes(config.model, train.seq_len, train.recompute).total
-    activations = kept * train.micro_batch * itemsize / 2 / layout.tp
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory() / context.local_world_size
-    return held.state + held.whole + activations <= SHARE * free

@@ -5,7 +5,7 @@ or values of it: the product that would make the keys is applied to the query, t
 """
 
 # Shapes: B batch, T new tokens, S tokens in the cache, H heads, D model width, r kv_rank, p rope_dim, n nope_dim,
-# e value_dim, d = n + p channels of a query or key.
+# e value_dim, d = n + p channels of a query or key, q what queries are made of: q_rank, or D without one.
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,14 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         assert context.rope is not None  # the config wants RoPE with latent attention
-        x_BTD = self.tokens.gather(x_BTD)
-        q_nope_BTHn, q_rope_BTHp = self._queries(x_BTD)
+        # Small vectors are made of this rank's tokens, and travel in place of the large ones.
+        small_BTq = x_BTD if self.latent.q_rank is None else self.query_norm(self.query_down(x_BTD))
         compressed_BTr, k_rope_BTp = self.kv_down(x_BTD).split([self.latent.kv_rank, self.latent.rope_dim], dim=-1)
-        compressed_BTr, k_rope_BT1p = self.kv_norm(compressed_BTr), k_rope_BTp[:, :, None]
+        small_BTq, compressed_BTr, k_rope_BTp = self.tokens.gather_each(
+            small_BTq, self.kv_norm(compressed_BTr), k_rope_BTp
+        )
+        q_nope_BTHn, q_rope_BTHp = self._queries(small_BTq)
+        k_rope_BT1p = k_rope_BTp[:, :, None]
         q_rope_BTHp, k_rope_BT1p = (rotate(x, *context.rope, self.interleaved) for x in (q_rope_BTHp, k_rope_BT1p))
         cache, documents = context.cache, context.documents
         if cache is not None:
@@ -70,10 +74,9 @@ class LatentAttention(nn.Module):
             out_BTHe = self._absorbed(q_nope_BTHn, q_rope_BTHp, held_B1Sc, cache)
         return self.output(out_BTHe.flatten(2))
 
-    def _queries(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def _queries(self, small_BTq: Tensor) -> tuple[Tensor, Tensor]:
         latent = self.latent
-        squeezed = latent.q_rank is not None
-        q_BTX = self.query_up(self.query_norm(self.query_down(x_BTD))) if squeezed else self.query(x_BTD)
+        q_BTX = self.query(small_BTq) if latent.q_rank is None else self.query_up(small_BTq)
         q_BTHd = q_BTX.unflatten(-1, (-1, latent.nope_dim + latent.rope_dim))
         q_nope_BTHn, q_rope_BTHp = q_BTHd.split([latent.nope_dim, latent.rope_dim], dim=-1)
         return q_nope_BTHn, q_rope_BTHp

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 
 def grouped_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
@@ -60,5 +61,7 @@ class _Loop(torch.autograd.Function):
 
 def _runs(counts_E: Tensor, a_MX: Tensor, b_EXY: Tensor, c_MY: Tensor) -> Any:
     """Each expert's rows of the first, its matrix of the second, its rows of the third."""
-    counts = counts_E.tolist()
+    # What nobody knows of fake tensors is taken to be even.
+    counts = [len(a_MX) // len(counts_E)] * len(counts_E) if is_fake(counts_E) else counts_E.tolist()
+    counts[-1] += len(a_MX) - sum(counts)
     return zip(a_MX.split(counts), b_EXY.unbind(), c_MY.split(counts), strict=True)

@@ -14,10 +14,12 @@ from moray.jobs.config.load import load_config
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.models.describe import describe
-from moray.jobs.models.inspect_model import binary, find_config, short
+from moray.jobs.models.inspect_model import find_config
+from moray.jobs.models.units import binary, short
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import Decoder, ModelConfig
 from moray.model.accounting.cost import training_state_bytes
+from moray.parallel.memory import RankMemory
 
 Moray = Callable[..., Any]
 
@@ -137,3 +139,25 @@ def test_a_description_names_what_is_special(preset: str, facts: list[str]) -> N
 def test_numbers_are_short() -> None:
     assert [short(x, "kMBT") for x in (7, 1234, 999_999, 7.2417e9, 1.2e12)] == ["7", "1.23k", "1M", "7.24B", "1.2T"]
     assert [binary(x) for x in (7, 1536, 3 * 2**30, 2**50)] == ["7 B", "1.5 KiB", "3 GiB", "1,024 TiB"]
+
+
+def test_a_workers_memory_falls_with_what_it_shares_and_computes_again(moray: Moray) -> None:
+    words = ("inspect", "mixtral-8x7b", "--seq-len", 4096, "--micro-batch", 1, "--workers", 64, "--ep", 8)
+    worker = json.loads(moray(*words, "--tp", 2, "--json").out)["worker"]
+    assert worker["layout"] == "dp_replicate=1 dp_shard=32 tp=2 ep=8"
+    found = {(row["zero_stage"], row["recompute"]): row for row in worker["bytes"]}
+    assert len(found) == 6
+    for row in found.values():
+        assert row["weights"] == row["gradients"] == row["optimizer"] / 2 == 4 * 46_702_792_704 / 64
+        assert row["total"] == sum(row[name] for name in RankMemory._fields)
+    assert found[1, "none"]["gathered"] > 10 * found[3, "none"]["gathered"]
+    alone = json.loads(moray(*words, "--json").out)["worker"]["bytes"][5]
+    assert found[3, "full"]["activations"] == pytest.approx(alone["activations"] / 2, rel=0.05)
+    # A layer's input alone, in bf16, and once for all the last norm, with two copies in fp32.
+    assert alone["activations"] == pytest.approx((32 * 2 + 2 + 2 * 4) * 4096 * 4096, rel=0.05)
+
+
+def test_a_layout_that_the_model_cannot_have_is_refused(moray: Moray) -> None:
+    shown = moray("inspect", "mixtral-8x7b", "--workers", 6, "--ep", 3)
+    assert shown.code == 2
+    assert "layout.ep=3 must divide n_experts=8" in shown.err

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pool import Pool
 from tiny import tiny
 
 from moray import UserError
@@ -14,16 +13,9 @@ from moray.cluster.events import read_events
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
 from moray.jobs.config.sections import TrainSection
-from moray.jobs.training import choices
+from moray.jobs.training import choices, memory
 from moray.jobs.training.choices import has_fast_bf16
-from moray.model import ModelConfig
-from moray.model.sharded import local
 from moray.parallel.checkpoint.commits import list_commits
-from moray.parallel.layout import Layout
-from moray.parallel.memory import STATE_BYTES, rank_bytes
-from moray.parallel.shard import build_decoder
-
-MODEL = ModelConfig.preset("demo-moe")
 
 
 def test_a_cpu_has_fast_bf16_where_the_kernel_lists_such_instructions() -> None:
@@ -44,7 +36,7 @@ def test_what_was_chosen_is_said_recorded_and_kept(
     words = tiny(dataset, tmp_path, train__dtype="auto")
     dtype, stage = ("bfloat16", 1) if is_better_first else ("float32", 3)
     for is_better, steps in ((is_better_first, 2), (not is_better_first, 4)):
-        monkeypatch.setattr(choices, "free_memory", lambda is_better=is_better: (64 << 30) if is_better else (1 << 20))
+        monkeypatch.setattr(memory, "free_memory", lambda is_better=is_better: (64 << 30) if is_better else (1 << 20))
         monkeypatch.setattr(choices, "has_fast_bf16", lambda device, is_better=is_better: is_better)
         outcome = moray("pretrain", *words, "--train.steps", steps)
         assert outcome.code == 0, outcome.err
@@ -74,21 +66,24 @@ def test_a_tree_of_gradients_is_not_for_stage_1(dataset: Path, tmp_path: Path) -
         load_config(*parse_settings(tiny(dataset, tmp_path, train__zero_stage=1, train__exact="true")))
 
 
-def held_elements(layout: Layout) -> list[int]:
-    """Of this rank: in its shards, and in all weights as it computes with them."""
-    decoder = build_decoder(MODEL, layout.meshes("cpu"), dtype=torch.float32, compute_dtype=torch.float32, stage=1)
-    shards = sum(local(weight).numel() for weight in decoder.parameters())
-    for module in decoder.modules():
-        if hasattr(module, "unshard"):
-            module.unshard()
-    return [shards, sum(local(weight).numel() for weight in decoder.parameters())]
+def test_a_run_that_cannot_fit_is_told_so_before_it_is_built(
+    dataset: Path, tmp_path: Path, moray: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 20)
+    outcome = moray("pretrain", *tiny(dataset, tmp_path, train__steps=2))
+    assert outcome.code == 0, outcome.err
+    events = list(read_events(tmp_path / "events.jsonl"))
+    kinds = [event["kind"] for event in events]
+    assert kinds.index("short_of_memory") < kinds.index("begin")
+    (told,) = [event for event in events if event["kind"] == "short_of_memory"]
+    assert (told["ranks"], told["least"]) == (1, 1 << 20)
+    assert told["needed"] == pytest.approx(sum(told["parts"].values()), abs=6)
+    assert (
+        "a worker needs about 0.0 GiB, of which activations 0.0, but 1 of them have less, 0.0 GiB: try train.rec"
+        in (outcome.err)
+    )
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(dp_shard=2), Layout(dp_shard=2, ep=2), Layout(dp_replicate=2, dp_shard=1)], ids=str
-)
-def test_what_a_rank_holds_is_what_it_is_said_to(pool: Pool, layout: Layout) -> None:
-    expected = rank_bytes(MODEL, layout, 4)
-    for shards, whole in pool.run(held_elements, layout.world_size, layout):
-        assert shards * STATE_BYTES == pytest.approx(expected.state, rel=0.01)
-        assert whole * 8 == pytest.approx(expected.whole, rel=0.01)
+def test_a_run_that_fits_is_told_nothing(dataset: Path, tmp_path: Path, moray: Callable[..., Any]) -> None:
+    assert moray("pretrain", *tiny(dataset, tmp_path, train__steps=2)).code == 0
+    assert "short_of_memory" not in [event["kind"] for event in read_events(tmp_path / "events.jsonl")]
