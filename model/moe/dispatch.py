@@ -84,12 +84,12 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x_MD: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_M)
-        return x_MD[order_M]
+        return x_MD.index_select(0, order_M)  # on CPUs twice as fast as x_MD[order_M]
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (inverse_M,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_MD[inverse_M], None, None
+        return grad_MD.index_select(0, inverse_M), None, None
 
 
 class Spread(torch.autograd.Function):
@@ -104,13 +104,13 @@ class Spread(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(order_M, inverse_A)  # type: ignore[arg-type]
         ctx.shape = (len(x_ND), k)  # type: ignore[attr-defined]
-        return x_ND[order_M // k]
+        return x_ND.index_select(0, order_M // k)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         order_M, inverse_A = ctx.saved_tensors  # type: ignore[attr-defined]
         n, k = ctx.shape  # type: ignore[attr-defined]
-        grad_AD = _placed(grad_MD, order_M, n * k) if inverse_A is None else grad_MD[inverse_A]
+        grad_AD = _placed(grad_MD, order_M, n * k) if inverse_A is None else grad_MD.index_select(0, inverse_A)
         return (grad_AD if k == 1 else grad_AD.unflatten(0, (n, k)).sum(1)), None, None, None
 
 

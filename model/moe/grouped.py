@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from moray.model.moe.threads import multiply
+
 
 def grouped_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """x w^T of each expert and its rows. Shapes: [M, I], [E, O, I], counts [E] (int64, summing to M) -> [M, O].
 
     An expert without rows still takes part: its gradient is zero, not missing.
     """
-    # Torch's kernel has no fp64, and on the CPU its fp32 backward builds the weights' gradient twice.
-    if x_MI.dtype == torch.float64 or (x_MI.device.type == "cpu" and x_MI.dtype == torch.float32):
+    # Torch's kernel has no fp64. On the CPU it is a loop, too, whose products leave threads idle; its backward in fp32
+    # builds the weights' gradient twice.
+    if x_MI.dtype == torch.float64 or x_MI.device.type == "cpu":
         return _Loop.apply(x_MI, w_EOI, counts_E)
     return grouped_mm_linear(x_MI, w_EOI, counts_E)
 
@@ -43,19 +46,16 @@ class _Loop(torch.autograd.Function):
     def forward(ctx: Any, x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_MI, w_EOI, counts_E)
         out_MO = x_MI.new_empty(x_MI.shape[0], w_EOI.shape[1])
-        for x, w, out in _runs(counts_E, x_MI, w_EOI, out_MO):
-            torch.mm(x, w.t(), out=out)
+        multiply((x, w.t(), out) for x, w, out in _runs(counts_E, x_MI, w_EOI, out_MO))
         return out_MO
 
     @staticmethod
     def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x_MI, w_EOI, counts_E = ctx.saved_tensors
         grad_x_MI, grad_w_EOI = torch.empty_like(x_MI), torch.empty_like(w_EOI)
-        for grad, w, grad_x in _runs(counts_E, grad_MO, w_EOI, grad_x_MI):
-            torch.mm(grad, w, out=grad_x)
-        for grad, grad_w, x in _runs(counts_E, grad_MO, grad_w_EOI, x_MI):
-            # Without rows this is a product over nothing, which is zero.
-            torch.mm(grad.t(), x, out=grad_w)
+        multiply(_runs(counts_E, grad_MO, w_EOI, grad_x_MI))
+        # Without rows this is a product over nothing, which is zero.
+        multiply((grad.t(), x, grad_w) for grad, grad_w, x in _runs(counts_E, grad_MO, grad_w_EOI, x_MI))
         return grad_x_MI, grad_w_EOI, None
 
 

@@ -105,3 +105,15 @@ def _really_saved(config: ModelConfig, batch: int) -> int:
         if tuple(x.shape) != (config.vocab_size, config.d_model)
     }
     return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+
+def test_it_is_found_with_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    config = CONFIGS["routing groups of two"]
+    expected = activation_bytes(config, TOKENS, dtype=torch.float32)
+    torch.set_num_threads(3)
+    try:
+        for _ in range(5):
+            assert activation_bytes(config, TOKENS, dtype=torch.float32) == expected
+    finally:
+        torch.set_num_threads(before)

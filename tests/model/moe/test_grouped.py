@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moray.model.moe.grouped import grouped_bias, grouped_linear, grouped_mm_linear
+from moray.model.moe.threads import multiply
 
 COUNTS = {"empty first, middle and last": [0, 5, 0, 1, 26, 0], "even": [4] * 6, "all on one": [0, 0, 40, 0, 0, 0]}
-# On the CPU, grouped_linear takes the loop but for bf16.
+# On the CPU, grouped_linear takes the loop.
 WAYS = {
     "kernel fp32": (grouped_mm_linear, torch.float32, 1e-5),
     "kernel bf16": (grouped_mm_linear, torch.bfloat16, 2e-2),
@@ -71,3 +72,34 @@ def test_biases(dtype: torch.dtype, tolerance: float, counts: list[int]) -> None
     (truth,) = torch.autograd.grad((expected * direction.double()).sum(), [exact])
     assert torch.equal(out.double(), expected)
     torch.testing.assert_close(grad.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [[5, 0, 3, 900, 1, 40], [0, 0, 0], [7]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_number_of_threads_computes_the_same_products(rows: list[int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        (torch.randn(n, 32, generator=generator).to(dtype), torch.randn(32, 48, generator=generator).to(dtype))
+        for n in rows
+    ]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            products = [(a, b, torch.empty(len(a), 48, dtype=dtype)) for a, b in factors]
+            multiply(products)
+            for a, b, out in products:
+                torch.testing.assert_close(out, a @ b)
+        assert torch.get_num_threads() == 3, "those who multiply have one each, and this one still its own"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_goes_wrong_in_a_thread_is_raised() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            multiply([(torch.ones(2, 3), torch.ones(4, 5), torch.empty(2, 5)) for _ in range(4)])
+    finally:
+        torch.set_num_threads(before)

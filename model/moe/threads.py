@@ -1,0 +1,44 @@
+"""Many small products on a CPU: each by one thread, several at a time. One by all of them would leave most idle."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+Product = tuple[Tensor, Tensor, Tensor]
+"""Two matrices, and where what they make goes."""
+
+
+def multiply(products: Iterable[Product]) -> None:
+    """torch.mm(a, b, out=out) of each. One that is as much as a thread's share of all is computed by all threads.
+
+    No matrix is part of a graph.
+    """
+    found, threads = list(products), torch.get_num_threads()
+    # Modes, of inference or of fake tensors, are a thread's own.
+    is_plain = all(type(out) is Tensor and out.device.type == "cpu" for *_, out in found)
+    if threads == 1 or not found or not is_plain or torch.is_inference_mode_enabled():
+        _work(found)
+        return
+    work = [a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in found]
+    share = sum(work) / threads
+    _work([product for product, size in zip(found, work, strict=True) if size >= share])
+    # The largest first; a list's iterator hands out each of its elements once, whoever asks.
+    order = sorted((i for i, size in enumerate(work) if size < share), key=lambda i: -work[i])
+    rest = iter([found[i] for i in order])
+    list(_pool(threads, os.getpid()).map(_work, [rest] * threads))
+
+
+@torch.no_grad()
+def _work(products: Iterable[Product]) -> None:
+    for a, b, out in products:
+        torch.mm(a, b, out=out)
+
+
+@cache
+def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
+    """Of a process, for a forked one has none of its parent's threads."""
+    return ThreadPoolExecutor(threads, "expert", initializer=torch.set_num_threads, initargs=(1,))
