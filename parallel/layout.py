@@ -35,6 +35,11 @@ class Meshes:
     def ep(self) -> DeviceMesh:
         return self.sparse["ep"]
 
+    @property
+    def copy(self) -> dist.ProcessGroup:
+        """The ranks that together hold the model once."""
+        return (self.flat["dp_shard_tp"] if self.flat else self.dense["dp_shard"]).get_group()
+
 
 class Layout(BaseModel):
     """Degrees of parallelism; dp_replicate * dp_shard * tp is the world size, and ep splits dp_shard * tp."""

@@ -44,8 +44,9 @@ def rank_memory(
     dtype: torch.dtype,
     stage: Stage,
     recompute: Recompute,
+    moments: torch.dtype = torch.float32,
 ) -> RankMemory:
-    """At its most, of a resolved layout; `dtype` is that of the products.
+    """At its most, of a resolved layout; `dtype` is that of the products, `moments` that of AdamW's.
 
     As if tokens were spread evenly over experts, and without what a kernel needs for itself.
     """
@@ -61,7 +62,7 @@ def rank_memory(
     return RankMemory(
         weights=FP32_BYTES * shard,
         gradients=FP32_BYTES * shard,
-        optimizer=MOMENTS * FP32_BYTES * shard,
+        optimizer=MOMENTS * moments.itemsize * shard,
         gathered=_gathered(config, layout, dtype, stage, ends, layers, experts),
         activations=kept.total * micro_batch,
         passing=max(kept.passing * micro_batch, logits),

@@ -4,7 +4,7 @@ The truth is a plain Decoder in this process, with torch's clip_grad_norm_ and t
 its loss is checked against torch's cross_entropy of its logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -93,17 +93,20 @@ def check_by_logits(decoder: Decoder, inputs: dict[str, Tensor], targets_BT: Ten
             buffer.copy_(counted[name])
 
 
-def truth(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def plain_adamw(decoder: Decoder) -> torch.optim.Optimizer:
+    decays = {name: p.ndim > 1 and not name.endswith(("bias_EF", "bias_ED")) for name, p in decoder.named_parameters()}
+    matrices, vectors = ([p for n, p in decoder.named_parameters() if decays[n] == kind] for kind in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+
+
+def truth(
+    config: ModelConfig, dtype: torch.dtype, optimizer_of: Callable[[Decoder], torch.optim.Optimizer] = plain_adamw
+) -> dict[str, Any]:
     decoder = Decoder(config).to(dtype)
     initialise(decoder, SEED)
     starve(decoder)
-    decays = {name: p.ndim > 1 and not name.endswith(("bias_EF", "bias_ED")) for name, p in decoder.named_parameters()}
-    matrices, vectors = ([p for n, p in decoder.named_parameters() if decays[n] == kind] for kind in (True, False))
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=1e-3,
-        betas=(0.9, 0.95),
-    )
+    optimizer = optimizer_of(decoder)
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
         batch = global_batch(step)
@@ -148,6 +151,7 @@ def spread(
     recompute: Recompute = "none",
     *,
     exact: bool = False,
+    settings: OptimizerSection = OPTIMIZER,
 ) -> dict[str, Any] | None:
     """The same steps on this rank's share of the lanes, in two uneven micro-batches. Results are on the CPU.
 
@@ -161,7 +165,7 @@ def spread(
     decoder = build_decoder(config, meshes, dtype=dtype, compute_dtype=compute_dtype, stage=stage, recompute=recompute)
     initialise_shards(decoder, SEED)
     starve(decoder)
-    optimizer = build_optimizer(decoder, OPTIMIZER, fused=not exact)
+    optimizer = build_optimizer(decoder, settings, fused=not exact, copy=meshes.copy, dtype=compute_dtype)
     reduction = GradientTree(decoder, meshes) if exact else Reduction(decoder, meshes, stage)
     lanes = layout.lanes(layout.dp_rank(dist.get_rank()), BATCH, least if exact else None)
     edges = [*range(0, len(lanes), least)] if exact else [0, least]

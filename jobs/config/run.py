@@ -23,6 +23,7 @@ from moray.model.config.moe import MoEConfig
 from moray.parallel.layout import Layout
 
 DEFAULT_PRESET = "demo-moe"
+MAX_BETA2_IN_BF16 = 0.99
 
 
 class RunConfig(Section):
@@ -67,6 +68,11 @@ class RunConfig(Section):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most train.steps={self.train.steps}"
             )
         self._check_bounds()
+        if self.optimizer.moments == "bfloat16" and self.optimizer.beta2 > MAX_BETA2_IN_BF16:
+            raise UserError(
+                f"optimizer.moments=bfloat16 needs optimizer.beta2={self.optimizer.beta2} to be at most "
+                f"{MAX_BETA2_IN_BF16}: what a step adds to a moment or takes from it would be rounded away"
+            )
         if self.model.moe:
             self._check_router_learns(self.model.moe)
         if not self.cluster.is_elastic:

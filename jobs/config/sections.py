@@ -86,8 +86,11 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW."""
+    """AdamW, or Muon."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices within layers (each expert's, too) are moved by their momentum, made orthogonal, at rates that fit
+    AdamW's; AdamW moves the rest."""
     lr: float = Field(1e-3, gt=0)
     """Highest learning rate."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
@@ -103,6 +106,16 @@ class OptimizerSection(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     """Of matrices alone, not of norms."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of AdamW's two moments between steps. bfloat16 halves them; beta2 must then be at most 0.99."""
+    embedding_lr_scale: float = Field(1.0, ge=0)
+    """Learning rate of embedding and head over lr."""
+    router_lr_scale: float = Field(1.0, ge=0)
+    """Learning rate of routers over lr."""
+    expert_lr_scale: float = Field(1.0, ge=0)
+    """Learning rate of routed experts over lr."""
     clip_norm: float = Field(1.0, gt=0)
     """Highest norm of the gradient of the global batch."""
 

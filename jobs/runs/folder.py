@@ -25,6 +25,8 @@ from moray.parallel.checkpoint.commits import Commit, list_commits, verify
 
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
 _FIXED = ("seed", "global_batch", "seq_len")
+_FIXED_OF_OPTIMIZER = {"kind": "adamw", "moments": "float32"}
+"""And what they were before there was a choice."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -95,8 +97,8 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
             f"run.dir={now.run.dir} holds weights alone, without the state of an optimizer that a run resumes from; "
             f"start from them in another run.dir, with model.from={now.run.dir}"
         )
-    before = _deciding(ModelConfig.of(there["model"]), there["train"], there.get("weights_from", ""))
-    asked = _deciding(now.model, now.train.model_dump(), now.weights_from)
+    before = _deciding(ModelConfig.of(there["model"]), there, there.get("weights_from", ""))
+    asked = _deciding(now.model, now.model_dump(include={"train", "optimizer"}), now.weights_from)
     if now.train.exact or there["train"].get("exact"):
         before |= _deciding_bits(there["train"], there["layout"])
         asked |= _deciding_bits(now.train.model_dump(), now.layout.model_dump())
@@ -134,9 +136,11 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _deciding(model: ModelConfig, train: dict[str, Any], weights_from: str) -> dict[str, Any]:
+def _deciding(model: ModelConfig, sections: dict[str, Any], weights_from: str) -> dict[str, Any]:
     settings = {"model.from": weights_from, **dict(flatten(model.model_dump(), "model."))}
-    return settings | {f"train.{name}": train[name] for name in _FIXED}
+    settings |= {f"train.{name}": sections["train"][name] for name in _FIXED}
+    optimizer = _FIXED_OF_OPTIMIZER | sections["optimizer"]
+    return settings | {f"optimizer.{name}": optimizer[name] for name in _FIXED_OF_OPTIMIZER}
 
 
 def _deciding_bits(train: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Training:
     layout: Layout
     dataset: Dataset
     decoder: Decoder
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     checkpointer: Checkpointer
     lanes: list[int]
     work: Work
@@ -144,7 +144,9 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         f"peak of {context.device} in {config.train.dtype}, rank {context.local_rank}",
         lambda: worker_peak(context.device, compute_dtype, context.local_world_size),
     )
-    optimizer = build_optimizer(decoder, config.optimizer, fused=not config.train.exact)
+    optimizer = build_optimizer(
+        decoder, config.optimizer, fused=not config.train.exact, copy=meshes.copy, dtype=compute_dtype
+    )
     training = Training(
         context=context,
         pulse=pulse,

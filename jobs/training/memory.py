@@ -25,6 +25,7 @@ def needed(config: RunConfig, layout: Layout, dtype: str, stage: Stage) -> RankM
         dtype=getattr(torch, dtype),
         stage=stage,
         recompute=train.recompute,
+        moments=getattr(torch, config.optimizer.moments),
     )
 
 

@@ -138,6 +138,12 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
             "optimizer.warmup_steps=20 must be at most train.steps=5",
         ),
         (
+            {"optimizer.moments": "bfloat16", "optimizer.beta2": "0.999"},
+            "optimizer.moments=bfloat16 needs optimizer.beta2=0.999 to be at most 0.99",
+        ),
+        ({"optimizer.kind": "sgd"}, "optimizer.kind=sgd must be adamw or muon"),
+        ({"train.recompute": "some"}, "train.recompute=some must be none, selective or full"),
+        (
             {"recovery.snapshot_every": "-1"},
             "recovery.snapshot_every=-1 must be auto, 0 for none, or a number of steps",
         ),

@@ -83,6 +83,8 @@ def test_a_new_folder_gets_config_and_tokenizer(dataset: Path, tmp_path: Path) -
         ({"train__seq_len": "32"}, "train.seq_len=32 (there: 64)"),
         ({"model__d_model": "64"}, "model.d_model=64 (there: 32)"),
         ({"train__exact": "true"}, "train.exact=True (there: False)"),
+        ({"optimizer__kind": "muon"}, "optimizer.kind=muon (there: adamw)"),
+        ({"optimizer__moments": "bfloat16"}, "optimizer.moments=bfloat16 (there: float32)"),
         ({"model__moe__bias_update_rate": "0.5"}, "model.moe.bias_update_rate=0.5 (there: 0.001)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -110,11 +111,12 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_itself() -> None:
         assert "model.embedding.weight" in state
 
 
-def taken_up(folder: Path, layout: Layout, until: int) -> None:
+def taken_up(folder: Path, layout: Layout, until: int, kind: Literal["adamw", "muon"]) -> None:
     """Goes on from the newest commit, if there is one, to step `until`, and commits it."""
     meshes = layout.meshes("cpu")
     decoder = build_decoder(CONFIG, meshes, dtype=torch.float64, compute_dtype=torch.float64)
-    reduction, optimizer = Reduction(decoder, meshes, 3), build_optimizer(decoder, OptimizerSection(lr=1e-2))
+    reduction, settings = Reduction(decoder, meshes, 3), OptimizerSection(kind=kind, lr=1e-2)
+    optimizer = build_optimizer(decoder, settings, copy=meshes.copy, dtype=torch.float64)
     checkpointer = Checkpointer(folder, keep=9, keep_every=None, on_event=lambda kind, fields: None)
     state = training_state(decoder, optimizer)
     commit = checkpointer.load(state)
@@ -147,12 +149,13 @@ def test_a_commit_that_counts_steps_for_each_weight_is_read(tmp_path: Path) -> N
     assert [float(state["step"]) for state in optimizer.state.values()] == [7.0] * len(optimizer.state)
 
 
-def test_a_tied_model_goes_on_under_any_layout(pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_tied_model_goes_on_under_any_layout(pool: Pool, tmp_path: Path, kind: str) -> None:
     """Its weights and moments after three steps are those of one process that nobody interrupted."""
     assert CONFIG.tied_embeddings
-    pool.run(taken_up, 1, tmp_path / "one", Layout(dp_shard=1), 3)
+    pool.run(taken_up, 1, tmp_path / "one", Layout(dp_shard=1), 3, kind)
     for until, layout in enumerate([Layout(dp_shard=1, tp=2), Layout(dp_shard=2, ep=2), Layout(dp_shard=1)], 1):
-        pool.run(taken_up, layout.world_size, tmp_path / "many", layout, until)
+        pool.run(taken_up, layout.world_size, tmp_path / "many", layout, until, kind)
     (*_, ours), (theirs,) = (list_commits(tmp_path / name) for name in ("many", "one"))
     truth = dict(read_tensors(theirs))
     assert ours.manifest.tensors.keys() == truth.keys()
@@ -203,3 +206,21 @@ def test_biases_are_not_decayed_stacked_ones_of_experts_neither() -> None:
     assert len(stacked) == 3
     assert not [name for name in names if "bias" in name or "norm" in name]
     assert "blocks.1.ffn.experts.down_EDF" in names
+
+
+def test_moments_in_bf16_are_those_of_fp32_rounded_after_each_step() -> None:
+    module = decoder()
+    twin = copy.deepcopy(module)
+    ours = build_optimizer(module, OptimizerSection(moments="bfloat16"))
+    theirs = build_optimizer(twin, OptimizerSection())
+    for step in range(4):
+        for each, optimizer in ((module, ours), (twin, theirs)):
+            give_gradients(each, seed=step)
+            optimizer.step()
+        for mine, other in zip(module.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine, other)
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert ours.state[mine][name].dtype == torch.bfloat16
+                rounded = theirs.state[other][name].to(torch.bfloat16)
+                assert torch.equal(ours.state[mine][name], rounded)
+                theirs.state[other][name].copy_(rounded)

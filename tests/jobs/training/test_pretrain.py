@@ -202,6 +202,19 @@ def test_sigkill_loses_no_committed_step_and_changes_no_later_one(
     assert resumed["position"] == resumed["step"] * BATCH
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer__kind": "muon", "train__recompute": "full"}, {"optimizer__moments": "bfloat16"}],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_no_optimizer_can_tell_that_it_was_killed(dataset: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+    words = arguments(dataset, tmp_path / "killed", **settings)
+    assert run_signalled(signal.SIGKILL, 6, words).returncode == -signal.SIGKILL
+    assert dispatch(words) == 0
+    assert dispatch(arguments(dataset, tmp_path / "untouched", **settings)) == 0
+    assert_same_history(tmp_path / "killed", tmp_path / "untouched")
+
+
 def committed_step(run: Path) -> int:
     """The last step that events.jsonl calls committed; every attempt in it goes on where a commit ended."""
     committed = 0
