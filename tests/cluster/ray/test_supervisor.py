@@ -162,7 +162,7 @@ def test_a_suspended_agent_is_a_lost_node(ray_cluster: str, tmp_path: Path) -> N
 
 def test_a_driver_that_was_suspended_goes_on_with_a_new_generation(ray_cluster: str, tmp_path: Path) -> None:
     observer = Observer(lambda pid: time.sleep(7))  # this process is the driver: all it does stands still
-    plan = Plan(str(tmp_path), 200, pause_s=0.02)
+    plan = Plan(str(tmp_path), 200, pause_s=0.04)
     code = supervise(
         count,
         plan,
