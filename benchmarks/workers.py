@@ -1,6 +1,6 @@
 """A training step on several workers of this machine: moray's layouts, and transformers under DDP and FSDP2.
 
-    python benchmarks/workers.py [--workers 2] [--rounds 3] [--steps 6] [--preset demo-moe] [--only WORDS]
+    python benchmarks/workers.py [--workers 2] [--rounds 3] [--steps 6] [--preset demo-moe] [--only WORDS] [--split]
 
 What all are measured against: as many processes, at the same time, that have nothing to do with each other. Each has
 its share of the global batch, in micro-batches; a step is forward, backward, clipping and AdamW, in fp32, one thread a
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from collectives import Split, least_bytes
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training_step import transformers_model
@@ -117,6 +118,7 @@ def work(rank: int, name: str, options: argparse.Namespace, store: str, begin: A
     world_size = 1 if how == "alone" else options.workers
     its_store = dist.HashStore() if world_size == 1 else dist.FileStore(store, world_size)
     dist.init_process_group("gloo", store=its_store, rank=0 if world_size == 1 else rank, world_size=world_size)
+    split = Split() if options.split else None
     share = options.batch // options.workers
     if layout:
         stage: Stage = 3 if name.endswith("stage 3") else 1
@@ -131,12 +133,21 @@ def work(rank: int, name: str, options: argparse.Namespace, store: str, begin: A
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    pipe.send(statistics.median(seconds))
+    if options.split and split:
+        split.is_counting = True
+        began = time.perf_counter()
+        for _ in range(options.steps):
+            step()
+        whole = time.perf_counter() - began
+        of_step = [x / options.steps for x in (whole, split.exchanging_s, split.idle_s, split.sent)]
+        pipe.send(of_step)
+    else:
+        pipe.send(statistics.median(seconds))
     begin.wait()  # nobody goes while others compute
 
 
-def measure(name: str, options: argparse.Namespace) -> float:
-    """Tokens a second of all workers together."""
+def measure(name: str, options: argparse.Namespace) -> list[Any]:
+    """Each rank's seconds a step, or with --split where they go."""
     context = mp.get_context("fork")
     begin = context.Barrier(options.workers)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,11 +159,30 @@ def measure(name: str, options: argparse.Namespace) -> float:
             processes[-1].start()
             theirs.close()
             ends.append(mine)
-        seconds = [end.recv() for end in ends]
+        found = [end.recv() for end in ends]
         for process in processes:
             process.join()
-    tokens = options.batch * options.tokens
-    return sum(tokens / options.workers / own for own in seconds)
+    return found
+
+
+def rate(seconds: list[float], options: argparse.Namespace) -> float:
+    """Tokens a second of all workers together."""
+    return sum(options.batch * options.tokens / options.workers / own for own in seconds)
+
+
+def tell_split(names: list[str], options: argparse.Namespace) -> None:
+    config, share = ModelConfig.preset(options.preset), options.batch // options.workers
+    print("| case | s a step | computing | exchanging | waiting for peers | MB sent | least MB |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        _, layout = cases(options.workers)[name]
+        if layout and layout.world_size > 1:
+            step, exchanging, idle, sent = (
+                statistics.mean(column) for column in zip(*measure(name, options), strict=True)
+            )
+            least = least_bytes(config, layout, share * layout.tp, options.tokens)
+            shares = " | ".join(f"{x / step:.0%}" for x in (step - exchanging - idle, exchanging, idle))
+            print(f"| {name} | {step:.2f} | {shares} | {sent / 1e6:,.0f} | {least / 1e6:,.0f} |", flush=True)
 
 
 def main() -> None:
@@ -166,13 +196,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--only", default="", help="cases whose name contains one of these words")
     parser.add_argument("--give-back", action="store_true", help="freed memory goes back to the system, as by default")
+    parser.add_argument("--split", action="store_true", help="where a step's time goes, and the bytes that travel")
     options = parser.parse_args()
     print(f"{options.workers} workers, torch {torch.__version__}, transformers {transformers.__version__}")
     names = [name for name in cases(options.workers) if not options.only or set(name.split()) & {*options.only.split()}]
+    if options.split:
+        tell_split(names, options)
+        return
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:
-            rates[name].append(measure(name, options))
+            rates[name].append(rate(measure(name, options), options))
     print("| case | tokens/s | of moray alone | of transformers DDP | of transformers FSDP2 |\n|---|---|---|---|---|")
     for name in names:
         ratios = [ratio(rates[name], rates.get(peer)) for peer in ("moray alone", *names[-2:])]
