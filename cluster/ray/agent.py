@@ -182,8 +182,10 @@ class Agent:
             # Where it was this process that was suspended, a call waits to be read.
             if silent_s > self._lease_s and not self._owner.poll():
                 self._end_lease(silent_s)
-        call = self._owner.recv()
-        self._called = time.monotonic()
+        call: tuple[str, tuple[Any, ...]] = self._owner.recv()
+        # Another thread of the driver's, which looks at the cluster, does not tell that anybody watches the workers.
+        if call[0] != "is_told_to_end":
+            self._called = time.monotonic()
         return call
 
     def _living(self) -> list[_Worker]:
