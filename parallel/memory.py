@@ -18,7 +18,7 @@ MOMENTS = 2
 
 class RankMemory(NamedTuple):
     """Bytes. weights, gradients, optimizer: fp32, of this rank's shards. gathered: what it has of its peers' weights
-    and of gradients that are not reduced yet. activations: what a micro-batch leaves for the backward pass. passing:
+    and of gradients that are not reduced yet. activations: what a micro-batch leaves for the backward pass. transient:
     what the layer at work has beside them, or the loss, whichever is more. head: its gradient, which the loss forms.
     """
 
@@ -27,7 +27,7 @@ class RankMemory(NamedTuple):
     optimizer: float
     gathered: float
     activations: float
-    passing: float
+    transient: float
     head: float
 
     @property
@@ -65,7 +65,7 @@ def rank_memory(
         optimizer=MOMENTS * moments.itemsize * shard,
         gathered=_gathered(config, layout, dtype, stage, ends, layers, experts),
         activations=kept.total * micro_batch,
-        passing=max(kept.passing * micro_batch, logits),
+        transient=max(kept.transient * micro_batch, logits),
         head=FP32_BYTES * vocabulary * config.d_model,
     )
 

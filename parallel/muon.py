@@ -71,7 +71,7 @@ class SpreadMatrices:
 
     def __init__(self, weights: Sequence[nn.Parameter], group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
         """`dtype`: in which momentum travels and products are computed."""
-        self._group, self._dtype = group, dtype
+        self._group, self._dtype, self._device = group, dtype, local(weights[0]).device
         self._rank, self._size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
         self._shapes = [weight.shape[-2:] for weight in weights]
         own = [held_chunk(weight) for weight in weights]
@@ -111,7 +111,8 @@ class SpreadMatrices:
         of = sorted(range(len(received)), key=lambda i: getattr(received[i], here))
         out = [sum(p.elements for p in sent if getattr(p, there) == rank) for rank in range(self._size)]
         coming = [sum(p.elements for p in received if getattr(p, here) == rank) for rank in range(self._size)]
-        leaving = torch.cat([parts[i].flatten() for i in to]) if to else torch.empty(0, dtype=self._dtype)
+        nothing = torch.empty(0, dtype=self._dtype, device=self._device)  # a rank that has none takes part all the same
+        leaving = torch.cat([nothing, *(parts[i].flatten() for i in to)])
         arriving = leaving.new_empty(sum(coming))
         dist.all_to_all_single(arriving, leaving, coming, out, group=self._group)
         pieces = dict(zip(of, arriving.split([received[i].elements for i in of]), strict=True))

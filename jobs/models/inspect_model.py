@@ -13,7 +13,7 @@ from moray.jobs.config.nearest import nearest
 from moray.jobs.models.describe import describe
 from moray.jobs.models.units import binary, short
 from moray.jobs.models.weights import config_of, locate
-from moray.jobs.models.worker_memory import Training
+from moray.jobs.models.worker_memory import TrainingPlan
 from moray.model import ModelConfig
 from moray.model.accounting.cost import (
     PARTS,
@@ -31,7 +31,7 @@ from moray.parallel.checkpoint.snapshots import FILES
 USUAL_SEQ_LEN = 4096
 
 
-def inspect_model(source: str, seq_len: int | None, training: Training, *, as_json: bool, console: Console) -> None:
+def inspect_model(source: str, seq_len: int | None, training: TrainingPlan, *, as_json: bool, console: Console) -> None:
     """Prints the architecture that `source` names and its costs at a sequence length.
 
     Raises UserError for a source that is neither a preset nor a run nor a Hugging Face folder, for a length that the

@@ -17,7 +17,7 @@ Ways = dict[tuple[Stage, Recompute], RankMemory]
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingPlan:
     """How it is trained: a resolved layout, sequences of a forward pass on a worker, dtype of the products."""
 
     layout: Layout

@@ -32,10 +32,10 @@ def inspect(
         json: Print everything as JSON.
     """
     from moray.jobs.models.inspect_model import inspect_model
-    from moray.jobs.models.worker_memory import Training
+    from moray.jobs.models.worker_memory import TrainingPlan
     from moray.parallel.layout import Layout
 
     layout = Layout(dp_replicate=dp_replicate, tp=tp, ep=ep).resolve(workers)
-    training = Training(layout, micro_batch, dtype)
+    training = TrainingPlan(layout, micro_batch, dtype)
     inspect_model(source, seq_len, training, as_json=json, console=Console(highlight=False))
     return 0

@@ -33,12 +33,12 @@ from moray.model.sharded import WholeTokens
 class Activations(NamedTuple):
     """Bytes that one sequence leaves: in each layer, and outside of them (tokens, angles, last norm, head).
 
-    passing: the most that a layer has beside that, on its way forward or back.
+    transient: the most that a layer has beside that, on its way forward or back.
     """
 
     layers: list[int]
     outside: int
-    passing: int
+    transient: int
 
     @property
     def total(self) -> int:
@@ -73,15 +73,17 @@ def activation_bytes(
         context = _context(config, batch, seq_len, dtype)
     shared = _storages(list(context.rope or ()))
     kinds: dict[tuple[bool, bool], dict[int, int]] = {}
-    layers, passing = [], 0
+    layers, transient = [], 0
     for layer in range(config.n_layers):
         kind = config.is_moe_layer(layer), config.attention.is_local(layer)
         if kind not in kinds:
             kinds[kind], beside = save(partial(Block, config, layer, recompute), fake, x_BTD, context)
-            passing = max(passing, beside)
+            transient = max(transient, beside)
         layers.append(sum(size for storage, size in kinds[kind].items() if storage not in shared))
     outside, _ = save(partial(_without_layers, config), fake, tokens_BT)
-    return Activations([size // batch for size in layers], sum((outside | shared).values()) // batch, passing // batch)
+    return Activations(
+        [size // batch for size in layers], sum((outside | shared).values()) // batch, transient // batch
+    )
 
 
 def _context(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype) -> Context:
