@@ -22,17 +22,24 @@ from moray.jobs.training.pretrain import pretrain
 WARM = 6
 
 
-def rows_of(data: Path, run: Path, steps: int, **changes: object) -> list[dict[str, Any]]:
-    """Of each step of a run of the demo's model, with nothing else going on."""
-    settings = {"data.path": data, "run.dir": run, "train.steps": steps}
+def settings_of(data: Path, run: Path, steps: int, **changes: object) -> dict[str, str]:
+    """Of a run of the demo's model with nothing but steps."""
     plain = {
+        "data.path": data,
+        "run.dir": run,
+        "train.steps": steps,
         "train.eval_every": 0,
         "checkpoint.every": steps,
         "recovery.snapshot_every": 0,
         "run.trackers": "none",
         "optimizer.warmup_steps": 2,
     }
-    config = load_config("demo", {name: str(value) for name, value in (settings | plain | changes).items()})
+    return {name: str(value) for name, value in (plain | changes).items()}
+
+
+def rows_of(data: Path, run: Path, steps: int, **changes: object) -> list[dict[str, Any]]:
+    """Of each step of such a run."""
+    config = load_config("demo", settings_of(data, run, steps, **changes))
     assert pretrain(config, Console(stderr=True)) == 0
     return read_metrics(run)
 

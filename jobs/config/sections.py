@@ -143,8 +143,12 @@ class RecoverySection(Section):
         return value
 
 
+def is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _default_launcher() -> Literal["ray", "torchrun"]:
-    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "ray"
+    return "torchrun" if is_under_torchrun() else "ray"
 
 
 class ClusterSection(Section):
@@ -182,6 +186,10 @@ class ClusterSection(Section):
     def _check(self) -> Self:
         if self.launcher == "local" and self.workers != 1:
             raise UserError(f"cluster.workers={self.workers} must be 1 with cluster.launcher=local; or choose ray")
+        if self.launcher == "ray" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and is_under_torchrun():
+            raise UserError(
+                "cluster.launcher=ray, but torchrun has started this process as one of several workers; choose torchrun"
+            )
         if self.launcher != "ray" and self.is_elastic:
             raise UserError(
                 f"cluster.workers={self.workers} must be one number with cluster.launcher={self.launcher}, which "
