@@ -33,7 +33,9 @@ def seconds_under_torchrun(data: Path, run: Path, steps: int, workers: int) -> l
     settings = settings_of(data, run, steps, **SETTINGS, **{"cluster.launcher": "torchrun"})
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-    subprocess.run([*torchrun, "-m", "moray", "pretrain", "--recipe", "demo", *words], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*torchrun, "-m", "moray", "pretrain", "--recipe", "demo", *words], check=True, stdout=subprocess.DEVNULL
+    )
     return [row["seconds"] for row in read_metrics(run)[WARM:]]
 
 

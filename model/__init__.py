@@ -1,8 +1,8 @@
 """What is computed: a GPT, dense or Mixture-of-Experts, in plain PyTorch on one device."""
 
 from moray.model.attention.cache import KVCache
+from moray.model.attention.documents import Documents
 from moray.model.config.architecture import ModelConfig
-from moray.model.context import Documents
 from moray.model.decoder import Decoder, Losses
 from moray.model.init import initialise
 from moray.model.randomness import Randomness

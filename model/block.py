@@ -40,9 +40,9 @@ class Block(nn.Module):
         self.ffn_post_norm = build_norm(config.d_model, norm) if is_sandwich else nn.Identity()
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
-        return recomputing(self.recompute, self._compute, x_BTD, context)
+        return recomputing(self.recompute, self.compute, x_BTD, context)
 
-    def _compute(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
+    def compute(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
         if self.is_post:
             x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, context))
             out_BTD, statistics = self._feed_forward(x_BTD, context)

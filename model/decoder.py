@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from moray import UserError
 from moray.model.attention.cache import KVCache
+from moray.model.attention.documents import Documents
 from moray.model.attention.rope import rope_angles
 from moray.model.block import Block
 from moray.model.config.architecture import ModelConfig
-from moray.model.context import Context, Documents
+from moray.model.context import Context
 from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm

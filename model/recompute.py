@@ -40,12 +40,16 @@ def recomputing(how: Recompute, layer: Callable[..., T], x: Tensor, *rest: Any) 
 
 def cheap(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """`function(*inputs)`, a new tensor, which may be computed again: all that it depends on is among its inputs."""
+    if torch.compiler.is_compiling():
+        return function(*inputs)  # the compiler has its own mind of what to keep
     kept = _kept.get()
     return function(*inputs) if kept is None else kept.compute(function, inputs)
 
 
 def once(choose: Callable[[], T]) -> T:
     """What `choose` returns, without a gradient: where a layer is computed again, what it returned the first time."""
+    if torch.compiler.is_compiling():
+        return choose()  # nothing that chooses is in a layer that is compiled and computed again
     choices = _choices.get()
     return choose() if choices is None else choices(choose)
 

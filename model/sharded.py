@@ -2,12 +2,15 @@
 
 # Shapes: B sequences, T tokens of each, t of them on this rank, X any width.
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def local(parameter: Tensor) -> Tensor:
     """This rank's part of a weight: where tensor or expert parallelism has split it, it is a DTensor."""
+    if torch.compiler.is_compiling():  # a compiler sees the type, and no attribute
+        return parameter if type(parameter) in (Tensor, nn.Parameter) else parameter.to_local()  # type: ignore
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 

@@ -22,6 +22,7 @@ from moray.model.moe.balance import updated_bias
 from moray.model.moe.grouped import grouped_linear, grouped_mm_linear
 from moray.model.moe.layer import MoE
 from moray.model.recompute import Recompute
+from moray.parallel.compiled import compile_layers
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
 from moray.parallel.layout import Layout
@@ -149,6 +150,7 @@ def spread(
     device: torch.device = CPU,
     stage: Stage = 3,
     recompute: Recompute = "none",
+    backend: str | None = None,
     *,
     exact: bool = False,
     settings: OptimizerSection = OPTIMIZER,
@@ -157,12 +159,16 @@ def spread(
 
     exact: in micro-batches of one routing group each, added up along the tree of all lanes.
 
+    backend: torch.compile's, for layers that are compiled.
+
     In fp32 the experts use the grouped kernel that GPUs use, in fp64, which it lacks, the loop over experts.
     """
     experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
     meshes, least = layout.meshes(device.type), group_size(config)
     compute_dtype = compute_dtype or dtype
     decoder = build_decoder(config, meshes, dtype=dtype, compute_dtype=compute_dtype, stage=stage, recompute=recompute)
+    if backend:
+        compile_layers(decoder, device.type, compute_dtype, backend=backend)
     initialise_shards(decoder, SEED)
     starve(decoder)
     optimizer = build_optimizer(decoder, settings, fused=not exact, copy=meshes.copy, dtype=compute_dtype)

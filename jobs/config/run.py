@@ -67,6 +67,7 @@ class RunConfig(Section):
             raise UserError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most train.steps={self.train.steps}"
             )
+        self._check_ways()
         self._check_bounds()
         if self.optimizer.moments == "bfloat16" and self.optimizer.beta2 > MAX_BETA2_IN_BF16:
             raise UserError(
@@ -133,11 +134,24 @@ class RunConfig(Section):
         asked = self.cluster.model_dump(exclude={"launcher", "workers"})
         return Group(self.cluster.max_workers, self.cluster.min_workers, self.arrange, **asked)
 
+    def _check_ways(self) -> None:
+        """Of computing."""
+        train = self.train
+        if train.exact and train.zero_stage == 1:
+            raise UserError("train.zero_stage=1 must be 3 or auto with train.exact=true, which adds up gradients")
+        if train.exact and train.compile:
+            raise UserError(
+                "train.compile=true must be false with train.exact=true: a compiler orders sums as it likes"
+            )
+        if train.compile and train.recompute == "selective":
+            raise UserError(
+                "train.recompute=selective must be none or full with train.compile=true, which computes again what is "
+                "cheap by itself"
+            )
+
     def _check_bounds(self) -> None:
         """Of what is done about bad steps and wrong results."""
         train, every = self.train, self.checkpoint.every
-        if train.zero_stage == 1 and train.exact:
-            raise UserError("train.zero_stage=1 must be 3 or auto with train.exact=true, which adds up gradients")
         least = {"stop": 0, "skip": 1, "rollback": every + 1}[train.on_bad_step]
         if train.max_skipped < least:
             why = f", as it may go back over checkpoint.every={every} steps" if least > 1 else ""

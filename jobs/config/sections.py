@@ -48,6 +48,9 @@ class TrainSection(Section):
     recompute: Recompute = "none"
     """What is computed again in the backward pass, instead of kept. selective: what is cheap to compute (norms,
     activation functions, copies), for half the memory of activations or less. full: whole layers, for a tenth of it."""
+    compile: bool = False
+    """Layers are compiled by torch.compile, in their first step: on GPUs far fewer and larger kernels; on CPUs little
+    is gained. Wants a C++ compiler on every node."""
     eval_every: int = Field(100, ge=0)
     """Steps between two passes over the validation split; 0: only at the end."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"

@@ -32,6 +32,7 @@ from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import Commit
 from moray.parallel.checkpoint.generations import SEEN_WITHIN_S, sees_generation
 from moray.parallel.checkpoint.snapshots import Snapshots
+from moray.parallel.compiled import check_compiler, compile_layers
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
@@ -139,6 +140,9 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         stage=stage,
         recompute=config.train.recompute,
     )
+    if config.train.compile:
+        check_compiler()
+        compile_layers(decoder, context.device.type, compute_dtype)
     # Of each rank its own, for what one measures while others are busy is lower: a restart must not change the MFU.
     peak = context.once(
         f"peak of {context.device} in {config.train.dtype}, rank {context.local_rank}",

@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moray.model.attention.documents import Documents
 from moray.model.attention.latent import LatentAttention
 from moray.model.attention.layer import Attention
 from moray.model.attention.rope import rope_angles
 from moray.model.block import Block
 from moray.model.config.architecture import ModelConfig
-from moray.model.context import Context, Documents
+from moray.model.context import Context
 from moray.model.decoder import Decoder
 from moray.model.feedforward import FeedForward
 from moray.model.moe.router import Router

@@ -29,6 +29,7 @@ class LatentAttention(nn.Module):
     """
 
     tokens = WholeTokens()
+    attend = staticmethod(attend)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class LatentAttention(nn.Module):
         if cache is None or cache.length == 0:
             k_BTHd, v_BTHe = self._keys_and_values(compressed_BTr, k_rope_BT1p)
             q_BTHd = torch.cat((q_nope_BTHn, q_rope_BTHp), dim=-1)
-            out_BTHe = attend(q_BTHd, k_BTHd, v_BTHe, self.scoring, documents.lengths, documents.edges)
+            out_BTHe = self.attend(q_BTHd, k_BTHd, v_BTHe, self.scoring, documents)
         else:
             out_BTHe = self._absorbed(q_nope_BTHn, q_rope_BTHp, held_B1Sc, cache)
         return self.output(out_BTHe.flatten(2))

@@ -5,11 +5,12 @@
 from torch import Tensor, nn
 
 from moray.model.attention.cache import KVCache
+from moray.model.attention.documents import Documents
 from moray.model.attention.latent import LatentAttention
 from moray.model.attention.rope import rotate
 from moray.model.attention.sdpa import Scoring, attend, attend_visible
 from moray.model.config.architecture import ModelConfig
-from moray.model.context import Context, Documents
+from moray.model.context import Context
 from moray.model.norm import RMSNorm
 from moray.model.sharded import Linear, RowLinear, WholeTokens
 
@@ -30,6 +31,7 @@ class Attention(nn.Module):
     """
 
     tokens = WholeTokens()
+    attend = staticmethod(attend)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Attention(nn.Module):
         if self.kv_heads is not None:
             k, v = k[:, :, self.kv_heads], v[:, :, self.kv_heads]
         if context.cache is None:
-            out_BTHd = attend(q, k, v, self.scoring, context.documents.lengths, context.documents.edges)
+            out_BTHd = self.attend(q, k, v, self.scoring, context.documents)
         else:
             out_BTHd = self._attend_cached(q, k, v, context.documents, context.cache)
         return self.output(out_BTHd.flatten(2))
@@ -80,5 +82,5 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BTGd, v_BTGd))
         k, v = cache.extend(self.layer, k, v)
         if cache.length == 0:
-            return attend(q_BTHd, k_BTGd, v_BTGd, self.scoring, documents.lengths, documents.edges)
+            return self.attend(q_BTHd, k_BTGd, v_BTGd, self.scoring, documents)
         return attend_visible(q, k, v, self.scoring, cache.visible(self.layer, q.shape[2])).transpose(1, 2)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moray.model.attention.documents import Documents
+
 QUERY_BLOCK = 128
 """Queries whose soft-capped scores exist at the same time; the least that a window's blocks hold."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -42,15 +44,12 @@ def attend(
     k_BTGd: Tensor,
     v_BTGe: Tensor,
     scoring: Scoring,
-    lengths: list[int] | None,
-    edges: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
-    """Causal attention in which no token sees another document. Shapes: -> [B, T, H, e].
-
-    `lengths` and `edges` are those of `Documents`.
-    """
-    if edges is not None and _suits_flash(q_BTHd, v_BTGe, scoring):
-        return _attend_documents(q_BTHd, k_BTGd, v_BTGe, scoring, edges, max(lengths or [q_BTHd.shape[1]]))
+    """Causal attention in which no token sees another document; None: each row is one. Shapes: -> [B, T, H, e]."""
+    if documents and documents.edges is not None and _suits_flash(q_BTHd, v_BTGe, scoring):
+        return _attend_documents(q_BTHd, k_BTGd, v_BTGe, scoring, documents.edges, _longest(q_BTHd, documents))
+    lengths = documents and documents.lengths
     if lengths is None:
         return _attend_document(q_BTHd, k_BTGd, v_BTGe, scoring)
     pieces = zip(*(x.flatten(0, 1).split(lengths) for x in (q_BTHd, k_BTGd, v_BTGe)), strict=True)
@@ -84,6 +83,12 @@ def sees(query_T: Tensor, key_S: Tensor, window: int | None) -> Tensor:
 def _suits_flash(q_BTHd: Tensor, v_BTGe: Tensor, scoring: Scoring) -> bool:
     is_narrow = max(q_BTHd.shape[-1], v_BTGe.shape[-1]) <= FLASH_CHANNELS
     return q_BTHd.is_cuda and q_BTHd.dtype in FLASH_DTYPES and scoring.softcap is None and is_narrow
+
+
+def _longest(q_BTHd: Tensor, documents: Documents) -> int:
+    """Tokens of no document are more. In a compiled graph, a bound that is the same for all batches."""
+    row = q_BTHd.shape[1]
+    return row if torch.compiler.is_compiling() or documents.lengths is None else max(documents.lengths)
 
 
 def _attend_documents(

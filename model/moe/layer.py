@@ -45,7 +45,7 @@ class MoE(nn.Module):
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
-        routing = self.router(x_BTD, self._keys(context))
+        routing = self.router(x_BTD, self.keys(context))
         kept_BTK, statistics = routing.drawn_BTK, None
         if self.training:
             self._check_groups(len(x_BTD))
@@ -54,12 +54,17 @@ class MoE(nn.Module):
             statistics = statistics_of(routing, self.dispatcher.own(context.documents.valid_BT), self.moe)
             once(partial(self._count, statistics.counts_GE))
             statistics = statistics.total(self.dispatcher.total)
+        out_BTD = self.through_experts(x_BTD, routing.chosen_BTK, kept_BTK, routing.gates_BTK)
+        return self._with_shared(out_BTD, x_BTD, context), statistics
+
+    def through_experts(self, x_BTD: Tensor, chosen_BTK: Tensor, kept_BTK: Tensor | None, gates_BTK: Tensor) -> Tensor:
+        """Tokens to their experts and back: each token's gate-weighted sum, [B, T, D]."""
         kept_NK = None if kept_BTK is None else kept_BTK.flatten(0, 1)
         rows_MD, counts_E, plan = self.dispatcher.dispatch(
-            x_BTD.flatten(0, 1), routing.chosen_BTK.flatten(0, 1), kept_NK, self.moe.n_experts
+            x_BTD.flatten(0, 1), chosen_BTK.flatten(0, 1), kept_NK, self.moe.n_experts
         )
-        out_ND = self.dispatcher.combine(self.experts(rows_MD, counts_E), plan, routing.gates_BTK.flatten(0, 1))
-        return self._with_shared(out_ND.view_as(x_BTD), x_BTD, context), statistics
+        out_ND = self.dispatcher.combine(self.experts(rows_MD, counts_E), plan, gates_BTK.flatten(0, 1))
+        return out_ND.view_as(x_BTD)
 
     def _count(self, counts_GE: Tensor) -> None:
         self.tokens_E += counts_GE.sum(0).to(torch.int64)
@@ -77,7 +82,7 @@ class MoE(nn.Module):
             shared_BTD = shared_BTD * self.shared_gate(x_BTD).sigmoid()
         return out_BTD + shared_BTD
 
-    def _keys(self, context: Context) -> Tensor | None:
+    def keys(self, context: Context) -> Tensor | None:
         """What this rank's tokens draw their random numbers with."""
         if not (self.training and self.moe.is_random):
             return None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moray.model.context import Documents, document_lengths
+from moray.model.attention.documents import Documents, document_lengths
 
 
 @pytest.mark.parametrize(

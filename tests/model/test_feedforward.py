@@ -11,8 +11,9 @@ from transformers.activations import ACT2FN
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from moray.model.attention.documents import Documents
 from moray.model.config.parts import FeedForwardConfig
-from moray.model.context import Context, Documents
+from moray.model.context import Context
 from moray.model.feedforward import FeedForward, activation
 
 CLOSED_FORMS = {

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from moray.model import Decoder, KVCache, ModelConfig, initialise
+from moray.model.attention.documents import Documents
 from moray.model.config.parts import FeedForwardConfig
-from moray.model.context import Context, Documents
+from moray.model.context import Context
 from moray.model.feedforward import FeedForward
 from moray.model.mixffn import CausalConvolution, LowRankAdapter
 

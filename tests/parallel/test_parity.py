@@ -82,6 +82,30 @@ def test_what_is_computed_again_is_what_one_process_computes(
     check(found, truth(config, torch.float64), torch.float64)
 
 
+@pytest.mark.parametrize(
+    ("layout", "stage", "recompute"),
+    [
+        (Layout(dp_shard=2, ep=2), 1, "none"),
+        (Layout(dp_shard=2, ep=2), 3, "full"),
+        (Layout(dp_shard=1, tp=2, ep=2), 3, "none"),
+    ],
+    ids=str,
+)
+def test_compiled_layers_compute_what_one_process_computes(
+    pool: Pool, layout: Layout, stage: Stage, recompute: Recompute
+) -> None:
+    """As graphs, which torch runs as they are: what is cut where, and counted once. What inductor makes of graphs is
+    tested on one process.
+    """
+    config = MODELS["moe-deepseek"].but(
+        attention={"qk_norm": "full"}, moe={"capacity_factor": 1.0, "drop_by": "gate", "group_size": 2}
+    )
+    found = pool.run(
+        spread, layout.world_size, config, layout, torch.float64, None, CPU, stage, recompute, "aot_eager"
+    )[0]
+    check(found, truth(config, torch.float64), torch.float64)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("layout", [Layout(dp_shard=4, ep=2), Layout(dp_shard=2, tp=2, ep=4)], ids=str)
 def test_bf16_products_keep_fp32_weights_and_stay_near_fp32(pool: Pool, layout: Layout, stage: Stage) -> None:

@@ -142,6 +142,11 @@ def test_a_missing_part_of_the_model_is_made_by_its_settings() -> None:
             "optimizer.moments=bfloat16 needs optimizer.beta2=0.999 to be at most 0.99",
         ),
         ({"optimizer.kind": "sgd"}, "optimizer.kind=sgd must be adamw or muon"),
+        ({"train.compile": "true", "train.exact": "true"}, "train.compile=true must be false with train.exact=true"),
+        (
+            {"train.compile": "true", "train.recompute": "selective"},
+            "train.recompute=selective must be none or full with train.compile=true",
+        ),
         ({"train.recompute": "some"}, "train.recompute=some must be none, selective or full"),
         (
             {"recovery.snapshot_every": "-1"},

@@ -204,10 +204,14 @@ def test_sigkill_loses_no_committed_step_and_changes_no_later_one(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimizer__kind": "muon", "train__recompute": "full"}, {"optimizer__moments": "bfloat16"}],
-    ids=lambda settings: next(iter(settings.values())),
+    [
+        {"optimizer__kind": "muon", "train__recompute": "full"},
+        {"optimizer__moments": "bfloat16"},
+        {"train__compile": True, "train__micro_batch": 4, "model__n_layers": 1, "model__moe__n_dense_layers": 0},
+    ],
+    ids=["muon", "bfloat16", "compiled"],
 )
-def test_no_optimizer_can_tell_that_it_was_killed(dataset: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+def test_no_way_of_computing_tells_of_a_kill(dataset: Path, tmp_path: Path, settings: dict[str, object]) -> None:
     words = arguments(dataset, tmp_path / "killed", **settings)
     assert run_signalled(signal.SIGKILL, 6, words).returncode == -signal.SIGKILL
     assert dispatch(words) == 0

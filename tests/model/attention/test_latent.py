@@ -8,9 +8,10 @@ import transformers
 from torch import Tensor, nn
 
 from moray.model import KVCache, ModelConfig
+from moray.model.attention.documents import Documents
 from moray.model.attention.latent import LatentAttention
 from moray.model.attention.rope import rope_angles
-from moray.model.context import Context, Documents
+from moray.model.context import Context
 
 TOKENS, WIDTH = 19, 32
 LATENT = {"kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "value_dim": 6}

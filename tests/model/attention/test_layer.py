@@ -9,11 +9,12 @@ import transformers
 from torch import Tensor, nn
 
 from moray.model import Decoder, ModelConfig, initialise
+from moray.model.attention.documents import Documents
 from moray.model.attention.latent import LatentAttention
 from moray.model.attention.layer import Attention, build_attention
 from moray.model.attention.rope import rope_angles
 from moray.model.attention.sdpa import sees
-from moray.model.context import Context, Documents
+from moray.model.context import Context
 
 TOKENS, WIDTH, HEADS, HEAD_DIM = 13, 32, 4, 10
 NARROW = {"n_layers": 2, "d_model": WIDTH, "vocab_size": 50, "ffn": {"width": 48}, "init": {"std": 0.3}}

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moray.model.attention import sdpa
+from moray.model.attention.documents import Documents
 from moray.model.attention.sdpa import Scoring, attend, attend_visible
 
 TOKENS = 21
+ALL = torch.ones(2, TOKENS, dtype=torch.bool)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,10 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, lengths: list[in
     return out
 
 
+def documents_of(lengths: list[int] | None) -> Documents:
+    return Documents(lengths, ALL)
+
+
 def inputs(heads: int, groups: int, d: int, e: int, tokens: int = TOKENS) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, tokens, heads, d), (2, tokens, groups, d), (2, tokens, groups, e))
@@ -54,7 +60,7 @@ def test_output_and_gradients_are_the_textbooks(
 ) -> None:
     scoring = Scoring(0.4, window, softcap)
     qkv = inputs(heads=4, groups=2, d=8, e=8)
-    out, expected = attend(*qkv, scoring, lengths), textbook(*qkv, scoring, lengths)
+    out, expected = attend(*qkv, scoring, documents_of(lengths)), textbook(*qkv, scoring, lengths)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
     for ours, theirs in zip(
@@ -74,7 +80,7 @@ def test_one_kernel_for_all_documents_computes_the_textbooks(
     scoring, expected_qkv = Scoring(0.4, window), inputs(4, groups, d, e)
     qkv = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in expected_qkv]
     edges = torch.tensor([0, *accumulate(lengths or [TOKENS] * 2)], dtype=torch.int32, device="cuda")
-    out, expected = attend(*qkv, scoring, lengths, edges), textbook(*expected_qkv, scoring, lengths)
+    out, expected = attend(*qkv, scoring, Documents(lengths, ALL, edges)), textbook(*expected_qkv, scoring, lengths)
     assert out.grad_fn is not None
     torch.testing.assert_close(out.double().cpu(), expected, rtol=0.02, atol=0.02)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
