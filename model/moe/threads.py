@@ -1,4 +1,4 @@
-"""Many small products on a CPU: each by one thread, several at a time. One by all of them would leave most idle."""
+"""Many products on a CPU: small ones by one thread each, several at a time, for all threads on one would be idle."""
 
 import os
 from collections.abc import Iterable
@@ -10,10 +10,12 @@ from torch import Tensor
 
 Product = tuple[Tensor, Tensor, Tensor]
 """Two matrices, and where what they make goes."""
+LARGE = 2**27
+"""Multiplications a thread from which all threads together are as fast as each alone."""
 
 
 def multiply(products: Iterable[Product]) -> None:
-    """torch.mm(a, b, out=out) of each. One that is as much as a thread's share of all is computed by all threads.
+    """torch.mm(a, b, out=out) of each. Large ones, and those that are as much as a thread's share, have all threads.
 
     No matrix is part of a graph.
     """
@@ -24,10 +26,10 @@ def multiply(products: Iterable[Product]) -> None:
         _work(found)
         return
     work = [a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in found]
-    share = sum(work) / threads
-    _work([product for product, size in zip(found, work, strict=True) if size >= share])
+    least = min(LARGE * threads, sum(work) / threads)
+    _work([product for product, size in zip(found, work, strict=True) if size >= least])
     # The largest first; a list's iterator hands out each of its elements once, whoever asks.
-    order = sorted((i for i, size in enumerate(work) if size < share), key=lambda i: -work[i])
+    order = sorted((i for i, size in enumerate(work) if size < least), key=lambda i: -work[i])
     rest = iter([found[i] for i in order])
     list(_pool(threads, os.getpid()).map(_work, [rest] * threads))
 
