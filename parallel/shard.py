@@ -24,6 +24,7 @@ from moray.parallel.expert import apply_expert_parallel
 from moray.parallel.held import held_chunk
 from moray.parallel.layout import Meshes
 from moray.parallel.reduction import Stage
+from moray.parallel.summing import sum_by_all_to_all
 from moray.parallel.tensor import apply_tensor_parallel
 
 
@@ -104,6 +105,8 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
             # Losses are already divided by the global token count: gradients are sums over all ranks, not means.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+            if meshes.dense.device_type == "cpu":
+                sum_by_all_to_all(module)
 
 
 def _over(mesh: DeviceMesh, shards: str) -> DeviceMesh:

@@ -27,6 +27,7 @@ from moray.model.mixffn import LowRankAdapter
 from moray.model.norm import RMSNorm
 from moray.model.recompute import cheap
 from moray.model.sharded import RowLinear, WholeTokens
+from moray.parallel.summing import reduce_scatter
 
 
 class TokenSlices(WholeTokens):
@@ -69,7 +70,7 @@ class TokenSlices(WholeTokens):
     def reduce_scatter(self, x_BTX: Tensor) -> Tensor:
         parts_PBtX = x_BTX.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
         own_BtX = torch.empty_like(parts_PBtX[0])
-        dist.reduce_scatter_single(own_BtX, parts_PBtX.flatten(0, 1), group=self.group)
+        reduce_scatter(parts_PBtX, own_BtX, self.group)
         return own_BtX
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
