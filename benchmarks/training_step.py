@@ -1,12 +1,12 @@
-"""One training step (forward, backward, AdamW), moray against transformers, in the same run.
+"""One training step (forward, backward, AdamW), moray against transformers or litgpt, in the same run.
 
-    python benchmarks/training_step.py [--rounds 5] [--batch 4] [--tokens 512]
-    python benchmarks/training_step.py --device cuda --batch 4 --tokens 2048
+    python benchmarks/training_step.py [--compiled] [--peer litgpt] [--rounds 5] [--batch 4] [--tokens 512]
 
-On the CPU with MiniMind-3 shapes, on a GPU with a dense model and a MoE of a billion active parameters or so.
+On the CPU, with MiniMind-3 shapes (on GPUs: benchmarks/gpu.py). `pip install --no-deps litgpt lightning
+lightning-utilities` is what litgpt's model needs.
 Both sides take turns, step by step, so that a drifting machine slows both; the ratio is the median over the pairs.
 moray runs what `moray pretrain` runs on one worker: fp32 weights, packed rows without padding.
-transformers runs with SDPA and the fused AdamW; in bf16 once under autocast (fp32 weights, as moray has) and once with
+Peers run with SDPA and the fused AdamW; in bf16 once under autocast (fp32 weights, as moray has) and once with
 bf16 weights and optimizer (which loses updates, and is faster). The peak is a matrix product here and now.
 """
 
@@ -15,6 +15,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -27,51 +28,32 @@ from moray.jobs.training.metrics import matmul_peak
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
 from moray.model.accounting.cost import forward_flops
+from moray.parallel.compiled import compile_layers
 from moray.parallel.gradients import MicroBatch, accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
 
 Step = Callable[[], None]
-DOCUMENT_TOKENS = 340
-"""What a document of MiniMind's corpora has or so."""
-LARGE = {
-    "vocab_size": 32_000,
-    "n_layers": 16,
-    "d_model": 2048,
-    "max_seq_len": 4096,
-    "attention": {"n_heads": 16, "n_kv_heads": 8, "head_dim": 128},
-    "ffn": {"width": 8192},
-}
 FINE = {"n_experts": 64, "top_k": 6, "expert_width": 304}
-SHAPES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "cpu": {
-        "minimind-3": ("minimind-3", {}),
-        "minimind-3-moe": ("minimind-3-moe", {}),
-        "64 experts of 304, top 6": ("minimind-3-moe", {"moe": FINE}),
-        "dense of 6 x 304": ("minimind-3", {"ffn": {"width": 6 * 304}}),
-    },
-    "cuda": {
-        "dense": ("minimind-3", LARGE),
-        "16 experts of 1,024, top 4": (
-            "minimind-3-moe",
-            {**LARGE, "moe": {"n_experts": 16, "top_k": 4, "expert_width": 1024}},
-        ),
-    },
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "minimind-3": ("minimind-3", {}),
+    "minimind-3-moe": ("minimind-3-moe", {}),
+    "64 experts of 304, top 6": ("minimind-3-moe", {"moe": FINE}),
+    "dense of 6 x 304": ("minimind-3", {"ffn": {"width": 6 * 304}}),
 }
+CPU = torch.device("cpu")
 
 
-def moray_step(
-    config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, device: torch.device, packed: bool = False
-) -> Step:
-    meshes = Layout(dp_shard=1).meshes(device.type)
+def moray_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, compiled: bool = False) -> Step:
+    meshes = Layout(dp_shard=1).meshes("cpu")
     decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=dtype)
+    if compiled:
+        compile_layers(decoder, "cpu", dtype)
     initialise_shards(decoder, seed=0)
     optimizer = build_optimizer(decoder, OptimizerSection())
     inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:].contiguous()
     places = torch.arange(inputs.shape[1]).expand_as(inputs)
-    documents = places // DOCUMENT_TOKENS if packed else torch.zeros_like(inputs)
-    positions = places % DOCUMENT_TOKENS if packed else places
-    batch = MicroBatch.of(inputs, targets, positions, documents, device)
+    batch = MicroBatch.of(inputs, targets, places, torch.zeros_like(inputs), CPU)
 
     def step() -> None:
         accumulate_gradients(decoder, [batch])
@@ -108,27 +90,62 @@ def transformers_model(config: ModelConfig) -> torch.nn.Module:
     )
 
 
-def transformers_step(
-    config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, device: torch.device, autocast: bool
-) -> Step:
-    with device:
-        peer = transformers_model(config)
-    peer = peer if autocast else peer.to(dtype)
-    optimizer = torch.optim.AdamW(peer.parameters(), fused=True)
+def transformers_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, autocast: bool) -> Step:
+    peer = transformers_model(config)
     # transformers shifts the labels itself; as many positions are computed on either side.
-    inputs = tokens_BT[:, :-1].to(device)
+    inputs = tokens_BT[:, :-1]
+    return _peer_step(peer, lambda: peer(inputs, labels=inputs).loss, dtype, autocast)
+
+
+def litgpt_step(config: ModelConfig, dtype: torch.dtype, tokens_BT: torch.Tensor, autocast: bool) -> Step:
+    """Its GPT with the parts of Qwen3, and the loss of its own training; a head of its own, which it cannot tie."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    attention = config.attention
+    peer = GPT(
+        Config(
+            block_size=tokens_BT.shape[1] - 1,
+            vocab_size=config.vocab_size,
+            padded_vocab_size=config.vocab_size,
+            n_layer=config.n_layers,
+            n_embd=config.d_model,
+            n_head=attention.n_heads,
+            n_query_groups=attention.n_kv_heads,
+            head_size=attention.head_dim,
+            intermediate_size=config.ffn.width,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            norm_qk=attention.qk_norm == "head",
+            mlp_class_name="LLaMAMLP",
+        )
+    )
+    inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:].contiguous()
+    return _peer_step(peer, lambda: chunked_cross_entropy(peer(inputs), targets, chunk_size=0), dtype, autocast)
+
+
+PEERS = {"transformers": transformers_step, "litgpt": litgpt_step}
+
+
+def _peer_step(peer: torch.nn.Module, loss: Callable[[], torch.Tensor], dtype: torch.dtype, autocast: bool) -> Step:
+    if not autocast:
+        peer.to(dtype)
+    optimizer = torch.optim.AdamW(peer.parameters(), fused=True)
 
     def step() -> None:
-        with torch.autocast(device.type, dtype, enabled=autocast):
-            loss = peer(inputs, labels=inputs).loss
-        loss.backward()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            found = loss()
+        found.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def seconds(step: Step, device: torch.device) -> float:
+def seconds(step: Step, device: torch.device = CPU) -> float:
     began = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -136,19 +153,18 @@ def seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def compare(ours: Step, theirs: Step, rounds: int, device: torch.device) -> tuple[float, float, float]:
+def compare(ours: Step, theirs: Step, rounds: int) -> tuple[float, float, float]:
     """Median seconds of each side, and the median of the pairwise ratios theirs / ours."""
-    for _ in range(1 if device.type == "cpu" else 3):
-        seconds(ours, device), seconds(theirs, device)
-    pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(rounds)]
+    seconds(ours), seconds(theirs)
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
     a, b = zip(*pairs, strict=True)
     return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in pairs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=SHAPES, default="cpu")
-    parser.add_argument("--packed", action="store_true", help="moray's rows are documents of 340 tokens")
+    parser.add_argument("--peer", choices=PEERS, default="transformers")
+    parser.add_argument("--compiled", action="store_true", help="moray's layers are compiled (train.compile)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
@@ -157,29 +173,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.give_back:
         keep_freed_memory()  # as moray's workers do: on both sides, which take turns in this process
-    device = torch.device(arguments.device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
-    count = arguments.batch * arguments.tokens
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print("| model | dtype | peer's weights | moray tokens/s | transformers tokens/s | ratio | share of peak: both |")
+    peer, count = arguments.peer, arguments.batch * arguments.tokens
+    versions = f"torch {torch.__version__}, {peer} {version(peer)}"
+    print(f"{torch.get_num_threads()} threads, {versions}{', moray compiled' if arguments.compiled else ''}")
+    print(f"| model | dtype | peer's weights | moray tokens/s | {peer} tokens/s | ratio | share of peak: both |")
     print("|---|---|---|---|---|---|---|")
-    for name, (preset, changes) in SHAPES[device.type].items():
-        if not any(word in name for word in arguments.only.split(",")):
-            continue
+    for name, (preset, changes) in SHAPES.items():
         config = ModelConfig.preset(preset, **changes)
+        if not any(word in name for word in arguments.only.split(",")) or (config.moe and peer == "litgpt"):
+            continue
         tokens_BT = torch.randint(config.vocab_size, (arguments.batch, arguments.tokens + 1))
         flops = 3 * sum(forward_flops(config, arguments.tokens).values()) * count
         for dtype, autocast in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
-            if device.type == "cuda" and dtype == torch.float32:
-                continue
-            ours = moray_step(config, dtype, tokens_BT, device, arguments.packed)
-            theirs = transformers_step(config, dtype, tokens_BT, device, autocast)
-            a, b, ratio = compare(ours, theirs, arguments.rounds, device)
-            peak = matmul_peak(device, dtype, 2.0)
+            ours = moray_step(config, dtype, tokens_BT, arguments.compiled)
+            theirs = PEERS[peer](config, dtype, tokens_BT, autocast)
+            a, b, ratio = compare(ours, theirs, arguments.rounds)
+            peak = matmul_peak(CPU, dtype, 2.0)
             weights = "float32" if autocast or dtype == torch.float32 else "bfloat16"
             print(
                 f"| {name} | {str(dtype)[6:]} | {weights} | {count / a:,.0f} | {count / b:,.0f} | {ratio:.2f} "
@@ -187,7 +198,7 @@ def main() -> None:
                 flush=True,
             )
             del ours, theirs
-            gc.collect()  # modules refer to themselves, and a GPU has no room for two pairs
+            gc.collect()  # modules refer to themselves
     dist.destroy_process_group()
 
 
