@@ -19,6 +19,7 @@ from moray import UserError
 from moray.model.attention.latent import LatentAttention
 from moray.model.attention.layer import Attention
 from moray.model.attention.sdpa import FLASH_DTYPES
+from moray.model.block import Block
 from moray.model.context import Context
 from moray.model.decoder import Decoder
 from moray.model.mixffn import CausalConvolution
@@ -50,15 +51,15 @@ def compile_layers(
         elif isinstance(module, MoE):
             _leave_out_of_experts(module, on_gpu)
     compiled = partial(torch.compile, backend=backend, dynamic=False)
-    for block in decoder.blocks:
+    for block in [module for module in decoder.modules() if isinstance(module, Block)]:
         if block.recompute != "full":
-            block.compute = _of_any_documents(compiled(block.compute))
+            block.compute = _of_any_documents(compiled(block.compute))  # type: ignore[method-assign,assignment]
             continue
         # Graphs of whole layers would do for layers of another kind, too, and torch may take either. What an MoE layer
         # has chosen is kept outside of graphs.
         for part in (block.attention, block.ffn):
             if not isinstance(part, MoE):
-                part.forward = _of_any_documents(compiled(part.forward))
+                part.forward = _of_any_documents(compiled(part.forward))  # type: ignore[method-assign]
 
 
 def check_compiler() -> None:
