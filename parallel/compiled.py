@@ -28,6 +28,7 @@ from moray.parallel.expert import AllToAllDispatcher, SequenceSlice
 from moray.parallel.tensor import TokenSlices
 
 T = TypeVar("T")
+MOST_GRAPHS = 64
 
 
 def compile_layers(
@@ -37,6 +38,8 @@ def compile_layers(
 
     A graph is of one shape, but for the number of documents: what is computed twice is computed by the same one.
     """
+    # torch gives up on what has had eight graphs: kinds of layers, sizes of micro-batches, with gradients and without.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     on_gpu = device_type == "cuda"
     has_flash = on_gpu and compute_dtype in FLASH_DTYPES
     tokens = {id(module.tokens): module.tokens for module in decoder.modules() if hasattr(module, "tokens")}

@@ -83,6 +83,28 @@ def graphs_of_a_comparison(config: ModelConfig, backend: str, steps: int) -> lis
     return graphs
 
 
+def test_no_kind_of_layer_and_no_size_of_batch_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four kinds of layers, three sizes, with gradients and without: and no round after two needs more."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    attention = {**HEADS, "window": 8, "pattern": ("local", "global")}
+    changes = {**SMALL, "n_layers": 4, "attention": attention, "moe": {**MOE, "n_dense_layers": 2}}
+    decoder = Decoder(ModelConfig.preset("minimind-3-moe", **changes)).double()
+    initialise(decoder, 0)
+    compile_layers(decoder, "cpu", torch.float64, backend="aot_eager")
+    graphs = []
+    for _ in range(3):
+        for rows, width in ((2, 24), (1, 24), (2, 12)):
+            inputs = {name: x[:rows, :width] for name, x in batch(1).items() if isinstance(x, Tensor)}
+            decoder.loss(**inputs).cross_entropy.backward()
+            with torch.no_grad():
+                decoder.loss(**inputs)
+        graphs.append(counters["stats"]["unique_graphs"])
+    # Where MoE layers were cut, a dense layer may be, too, from the second time on.
+    assert 8 < graphs[0] <= graphs[1] == graphs[2]
+
+
 @pytest.mark.parametrize(("name", "kinds"), [("dense", 1), ("moe-softmax", 1), ("moe-deepseek", 2)])
 def test_on_a_gpu_a_layer_is_one_graph(name: str, kinds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured here with the kernels of GPUs, and not run: attention to all documents, grouped products."""
