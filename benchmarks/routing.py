@@ -5,8 +5,9 @@
 
 Each row is `moray pretrain` of the preset demo-moe with the settings that the row names, on one process in fp32; all
 begin from the same weights where their shapes agree, and see the same batches. Loss is the mean of the last ten
-steps; max/mean and entropy (1: even) are means over the MoE layers at the last step, where 16 and 0 would be
-collapse; dropped is the share of the assignments that found an expert full, over the last ten steps.
+steps; max/mean, of experts and of groups where there are some, and entropy (1: even) are means over the MoE layers at
+the last step, where 16, 4 and 0 would be collapse; dropped is the share of the assignments that found an expert full,
+over the last ten steps.
 """
 
 import argparse
@@ -78,6 +79,10 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "bias_update_rate": 0.01,
     },
 }
+ROUTERS["the same, and a step of groups' own"] = {
+    **ROUTERS["DeepSeek-V3: sigmoid, 2 of 4 groups, bias"],
+    "device_bias_update_rate": 0.01,
+}
 
 
 def train(data: Path, run: Path, steps: int, router: dict[str, Any]) -> list[dict[str, Any]]:
@@ -104,9 +109,10 @@ def train(data: Path, run: Path, steps: int, router: dict[str, Any]) -> list[dic
 
 def row(name: str, rows: list[dict[str, Any]]) -> str:
     last, end = rows[-1], rows[-10:]
+    groups = f"{statistics.mean(last['group_balance']):.2f}" if "group_balance" in last else ""
     return (
         f"| {name} | {statistics.mean(step['loss'] for step in end):.3f} "
-        f"| {statistics.mean(last['expert_balance']):.2f} | {statistics.mean(last['expert_entropy']):.3f} "
+        f"| {statistics.mean(last['expert_balance']):.2f} | {groups} | {statistics.mean(last['expert_entropy']):.3f} "
         f"| {statistics.mean(step['dropped'] for step in end):.1%} "
         f"| {statistics.median(step['tokens_per_second'] for step in rows):,.0f} |"
     )
@@ -118,7 +124,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--into", type=Path)
     arguments = parser.parse_args()
-    table = ["| router | loss | max/mean | entropy | dropped | tokens/s |", "|---|---|---|---|---|---|"]
+    table = ["| router | loss | max/mean | of groups | entropy | dropped | tokens/s |", "|---|---|---|---|---|---|---|"]
     for name, router in ROUTERS.items():
         with tempfile.TemporaryDirectory() as folder:
             table.append(row(name, train(arguments.data, Path(folder) / "run", arguments.steps, router)))

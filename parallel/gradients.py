@@ -217,6 +217,6 @@ def update_routing_bias(decoder: Decoder) -> ExpertLoad | None:
     counts_LX = world_sum(torch.stack([torch.cat((layer.tokens_E, layer.dropped[None])) for layer in layers]))
     tokens_LE, dropped_L = counts_LX[:, :-1], counts_LX[:, -1]
     for layer, tokens_E in zip(layers, tokens_LE, strict=True):
-        layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, tokens_E, layer.moe.bias_update_rate))
+        layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, tokens_E, layer.moe))
         layer.forget_counts()
     return ExpertLoad(tokens_LE.cpu(), dropped_L.cpu())

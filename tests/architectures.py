@@ -7,6 +7,7 @@ from law1 import HEADS, NARROW
 from moray.model import ModelConfig
 from moray.parallel.layout import Layout
 
+BIAS = {"bias_update_rate": 0.05, "device_bias_update_rate": 0.02}
 MODELS = {
     "dense": ModelConfig.preset("minimind-3", **NARROW),
     "dense-untied": ModelConfig.preset(
@@ -15,7 +16,7 @@ MODELS = {
     "moe-deepseek": ModelConfig.preset(
         "demo-moe",
         **NARROW,
-        moe={"n_experts": 8, "top_k": 3, "expert_width": 16, "balance_loss": 0.1, "bias_update_rate": 0.05},
+        moe={"n_experts": 8, "top_k": 3, "expert_width": 16, "balance_loss": 0.1, **BIAS},
     ),
     "moe-softmax": ModelConfig.preset(
         "minimind-3-moe", **NARROW, moe={"n_experts": 4, "top_k": 2, "expert_width": 24, "balance_loss": 0.1}

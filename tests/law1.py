@@ -128,7 +128,7 @@ def truth(
                 assert module.tokens_E[IDLE_EXPERT] == 0
                 if module.moe.second_expert == "always":
                     assert module.tokens_E.sum() == (BATCH * TOKENS - 3) * module.moe.top_k
-                bias = updated_bias(module.router.bias_E, module.tokens_E, module.moe.bias_update_rate)
+                bias = updated_bias(module.router.bias_E, module.tokens_E, module.moe)
                 module.router.bias_E.copy_(bias)
                 module.tokens_E.zero_()
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": state(decoder)}

@@ -13,6 +13,7 @@ from torch import Tensor
 from moray import UserError
 from moray.cluster.cores import usable_cores
 from moray.cluster.json_lines import JsonLines, read_lines
+from moray.model.config.moe import MoEConfig
 from moray.parallel.gradients import ExpertLoad
 
 T = TypeVar("T")
@@ -147,13 +148,22 @@ def expert_entropy(tokens_LE: Tensor) -> list[float]:
     return (torch.special.entr(share_LE).sum(1) / math.log(max(tokens_LE.shape[1], 2))).tolist()
 
 
-def expert_metrics(load: ExpertLoad | None) -> dict[str, Any]:
-    """What a step's row says of its experts: balance and entropy a layer, the share of choices dropped."""
-    if load is None:
+def group_balance(tokens_LE: Tensor, n_groups: int) -> list[float]:
+    """The same of groups of neighbouring experts, which expert parallelism puts on devices."""
+    return expert_balance(tokens_LE.unflatten(1, (n_groups, -1)).sum(2))
+
+
+def expert_metrics(load: ExpertLoad | None, moe: MoEConfig | None) -> dict[str, Any]:
+    """What a step's row says of its experts: balance and entropy a layer, that of groups where the model has several,
+    the share of choices dropped.
+    """
+    if load is None or moe is None:
         return {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
     dropped = load.dropped_L.sum() / load.tokens_LE.sum().clamp(min=1)
+    of_groups = {"group_balance": group_balance(load.tokens_LE, moe.n_groups)} if moe.n_groups > 1 else {}
     return {
         "expert_balance": expert_balance(load.tokens_LE),
+        **of_groups,
         "expert_entropy": expert_entropy(load.tokens_LE),
         "dropped": dropped.item(),
     }

@@ -135,7 +135,7 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any] | None:
         **({"skipped": skipped} if skipped else {}),
         "grad_norm": norm,
         "lr": rate,
-        **expert_metrics(load),
+        **expert_metrics(load, config.model.moe),
         "generation": training.context.generation,
         "layout": str(training.layout),
     }

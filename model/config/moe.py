@@ -42,6 +42,10 @@ class MoEConfig(Part):
     bias_update_rate: float = 0.0
     """Step of the routing bias after each optimizer step (DeepSeek-V3, section 2.1.2); 0: it stays as it is."""
 
+    device_bias_update_rate: float = 0.0
+    """The same step for all experts of a group together, beside each one's own: down where the group has more than its
+    share of the tokens, up where it has less."""
+
     noisy: bool = False
     """Noisy top-k: normal noise of learned deviation on the logits while training (Shazeer et al., 2017, eqs. 3-5)."""
     jitter: float = 0.0
@@ -83,6 +87,11 @@ class MoEConfig(Part):
         """Whether routing draws random numbers while training."""
         return self.noisy or self.jitter > 0 or self.second_expert == "random"
 
+    @property
+    def has_moving_bias(self) -> bool:
+        """Whether training moves the routing bias."""
+        return self.bias_update_rate > 0 or self.device_bias_update_rate > 0
+
     def is_moe_layer(self, layer: int) -> bool:
         return layer >= self.n_dense_layers and (layer + 1) % self.every == 0
 
@@ -92,7 +101,7 @@ class MoEConfig(Part):
         at_least(
             self, prefix, 1, "n_experts", "top_k", "expert_width", "every", "n_groups", "top_k_groups", "group_size"
         )
-        at_least(self, prefix, 0, "n_shared", "n_dense_layers", "bias_update_rate")
+        at_least(self, prefix, 0, "n_shared", "n_dense_layers", "bias_update_rate", "device_bias_update_rate")
         losses = [name for name in type(self).model_fields if name.endswith("_loss")]
         at_least(self, prefix, 0, *losses)
         above_zero(self, prefix, "gate_scale", "capacity_factor")
@@ -134,10 +143,11 @@ class MoEConfig(Part):
                 f"{prefix}.load_loss={self.load_loss} is the expected load under noise: it needs noisy=true and fewer "
                 f"experts a token than there are; noisy={self.noisy}, top_k={self.top_k}, n_experts={self.n_experts}"
             )
-        if self.load_loss and (self.top_k_groups < self.n_groups or self.bias_update_rate):
+        if self.load_loss and (self.top_k_groups < self.n_groups or self.has_moving_bias):
             raise UserError(
                 f"{prefix}.load_loss={self.load_loss} knows the noise alone: it needs top_k_groups={self.top_k_groups} "
-                f"to be n_groups={self.n_groups}, and bias_update_rate={self.bias_update_rate} to be 0"
+                f"to be n_groups={self.n_groups}, and bias_update_rate={self.bias_update_rate} and "
+                f"device_bias_update_rate={self.device_bias_update_rate} to be 0"
             )
         if self.noisy and (self.score != "softmax" or not self.normalise_gates):
             raise UserError(
@@ -145,7 +155,7 @@ class MoEConfig(Part):
             )
         if self.shared_gate and not self.n_shared:
             raise UserError(f"{prefix}.shared_gate=true needs a shared expert; n_shared=0")
-        for name in ("device_loss", "communication_loss"):
+        for name in ("device_loss", "communication_loss", "device_bias_update_rate"):
             if getattr(self, name) and self.n_groups == 1:
                 raise UserError(
                     f"{prefix}.{name}={getattr(self, name)} balances groups of experts: it needs n_groups > 1"

@@ -12,7 +12,7 @@ from moray.model.hf.places import is_bias, is_optional, places
 _TRAINING_ONLY = """
 z_loss moe.noisy moe.jitter moe.second_expert moe.group_size moe.capacity_factor moe.drop_by moe.balance_loss
 moe.balance_counts moe.balance_over moe.device_loss moe.communication_loss moe.importance_loss moe.load_loss
-moe.router_z_loss moe.bias_update_rate init.scheme init.std
+moe.router_z_loss moe.bias_update_rate moe.device_bias_update_rate init.scheme init.std
 """
 
 
@@ -45,7 +45,7 @@ def _changes(family: Family, config: ModelConfig) -> list[str]:
         if wanted.get(name) != held.get(name)
     ]
     if not changed:
-        is_moving = config.moe is not None and config.moe.bias_update_rate > 0
+        is_moving = config.moe is not None and config.moe.has_moving_bias
         homeless = places(config, family.table(config))[1]
         lost = [name for name in homeless if not is_optional(name) or (is_moving and is_bias(name))]
         changed += [f"it has no {name}" for name in lost[:1]]

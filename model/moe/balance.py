@@ -163,10 +163,18 @@ def _tokens(layer: Statistics) -> Tensor:
     return layer.tokens_G[:, None].clamp(min=1)
 
 
-def updated_bias(bias_E: Tensor, tokens_E: Tensor, rate: float) -> Tensor:
-    """The routing bias after one optimizer step: up for experts below the mean load, down for those above.
+def updated_bias(bias_E: Tensor, tokens_E: Tensor, moe: MoEConfig) -> Tensor:
+    """The routing bias after one optimizer step: up for experts below the mean load, down for those above; and with
+    `device_bias_update_rate`, the same for all experts of a group by the group's load.
 
-    `tokens_E` counts the whole global batch. Source: DeepSeek-V3, section 2.1.2; Wang et al., 2024, algorithm 1.
+    It stands still where all loads are even, and nowhere else if `bias_update_rate` is not 0: an expert's own step and
+    its group's cancel only where one rate is the other, and even then not for all experts of a group, which are not all
+    below the mean of a group above it. With a bias that moves by groups alone, it stands still where groups are even.
+    `tokens_E` counts the whole global batch. Source: DeepSeek-V3, section 2.1.2; Wang et al., 2024, algorithm 1; the
+    group's step is ours.
     """
     load_E = tokens_E.to(bias_E.dtype)
-    return bias_E + rate * (load_E.mean() - load_E).sign()
+    load_D1 = load_E.view(moe.n_groups, -1).mean(-1, keepdim=True)
+    by_expert_E, by_group_D1 = (load_E.mean() - load_E).sign(), (load_E.mean() - load_D1).sign()
+    by_group_E = by_group_D1.expand(-1, moe.n_experts // moe.n_groups).flatten()
+    return bias_E + moe.bias_update_rate * by_expert_E + moe.device_bias_update_rate * by_group_E

@@ -19,6 +19,7 @@ from moray.jobs.training.metrics import (
     read_metrics,
     worker_peak,
 )
+from moray.model.config.moe import MoEConfig
 from moray.parallel.gradients import ExpertLoad
 
 
@@ -90,8 +91,15 @@ def test_expert_entropy_is_that_of_torchs_categorical_over_that_of_even_use() ->
 
 def test_a_step_tells_the_share_of_choices_that_found_their_expert_full() -> None:
     load = ExpertLoad(torch.tensor([[6, 2], [4, 4]]), torch.tensor([2, 0]))
-    assert expert_metrics(load)["dropped"] == pytest.approx(2 / 16)
-    assert expert_metrics(None) == {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
+    assert expert_metrics(load, MoEConfig(n_experts=2, top_k=1, expert_width=8))["dropped"] == pytest.approx(2 / 16)
+    assert expert_metrics(None, None) == {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
+
+
+def test_a_step_tells_how_even_groups_are_where_there_are_some() -> None:
+    load = ExpertLoad(torch.tensor([[6, 2, 1, 3]]), torch.tensor([0]))
+    grouped = MoEConfig(n_experts=4, top_k=2, expert_width=8, n_groups=2, top_k_groups=2)
+    assert expert_metrics(load, grouped)["group_balance"] == [pytest.approx(8 / 6)]
+    assert "group_balance" not in expert_metrics(load, MoEConfig(n_experts=4, top_k=2, expert_width=8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

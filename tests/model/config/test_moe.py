@@ -33,7 +33,7 @@ BAD = {
     ),
     "a load beside a bias": (
         {"load_loss": 0.1, "noisy": True, "bias_update_rate": 0.1},
-        r"load_loss=0.1 knows the noise alone: .* bias_update_rate=0.1 to be 0",
+        r"load_loss=0.1 knows the noise alone: .* bias_update_rate=0.1 and device_bias_update_rate=0.0 to be 0",
     ),
     "noise on sigmoids": ({"noisy": True, "score": "sigmoid"}, r"noisy=true .* needs score=softmax"),
     "a gate on nothing": ({"shared_gate": True}, r"shared_gate=true needs a shared expert; n_shared=0"),

@@ -289,15 +289,25 @@ def test_only_training_counts_tokens() -> None:
 
 def test_the_bias_moves_by_the_sign_alone() -> None:
     bias = torch.tensor([0.5, -0.25, 0.0, 0.0])
-    moved = updated_bias(bias, torch.tensor([100, 2, 9, 9]), rate=0.25)  # the mean is 30
+    moving, still = moe_of(n_experts=4, bias_update_rate=0.25), moe_of(n_experts=4)
+    moved = updated_bias(bias, torch.tensor([100, 2, 9, 9]), moving)  # the mean is 30
     assert moved.tolist() == [0.25, 0.0, 0.25, 0.25]
-    assert updated_bias(bias, torch.tensor([7, 7, 7, 7]), rate=0.25).tolist() == bias.tolist()
-    assert updated_bias(bias, torch.tensor([100, 2, 9, 9]), rate=0.0).tolist() == bias.tolist()
+    assert updated_bias(bias, torch.tensor([7, 7, 7, 7]), moving).tolist() == bias.tolist()
+    assert updated_bias(bias, torch.tensor([100, 2, 9, 9]), still).tolist() == bias.tolist()
+
+
+def test_a_group_moves_all_its_experts_beside_their_own_steps() -> None:
+    moe = moe_of(n_experts=6, n_groups=3, top_k_groups=3, bias_update_rate=0.25, device_bias_update_rate=0.125)
+    tokens = torch.tensor([60, 20, 10, 5, 30, 55])  # the mean is 30, those of groups are 40, 7.5 and 42.5
+    assert updated_bias(torch.zeros(6), tokens, moe).tolist() == [-0.375, 0.125, 0.375, 0.375, -0.125, -0.375]
+    even = torch.tensor([40, 20, 30, 30, 25, 35])
+    assert updated_bias(torch.zeros(6), even, moe).tolist() == [-0.25, 0.25, 0, 0, 0.25, -0.25]
 
 
 def test_the_bias_balances_a_skewed_router() -> None:
     """A router whose first experts are far ahead: within 500 steps of 0.002 every expert has its share, within 10%."""
-    router = Router(ModelConfig(d_model=16, moe=moe_of(n_experts=8, top_k=2, score="sigmoid").model_dump()))
+    moe = moe_of(n_experts=8, top_k=2, score="sigmoid", bias_update_rate=0.002)
+    router = Router(ModelConfig(d_model=16, moe=moe.model_dump()))
     generator = torch.Generator().manual_seed(0)
     nn.init.normal_(router.linear.weight, 0.0, 0.5, generator=generator)
     x = torch.randn(1, 2000, 16, generator=generator)
@@ -312,6 +322,39 @@ def test_the_bias_balances_a_skewed_router() -> None:
     assert load().min() < 0.1 * 500
     with torch.no_grad():
         for _ in range(500):
-            router.bias_E.copy_(updated_bias(router.bias_E, load(), 0.002))
+            router.bias_E.copy_(updated_bias(router.bias_E, load(), moe))
     assert load().max() < 1.1 * 500
     assert load().min() > 0.9 * 500
+
+
+@pytest.mark.parametrize(("device_rate", "is_even"), [(0.0, False), (0.002, True)])
+def test_groups_are_balanced_sooner_by_a_step_of_their_own(device_rate: float, is_even: bool) -> None:
+    """A router to which whole groups are far ahead, after 75 steps: even by group and by expert, or neither yet."""
+    moe = moe_of(
+        n_experts=8,
+        top_k=2,
+        score="sigmoid",
+        n_groups=4,
+        top_k_groups=4,
+        bias_update_rate=0.002,
+        device_bias_update_rate=device_rate,
+    )
+    router = Router(ModelConfig(d_model=16, moe=moe.model_dump()))
+    generator = torch.Generator().manual_seed(0)
+    nn.init.normal_(router.linear.weight, 0.0, 0.5, generator=generator)
+    x = torch.randn(1, 2000, 16, generator=generator)
+    x[..., 0] = 1.0
+    with torch.no_grad():
+        router.linear.weight[:, 0] = torch.linspace(1.5, -1.5, 4).repeat_interleave(2)
+
+    def worst() -> tuple[float, float]:
+        """The busiest group over the mean, and the busiest expert."""
+        load_E = torch.bincount(router(x).chosen_BTK.flatten(), minlength=8)
+        return load_E.view(4, 2).sum(1).max().item() / 1000, load_E.max().item() / 500
+
+    assert min(worst()) > 1.9
+    with torch.no_grad():
+        for _ in range(75):
+            load_E = torch.bincount(router(x).chosen_BTK.flatten(), minlength=8)
+            router.bias_E.copy_(updated_bias(router.bias_E, load_E, moe))
+    assert max(worst()) < 1.05 if is_even else min(worst()) > 1.2
