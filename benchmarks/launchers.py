@@ -2,8 +2,8 @@
 
     python benchmarks/launchers.py --out DIR [--rounds 3] [--steps 24] [--workers 2]
 
-The demo's model in fp32, on workers of a thread each; nothing but steps: no snapshots, trackers or commits. Runs take
-turns. *A step*: all between two lines of metrics.jsonl, without the time that is spent on it by no step of its own.
+The demo's model, on workers of a thread each, with nothing but steps: no snapshots, trackers or commits between them.
+Runs take turns. A step's seconds are those of metrics.jsonl: fetching the batch, forward, backward, clipping, update.
 """
 
 import argparse
@@ -25,6 +25,7 @@ SETTINGS = {
     "train.seq_len": 256,
     "train.global_batch": 16,
     "train.micro_batch": 4,
+    "train.dtype": "float32",
 }
 """As benchmarks/workers.py has them."""
 

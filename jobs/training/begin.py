@@ -35,7 +35,7 @@ from moray.parallel.checkpoint.snapshots import Snapshots
 from moray.parallel.compiled import check_compiler, compile_layers
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import world_sum
-from moray.parallel.layout import Layout
+from moray.parallel.layout import Layout, Meshes
 from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards
 from moray.parallel.witness import Witness
@@ -112,6 +112,21 @@ class Training:
         return self.context.rank == 0
 
 
+def _built(config: RunConfig, meshes: Meshes, compute_dtype: torch.dtype, stage: Stage) -> Decoder:
+    decoder = build_decoder(
+        config.model,
+        meshes,
+        dtype=torch.float32,
+        compute_dtype=compute_dtype,
+        stage=stage,
+        recompute=config.train.recompute,
+    )
+    if config.train.compile:
+        check_compiler()
+        compile_layers(decoder, meshes.dense.device_type, compute_dtype)
+    return decoder
+
+
 def set_up(context: WorkerContext, config: RunConfig) -> Training:
     """Builds model and optimizer under this group's layout and fills them from the newest commit, if there is one."""
     context.enter("opening")
@@ -132,17 +147,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     stage: Stage = 1 if config.train.zero_stage == 1 else 3
     context.enter("building")
     meshes = layout.meshes(context.device.type)
-    decoder = build_decoder(
-        config.model,
-        meshes,
-        dtype=torch.float32,
-        compute_dtype=compute_dtype,
-        stage=stage,
-        recompute=config.train.recompute,
-    )
-    if config.train.compile:
-        check_compiler()
-        compile_layers(decoder, context.device.type, compute_dtype)
+    decoder = _built(config, meshes, compute_dtype, stage)
     # Of each rank its own, for what one measures while others are busy is lower: a restart must not change the MFU.
     peak = context.once(
         f"peak of {context.device} in {config.train.dtype}, rank {context.local_rank}",

@@ -362,3 +362,10 @@ def test_only_a_dense_layer_asks_tensor_parallel_ranks_to_share_its_width() -> N
     shared = {**ON_4, "layout__tp": "2", "model__ffn__width": "767"}
     assert "layout.tp=2 must divide ffn.width=767" in refusal(**shared, model__moe__n_dense_layers="1")
     assert load(**shared, model__moe__n_dense_layers="0").resolved_layout.tp == 2
+
+
+def test_a_rank_of_torchrun_is_no_driver_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe may name ray; each rank would take the run's folder for itself."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "by hand")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refusal(cluster__launcher="ray").startswith("cluster.launcher=ray, but torchrun has started this process")

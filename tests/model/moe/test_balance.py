@@ -1,6 +1,7 @@
 """What keeps experts evenly loaded: losses by hand, by their papers' loops and transformers, and the routing bias."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -304,25 +305,31 @@ def test_a_group_moves_all_its_experts_beside_their_own_steps() -> None:
     assert updated_bias(torch.zeros(6), even, moe).tolist() == [-0.25, 0.25, 0, 0, 0.25, -0.25]
 
 
-def test_the_bias_balances_a_skewed_router() -> None:
-    """A router whose first experts are far ahead: within 500 steps of 0.002 every expert has its share, within 10%."""
-    moe = moe_of(n_experts=8, top_k=2, score="sigmoid", bias_update_rate=0.002)
+def skewed(moe: MoEConfig, ahead_E: Tensor) -> tuple[Router, Callable[[], Tensor]]:
+    """A router to which some of 8 experts are ahead, and what counts the choices of 2,000 tokens by expert."""
     router = Router(ModelConfig(d_model=16, moe=moe.model_dump()))
     generator = torch.Generator().manual_seed(0)
     nn.init.normal_(router.linear.weight, 0.0, 0.5, generator=generator)
     x = torch.randn(1, 2000, 16, generator=generator)
     x[..., 0] = 1.0
     with torch.no_grad():
-        router.linear.weight[:, 0] = torch.linspace(4, -4, 8)
+        router.linear.weight[:, 0] = ahead_E
+    return router, lambda: torch.bincount(router(x).chosen_BTK.flatten(), minlength=8)
 
-    def load() -> Tensor:
-        return torch.bincount(router(x).chosen_BTK.flatten(), minlength=8)
 
+@torch.no_grad()
+def move(router: Router, load: Callable[[], Tensor], moe: MoEConfig, steps: int) -> None:
+    for _ in range(steps):
+        router.bias_E.copy_(updated_bias(router.bias_E, load(), moe))
+
+
+def test_the_bias_balances_a_skewed_router() -> None:
+    """A router whose first experts are far ahead: within 500 steps of 0.002 every expert has its share, within 10%."""
+    moe = moe_of(n_experts=8, top_k=2, score="sigmoid", bias_update_rate=0.002)
+    router, load = skewed(moe, torch.linspace(4, -4, 8))
     assert load().max() > 3 * 500
     assert load().min() < 0.1 * 500
-    with torch.no_grad():
-        for _ in range(500):
-            router.bias_E.copy_(updated_bias(router.bias_E, load(), moe))
+    move(router, load, moe, 500)
     assert load().max() < 1.1 * 500
     assert load().min() > 0.9 * 500
 
@@ -330,31 +337,14 @@ def test_the_bias_balances_a_skewed_router() -> None:
 @pytest.mark.parametrize(("device_rate", "is_even"), [(0.0, False), (0.002, True)])
 def test_groups_are_balanced_sooner_by_a_step_of_their_own(device_rate: float, is_even: bool) -> None:
     """A router to which whole groups are far ahead, after 75 steps: even by group and by expert, or neither yet."""
-    moe = moe_of(
-        n_experts=8,
-        top_k=2,
-        score="sigmoid",
-        n_groups=4,
-        top_k_groups=4,
-        bias_update_rate=0.002,
-        device_bias_update_rate=device_rate,
-    )
-    router = Router(ModelConfig(d_model=16, moe=moe.model_dump()))
-    generator = torch.Generator().manual_seed(0)
-    nn.init.normal_(router.linear.weight, 0.0, 0.5, generator=generator)
-    x = torch.randn(1, 2000, 16, generator=generator)
-    x[..., 0] = 1.0
-    with torch.no_grad():
-        router.linear.weight[:, 0] = torch.linspace(1.5, -1.5, 4).repeat_interleave(2)
+    grouped = {"n_groups": 4, "top_k_groups": 4, "bias_update_rate": 0.002, "device_bias_update_rate": device_rate}
+    moe = moe_of(n_experts=8, top_k=2, score="sigmoid", **grouped)
+    router, load = skewed(moe, torch.linspace(1.5, -1.5, 4).repeat_interleave(2))
 
     def worst() -> tuple[float, float]:
         """The busiest group over the mean, and the busiest expert."""
-        load_E = torch.bincount(router(x).chosen_BTK.flatten(), minlength=8)
-        return load_E.view(4, 2).sum(1).max().item() / 1000, load_E.max().item() / 500
+        return load().view(4, 2).sum(1).max().item() / 1000, load().max().item() / 500
 
     assert min(worst()) > 1.9
-    with torch.no_grad():
-        for _ in range(75):
-            load_E = torch.bincount(router(x).chosen_BTK.flatten(), minlength=8)
-            router.bias_E.copy_(updated_bias(router.bias_E, load_E, moe))
+    move(router, load, moe, 75)
     assert max(worst()) < 1.05 if is_even else min(worst()) > 1.2
