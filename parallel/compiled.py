@@ -24,7 +24,7 @@ from moray.model.context import Context
 from moray.model.decoder import Decoder
 from moray.model.mixffn import CausalConvolution
 from moray.model.moe.layer import MoE
-from moray.parallel.expert import AllToAllDispatcher, SequenceSlice
+from moray.parallel.expert import ExpertDispatcher, SequenceSlice
 from moray.parallel.tensor import TokenSlices
 
 T = TypeVar("T")
@@ -89,9 +89,9 @@ def _leave_out_of_experts(layer: MoE, on_gpu: bool) -> None:
     if moe.is_random:
         _leave_out(layer, "keys")
         _leave_out(layer.router, "forward")
-    has_any_number = isinstance(dispatcher, AllToAllDispatcher) or moe.capacity_factor or moe.second_expert != "always"
+    has_any_number = isinstance(dispatcher, ExpertDispatcher) or moe.capacity_factor or moe.second_expert != "always"
     if has_any_number or not on_gpu:
-        _leave_out(layer, "through_experts")
+        _leave_out(layer, "send", "through_experts")
     if isinstance(dispatcher, SequenceSlice) and dispatcher.tokens.size > 1:
         _leave_out(dispatcher, "total")
 

@@ -6,8 +6,7 @@ route -> sort by expert -> exchange counts -> exchange rows -> grouped products 
 # Shapes: N tokens on this rank, K experts per token, M rows that leave (N * K but for those dropped), R rows that
 # arrive, D model width, E experts, e experts of this rank, P expert-parallel ranks.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,10 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moray.model.decoder import Decoder
-from moray.model.moe.dispatch import LocalDispatcher, Permute, Sorted, invert, sort_by_expert, unsort
+from moray.model.moe.dispatch import Assigned, LocalDispatcher, Order, by_expert, combine_gradients, summed
 from moray.model.moe.layer import MoE
+from moray.model.recompute import once
+from moray.parallel.hops import AllToAll, Hop, Pending, Traffic
 from moray.parallel.layout import Meshes
-from moray.parallel.tensor import Exchange, TokenSlices
+from moray.parallel.tensor import TokenSlices
+
+MakeHop = Callable[[Assigned], Hop]
 
 
 class SequenceSlice(LocalDispatcher):
@@ -40,57 +43,143 @@ class SequenceSlice(LocalDispatcher):
         return statistics if self.tokens.size == 1 else _SumForward.apply(self.tokens.group, *statistics)
 
 
-@dataclass(frozen=True)
-class Journey:
-    """What brings rows home: how they were sorted here, how many went where, and how they were sorted there."""
+class Route:
+    """The way of one batch's tokens through one layer: hop by hop to the ranks of their experts, and there by expert.
 
-    plan: Sorted
-    sent_P: list[int]
-    received_P: list[int]
-    order_R: Tensor
-    inverse_R: Tensor
+    partials: the dtype in which the parts of a token's sum travel. What a pass over it starts, a later one takes up.
+    """
+
+    def __init__(self, assigned: Assigned, hops: Sequence[MakeHop], partials: torch.dtype, n_local: int) -> None:
+        first, *self._further = hops
+        self._hops, self._partials, self._n_local = [first(assigned)], partials, n_local
+        self._arrived: Assigned | None = None
+        self.order: Order | None = None
+        self._rows: Pending | None = None
+        self._gates: Pending | None = None
+
+    def start(self, x_ND: Tensor) -> None:
+        """Tokens leave."""
+        self._rows = self._hops[0].there(x_ND)
+
+    def arrive(self) -> Tensor:
+        """Rows for this rank's experts, ordered by expert, [M, D]."""
+        assert self._rows
+        if self.order is None:
+            self._arrived = self._hops[0].arrived()
+            for make in self._further:
+                self._hops.append(make(self._arrived))
+                self._arrived = self._hops[-1].arrived()
+            self.order = by_expert(self._arrived, self._n_local)
+        x_QD = self._rows()
+        for hop in self._hops[1:]:
+            x_QD = hop.there(x_QD)()
+        self._rows = None
+        return x_QD.index_select(0, self.order.row_M)
+
+    def leave(self, rows_MD: Tensor, *, weighted: bool) -> None:
+        """Each token's sum over this rank's experts leaves for home."""
+        assert self.order and self._arrived
+        gate_A = self._arrived.gate_A if weighted else None
+        parts_QD = summed(rows_MD.to(self._partials), self.order.place_A, self._arrived.starts_R1, gate_A)
+        for hop in self._hops[:0:-1]:
+            parts_QD = hop.back(parts_QD)()
+        self._rows = self._hops[0].back(parts_QD)
+
+    def home(self) -> Tensor:
+        """Each token's sum over all its experts, [N, D]."""
+        assert self._rows
+        found, self._rows = self._rows(), None
+        return found
+
+    def gate_M(self) -> Tensor:
+        assert self.order and self._arrived
+        return self._arrived.gate_A.index_select(0, self.order.order_M)
+
+    def leave_gates(self, of_gate_M: Tensor) -> None:
+        """The gates' gradients leave for home."""
+        assert self.order
+        of_gate_A = of_gate_M.index_select(0, self.order.place_A)
+        for hop in self._hops[:0:-1]:
+            of_gate_A = hop.scalars_back(of_gate_A)()
+        self._gates = self._hops[0].scalars_back(of_gate_A)
+
+    def gates_home(self) -> Tensor:
+        assert self._gates
+        found, self._gates = self._gates(), None
+        return found
 
 
-class AllToAllDispatcher(SequenceSlice):
+class _Start(torch.autograd.Function):
+    """Tokens leave: what is computed between this and `_Arrive` does not wait for them, nor for their gradients, which
+    are on their way home meanwhile. The ticket, an empty tensor, ties the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, gate_A: Tensor, route: Route) -> Tensor:
+        ctx.route, ctx.dtype = route, x_ND.dtype
+        route.start(x_ND)
+        return x_ND.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return ctx.route.home().to(ctx.dtype), ctx.route.gates_home(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return route.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.route.leave(grad_MD, weighted=False)
+        return grad_MD.new_empty(0), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_MD: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        ctx.save_for_backward(rows_MD)
+        route.leave(rows_MD, weighted=True)
+        return route.home().to(rows_MD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (rows_MD,), route = ctx.saved_tensors, ctx.route
+        route.start(grad_ND)
+        grad_MD, of_gate_M = combine_gradients(route.arrive(), rows_MD, route.gate_M())
+        route.leave_gates(of_gate_M)
+        return grad_MD, None
+
+
+class ExpertDispatcher(SequenceSlice):
     """Experts spread over the `ep` mesh: rank p holds the p-th run of neighbouring experts. What is dropped stays home.
 
     A rank that sends or receives nothing still takes part in every exchange.
     """
 
-    def __init__(self, tokens: TokenSlices, ep: DeviceMesh) -> None:
+    def __init__(self, tokens: TokenSlices, ep: DeviceMesh, partials: torch.dtype) -> None:
         super().__init__(tokens)
-        self.group, self.size = ep.get_group(), ep.size()
+        self._group, self._partials, self.traffic = ep.get_group(), partials, Traffic()
 
-    def dispatch(  # type: ignore[override]
-        self, x_ND: Tensor, chosen_NK: Tensor, kept_NK: Tensor | None, n_experts: int
-    ) -> tuple[Tensor, Tensor, Journey]:
-        plan = sort_by_expert(x_ND, chosen_NK, kept_NK, n_experts)
-        arriving_E = torch.empty_like(plan.counts_E)
-        dist.all_to_all_single(arriving_E, plan.counts_E, group=self.group)
-        arriving_Pe = arriving_E.view(self.size, -1)
-        # A wait for the device: the exchange needs its sizes on the host.
-        sent_P, received_P = torch.stack((plan.counts_E.view(self.size, -1).sum(1), arriving_Pe.sum(1))).tolist()
-        rows_RD = Exchange.apply(plan.rows_MD, *self._ways(sent_P, received_P))
-        # Rows arrive ordered by (source rank, expert); the grouped product wants them by expert.
-        expert_R = torch.arange(arriving_Pe.shape[1], device=x_ND.device).repeat(self.size)
-        order_R = expert_R.repeat_interleave(arriving_E, output_size=sum(received_P)).argsort(stable=True)
-        inverse_R = invert(order_R)
-        journey = Journey(plan, sent_P, received_P, order_R, inverse_R)
-        return Permute.apply(rows_RD, order_R, inverse_R), arriving_Pe.sum(0), journey
+    def send(self, x_ND: Tensor, assigned: Assigned, n_experts: int) -> tuple[Tensor, Route]:
+        held = n_experts // self._group.size()
+        hops = [partial(AllToAll, held=held, group=self._group, traffic=self.traffic)]
+        # What goes where was found with the first pass over a layer, if there is a second one.
+        route = once(lambda: Route(assigned, hops, torch.promote_types(self._partials, x_ND.dtype), held))
+        return _Start.apply(x_ND, assigned.gate_A, route), route
 
-    def combine(self, rows_RD: Tensor, journey: Journey, gates_NK: Tensor) -> Tensor:  # type: ignore[override]
-        rows_RD = Permute.apply(rows_RD, journey.inverse_R, journey.order_R)
-        rows_MD = Exchange.apply(rows_RD, *self._ways(journey.received_P, journey.sent_P))
-        return unsort(rows_MD, journey.plan, gates_NK)
+    def receive(self, sent: tuple[Tensor, Route]) -> tuple[Tensor, Tensor]:
+        rows_MD: Tensor = _Arrive.apply(*sent)
+        order = sent[1].order
+        assert order
+        return rows_MD, order.counts_E
 
-    def _ways(self, sent_P: list[int], received_P: list[int]) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """There and back."""
-        return partial(self._exchange, sent_P, received_P), partial(self._exchange, received_P, sent_P)
-
-    def _exchange(self, sent_P: list[int], received_P: list[int], rows_MD: Tensor) -> Tensor:
-        out_RD = rows_MD.new_empty(sum(received_P), rows_MD.shape[1])
-        dist.all_to_all_single(out_RD, rows_MD.contiguous(), received_P, sent_P, group=self.group)
-        return out_RD
+    def combine(self, rows_MD: Tensor, sent: tuple[Tensor, Route]) -> Tensor:
+        combined: Tensor = _Combine.apply(rows_MD, sent[1])
+        return combined
 
 
 def apply_expert_parallel(decoder: Decoder, meshes: Meshes) -> None:
@@ -102,7 +191,7 @@ def apply_expert_parallel(decoder: Decoder, meshes: Meshes) -> None:
         if meshes.ep.size() == 1:
             module.dispatcher = SequenceSlice(tokens)
             continue
-        module.dispatcher = AllToAllDispatcher(tokens, meshes.ep)
+        module.dispatcher = ExpertDispatcher(tokens, meshes.ep, torch.float32)
         for name, weight in list(module.experts.named_parameters()):
             split: DTensor = distribute_tensor(weight, meshes.ep, [Shard(0)], src_data_rank=None)
             setattr(module.experts, name, nn.Parameter(split))

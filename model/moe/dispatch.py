@@ -1,66 +1,73 @@
-"""Moving tokens to their experts and back, on one device: a sort by expert, and its inverse.
+"""Moving tokens to their experts and back, on one device: a sort by expert, and sums over each token's experts.
 
 `parallel.expert` has dispatchers with the same methods for tokens and experts that are spread over ranks.
 """
 
-# Shapes: B sequences, T tokens of each on this rank, N = B * T, D model width, E experts, K experts per token,
-# A = N * K assignments of a token to an expert, M rows sent to experts: those of the A that are kept.
+# Shapes: B sequences, T tokens of each on this rank, N = B * T, D model width, E experts, K experts per token, R rows
+# (tokens, or those that came from other ranks), A assignments of a row to an expert that are computed, in the order of
+# the rows; M the same ones, in the order of the experts.
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moray.model.recompute import cheap
 
 
 @dataclass(frozen=True)
-class Sorted:
-    """Rows in the order of their experts; counts_E (int64): rows of each.
+class Assigned:
+    """Assignments of R rows to experts: whose each is, its expert, how much it counts, and where a row's own begin.
 
-    order_M: which assignment each row is of. inverse_A: the row of each assignment, or None where some were dropped.
+    row_A, expert_A, starts_R1 (one more than rows: the last one's end): int64. most: as many there can be.
     """
 
-    rows_MD: Tensor
-    counts_E: Tensor
-    order_M: Tensor
-    inverse_A: Tensor | None
+    row_A: Tensor
+    expert_A: Tensor
+    gate_A: Tensor
+    starts_R1: Tensor
+    most: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.starts_R1) - 1
 
 
-def sort_by_expert(x_ND: Tensor, chosen_NK: Tensor, kept_NK: Tensor | None, n_experts: int) -> Sorted:
-    """Copies each token to its K experts' places. The sort is stable, so tokens keep their order within an expert.
-
-    kept_NK (bool): False for assignments that are dropped, which get no row; None keeps all.
-    """
-    expert_A, k = chosen_NK.flatten(), chosen_NK.shape[1]
+def assigned(chosen_NK: Tensor, kept_NK: Tensor | None, gates_NK: Tensor) -> Assigned:
+    """What a router has chosen. kept_NK (bool): False for assignments that are dropped; None keeps all."""
+    n, k = chosen_NK.shape
     if kept_NK is None:
-        order_M = expert_A.argsort(stable=True)
-        inverse_A = invert(order_M)
-    else:
-        # The only wait for the device here: how many rows there are.
-        kept_M = kept_NK.flatten().nonzero().flatten()
-        expert_A = expert_A[kept_M]
-        order_M, inverse_A = kept_M[expert_A.argsort(stable=True)], None
-    # bincount would make a GPU wait to learn how many bins there are.
-    counts_E = expert_A.new_zeros(n_experts).scatter_add_(0, expert_A, torch.ones_like(expert_A))
-    rows_MD = cheap(partial(_spread, k), x_ND, order_M, inverse_A)
-    return Sorted(rows_MD, counts_E, order_M, inverse_A)
+        index_A = torch.arange(n * k, device=chosen_NK.device)
+        starts_R1 = torch.arange(0, n * k + 1, k, device=chosen_NK.device)
+        return Assigned(index_A // k, chosen_NK.flatten(), gates_NK.flatten(), starts_R1, n * k)
+    # The only wait for the device here: how many there are.
+    index_A = kept_NK.flatten().nonzero().flatten()
+    expert_A, gate_A = (x.flatten().index_select(0, index_A) for x in (chosen_NK, gates_NK))
+    return Assigned(index_A // k, expert_A, gate_A, F.pad(kept_NK.sum(1).cumsum(0), (1, 0)), n * k)
 
 
-def _spread(k: int, x_ND: Tensor, order_M: Tensor, inverse_A: Tensor | None) -> Tensor:
-    rows_MD: Tensor = Spread.apply(x_ND, order_M, inverse_A, k)
-    return rows_MD
+@dataclass(frozen=True)
+class Order:
+    """Assignments in the order of their experts, and within one of their rows: which assignment each is and of which
+    row, where each assignment's place is, and how many (int64) each expert has.
+    """
+
+    order_M: Tensor
+    row_M: Tensor
+    place_A: Tensor
+    counts_E: Tensor
 
 
-def unsort(rows_MD: Tensor, plan: Sorted, gates_NK: Tensor) -> Tensor:
-    """Brings each token's K results back together, weighted by its gates; dropped ones are 0. Shape: [N, D]."""
-    if plan.inverse_A is None:
-        rows_AD = _placed(rows_MD, plan.order_M, gates_NK.numel())
-    else:
-        rows_AD = Permute.apply(rows_MD, plan.inverse_A, plan.order_M)
-    weighted_NKD = rows_AD.unflatten(0, gates_NK.shape) * gates_NK[..., None].to(rows_MD.dtype)
-    return weighted_NKD.sum(1)
+def by_expert(assigned: Assigned, n_experts: int) -> Order:
+    order_M = assigned.expert_A.argsort(stable=True)
+    return Order(order_M, assigned.row_A[order_M], invert(order_M), counted(assigned.expert_A, n_experts))
+
+
+def counted(index_A: Tensor, n: int) -> Tensor:
+    """How often each of n numbers is there; bincount would make a GPU wait to learn how many there are."""
+    return index_A.new_zeros(n).scatter_add_(0, index_A, torch.ones_like(index_A))
 
 
 def invert(order_M: Tensor) -> Tensor:
@@ -70,66 +77,86 @@ def invert(order_M: Tensor) -> Tensor:
     return inverse
 
 
-def _placed(rows_MD: Tensor, order_M: Tensor, n_assignments: int) -> Tensor:
-    """Each assignment's row; zeros for those that were dropped. No place is written twice: deterministic."""
-    return rows_MD.new_zeros(n_assignments, rows_MD.shape[1]).index_copy(0, order_M, rows_MD)
+def summed(rows_MD: Tensor, place_A: Tensor, starts_R1: Tensor, gate_A: Tensor | None = None) -> Tensor:
+    """sum_a gate_a rows[place_a] of each row's own a, [R, D]: deterministic, rounded once, without a gradient.
 
-
-class Permute(torch.autograd.Function):
-    """Rows in another order. Both directions are gathers: deterministic, and no scatter with atomics.
-
-    Shapes: x [M, D], order [M] and its inverse -> x[order].
+    Sums of bf16 are formed in fp32; gates are rounded to the rows' dtype.
     """
+    gate_A = None if gate_A is None else gate_A.to(rows_MD.dtype)
+    total: Tensor = torch.embedding_bag(rows_MD, place_A, starts_R1, False, 0, False, gate_A, True)[0]
+    return total
 
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x_MD: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_M)
-        return x_MD.index_select(0, order_M)  # on CPUs twice as fast as x_MD[order_M]
 
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (inverse_M,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_MD.index_select(0, inverse_M), None, None
+def combine_gradients(grad_MD: Tensor, rows_MD: Tensor, gate_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Of an expert's rows, and of their gates: what `summed` with gates does to each. Writes over grad_MD."""
+    accurate = torch.promote_types(grad_MD.dtype, gate_M.dtype)
+    of_gate_M = (grad_MD.to(accurate) * rows_MD).sum(-1)
+    return grad_MD.mul_(gate_M[:, None].to(grad_MD.dtype)), of_gate_M
 
 
 class Spread(torch.autograd.Function):
-    """Each token's row for every assignment that is kept, in the order of the experts; its gradient sums the copies.
+    """Each row for every one of its assignments, in the order of the experts; its gradient sums the copies.
 
-    Shapes: x_ND, order [M], inverse [A] or None, K -> [M, D].
+    Both directions read what they need and write each place once: deterministic.
     """
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x_ND: Tensor, order_M: Tensor, inverse_A: Tensor | None, k: int
-    ) -> Tensor:
-        ctx.save_for_backward(order_M, inverse_A)  # type: ignore[arg-type]
-        ctx.shape = (len(x_ND), k)  # type: ignore[attr-defined]
-        return x_ND.index_select(0, order_M // k)
+    def forward(ctx: Any, x_RD: Tensor, row_M: Tensor, place_A: Tensor, starts_R1: Tensor) -> Tensor:
+        ctx.save_for_backward(place_A, starts_R1)
+        return x_RD.index_select(0, row_M)  # on CPUs twice as fast as x_RD[row_M]
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        order_M, inverse_A = ctx.saved_tensors  # type: ignore[attr-defined]
-        n, k = ctx.shape  # type: ignore[attr-defined]
-        grad_AD = _placed(grad_MD, order_M, n * k) if inverse_A is None else grad_MD.index_select(0, inverse_A)
-        return (grad_AD if k == 1 else grad_AD.unflatten(0, (n, k)).sum(1)), None, None, None
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return summed(grad_MD.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+class Combine(torch.autograd.Function):
+    """Each row's gate-weighted sum over what its experts have made of it: [M, D], gates [A] -> [R, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_MD: Tensor, gate_A: Tensor, order_M: Tensor, row_M: Tensor, place_A: Tensor, starts_R1: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows_MD, gate_A, order_M, row_M, place_A)
+        return summed(rows_MD, place_A, starts_R1, gate_A)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows_MD, gate_A, order_M, row_M, place_A = ctx.saved_tensors
+        grad_MD = grad_RD.index_select(0, row_M)
+        grad_MD, of_gate_M = combine_gradients(grad_MD, rows_MD, gate_A.index_select(0, order_M))
+        return grad_MD, of_gate_M.index_select(0, place_A), None, None, None, None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Rows on their way, which here is none, and what brings them back."""
+
+    rows_MD: Tensor
+    assigned: Assigned
+    order: Order
 
 
 class LocalDispatcher:
     """Moves tokens to experts that all live on this rank, and back."""
 
-    def dispatch(
-        self, x_ND: Tensor, chosen_NK: Tensor, kept_NK: Tensor | None, n_experts: int
-    ) -> tuple[Tensor, Tensor, Sorted]:
-        """Returns the rows for this rank's experts, ordered by expert, their counts, and what `combine` needs.
+    def send(self, x_ND: Tensor, assigned: Assigned, n_experts: int) -> Any:
+        """Tokens leave for their experts. What does not need them can be computed before `receive`."""
+        order = by_expert(assigned, n_experts)
+        rows_MD = cheap(Spread.apply, x_ND, order.row_M, order.place_A, assigned.starts_R1)
+        return Sent(rows_MD, assigned, order)
 
-        kept_NK (bool): False for assignments that are neither sent nor computed; None keeps all.
-        """
-        plan = sort_by_expert(x_ND, chosen_NK, kept_NK, n_experts)
-        return plan.rows_MD, plan.counts_E, plan
+    def receive(self, sent: Any) -> tuple[Tensor, Tensor]:
+        """The rows for this rank's experts, ordered by expert, and the experts' counts."""
+        return sent.rows_MD, sent.order.counts_E
 
-    def combine(self, rows_MD: Tensor, plan: Sorted, gates_NK: Tensor) -> Tensor:
-        """Returns each token's gate-weighted sum over its experts, [N, D]."""
-        return unsort(rows_MD, plan, gates_NK)
+    def combine(self, rows_MD: Tensor, sent: Any) -> Tensor:
+        """Each token's gate-weighted sum over its experts, [N, D]; 0 where all were dropped."""
+        order, assigned = sent.order, sent.assigned
+        combined: Tensor = Combine.apply(
+            rows_MD, assigned.gate_A, order.order_M, order.row_M, order.place_A, assigned.starts_R1
+        )
+        return combined
 
     def own(self, x_BT: Tensor) -> Tensor:
         """The part of a [B, T] tensor whose tokens this rank routes: here, all of it."""

@@ -3,6 +3,7 @@
 # Shapes: B sequences, T tokens of each on this rank, D model width, E experts, K experts per token, M rows sent.
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from moray.model.context import Context
 from moray.model.feedforward import FeedForward
 from moray.model.moe.balance import Statistics, statistics_of
 from moray.model.moe.capacity import capacity_of, within_capacity
-from moray.model.moe.dispatch import LocalDispatcher
+from moray.model.moe.dispatch import LocalDispatcher, assigned
 from moray.model.moe.experts import Experts
 from moray.model.moe.router import Router, Routing
 from moray.model.recompute import once
@@ -54,17 +55,22 @@ class MoE(nn.Module):
             statistics = statistics_of(routing, self.dispatcher.own(context.documents.valid_BT), self.moe)
             once(partial(self._count, statistics.counts_GE))
             statistics = statistics.total(self.dispatcher.total)
-        out_BTD = self.through_experts(x_BTD, routing.chosen_BTK, kept_BTK, routing.gates_BTK)
-        return self._with_shared(out_BTD, x_BTD, context), statistics
+        sent = self.send(x_BTD, routing.chosen_BTK, kept_BTK, routing.gates_BTK)
+        # What needs no token of others is computed while they travel.
+        shared_BTD = None if self.shared is None else self._shared(self.shared, x_BTD, context)
+        out_BTD = self.through_experts(sent).view_as(x_BTD)
+        return out_BTD if shared_BTD is None else out_BTD + shared_BTD, statistics
 
-    def through_experts(self, x_BTD: Tensor, chosen_BTK: Tensor, kept_BTK: Tensor | None, gates_BTK: Tensor) -> Tensor:
-        """Tokens to their experts and back: each token's gate-weighted sum, [B, T, D]."""
+    def send(self, x_BTD: Tensor, chosen_BTK: Tensor, kept_BTK: Tensor | None, gates_BTK: Tensor) -> Any:
+        """Tokens leave for their experts; returns what `through_experts` wants."""
         kept_NK = None if kept_BTK is None else kept_BTK.flatten(0, 1)
-        rows_MD, counts_E, plan = self.dispatcher.dispatch(
-            x_BTD.flatten(0, 1), chosen_BTK.flatten(0, 1), kept_NK, self.moe.n_experts
-        )
-        out_ND = self.dispatcher.combine(self.experts(rows_MD, counts_E), plan, gates_BTK.flatten(0, 1))
-        return out_ND.view_as(x_BTD)
+        assignments = assigned(chosen_BTK.flatten(0, 1), kept_NK, gates_BTK.flatten(0, 1))
+        return self.dispatcher.send(x_BTD.flatten(0, 1), assignments, self.moe.n_experts)
+
+    def through_experts(self, sent: Any) -> Tensor:
+        """What has left arrives, passes its experts and comes back: each token's gate-weighted sum, [N, D]."""
+        rows_MD, counts_E = self.dispatcher.receive(sent)
+        return self.dispatcher.combine(self.experts(rows_MD, counts_E), sent)
 
     def _count(self, counts_GE: Tensor) -> None:
         self.tokens_E += counts_GE.sum(0).to(torch.int64)
@@ -74,13 +80,9 @@ class MoE(nn.Module):
         self.tokens_E.zero_()
         self.dropped.zero_()
 
-    def _with_shared(self, out_BTD: Tensor, x_BTD: Tensor, context: Context) -> Tensor:
-        if self.shared is None:
-            return out_BTD
-        shared_BTD = self.shared(x_BTD, context)
-        if self.shared_gate is not None:
-            shared_BTD = shared_BTD * self.shared_gate(x_BTD).sigmoid()
-        return out_BTD + shared_BTD
+    def _shared(self, experts: FeedForward, x_BTD: Tensor, context: Context) -> Tensor:
+        shared_BTD = experts(x_BTD, context)
+        return shared_BTD if self.shared_gate is None else shared_BTD * self.shared_gate(x_BTD).sigmoid()
 
     def keys(self, context: Context) -> Tensor | None:
         """What this rank's tokens draw their random numbers with."""

@@ -11,7 +11,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from moray.model import Decoder, Documents, ModelConfig
 from moray.model.context import Context
 from moray.model.moe.balance import auxiliary_loss
-from moray.model.moe.dispatch import LocalDispatcher
+from moray.model.moe.dispatch import LocalDispatcher, assigned
 from moray.model.moe.layer import MoE
 
 
@@ -125,28 +125,30 @@ def test_all_scores_underflowing_gives_no_nan() -> None:
 def test_dispatch_sorts_by_expert_and_combine_brings_back() -> None:
     x = torch.tensor([[1.0], [2.0], [3.0]])
     chosen = torch.tensor([[2, 0], [0, 3], [2, 3]])
+    gates = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
     dispatcher = LocalDispatcher()
-    rows, counts, plan = dispatcher.dispatch(x, chosen, None, 4)
+    sent = dispatcher.send(x, assigned(chosen, None, gates), 4)
+    rows, counts = dispatcher.receive(sent)
     assert rows[:, 0].tolist() == [1, 2, 1, 3, 2, 3], "in the order of experts, and of tokens within an expert"
     assert counts.tolist() == [2, 0, 2, 2]
-    gates = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
     # Expert e multiplies by 10^e: rows of experts 0, 0, 2, 2, 3, 3.
     results = rows * torch.tensor([1.0, 1, 100, 100, 1000, 1000])[:, None]
     expected = [0.5 * 100 + 0.25 * 1, 1.0 * 2, 0.1 * 300 + 0.2 * 3000]
-    assert dispatcher.combine(results, plan, gates)[:, 0].tolist() == pytest.approx(expected)
+    assert dispatcher.combine(results, sent)[:, 0].tolist() == pytest.approx(expected)
 
 
 def test_dispatch_sends_no_dropped_row() -> None:
     x = torch.tensor([[1.0], [2.0], [3.0]])
     chosen = torch.tensor([[2, 0], [0, 3], [2, 3]])
     kept = torch.tensor([[True, True], [False, False], [False, True]])
+    gates = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
     dispatcher = LocalDispatcher()
-    rows, counts, plan = dispatcher.dispatch(x, chosen, kept, 4)
+    sent = dispatcher.send(x, assigned(chosen, kept, gates), 4)
+    rows, counts = dispatcher.receive(sent)
     assert rows[:, 0].tolist() == [1, 1, 3]
     assert counts.tolist() == [1, 0, 1, 1]
-    gates = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
     results = rows * torch.tensor([1.0, 100, 1000])[:, None]
-    assert dispatcher.combine(results, plan, gates)[:, 0].tolist() == pytest.approx([0.5 * 100 + 0.25, 0, 0.2 * 3000])
+    assert dispatcher.combine(results, sent)[:, 0].tolist() == pytest.approx([0.5 * 100 + 0.25, 0, 0.2 * 3000])
 
 
 def test_which_layers_have_experts() -> None:
