@@ -24,7 +24,7 @@ from moray.model.context import Context
 from moray.model.decoder import Decoder
 from moray.model.mixffn import CausalConvolution
 from moray.model.moe.layer import MoE
-from moray.parallel.expert import ExpertDispatcher, SequenceSlice
+from moray.parallel.dispatch.dispatcher import ExpertDispatcher, SequenceSlice
 from moray.parallel.tensor import TokenSlices
 
 T = TypeVar("T")

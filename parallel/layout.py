@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch.distributed.device_mesh import DeviceMesh
 
 from moray import UserError
 from moray.model import ModelConfig
+from moray.parallel.dispatch.kinds import Kind
+from moray.parallel.nodes import hops, nodes_spanned
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Meshes:
     """Views of the same ranks. dense: (dp_replicate, dp_shard, tp); sparse: (dp_replicate, efsdp, ep); flat:
     (dp_replicate, dp_shard_tp), None without tensor parallelism.
 
+    hops: the groups that tokens travel through to their experts: all of `ep`, or between nodes and then within one.
     Experts live on the sparse mesh, weights that tensor parallelism does not split on the flat one, all others on the
     dense one. Tensor- and expert-parallel peers are neighbours in rank, so that they share a node.
     """
@@ -26,6 +29,8 @@ class Meshes:
     dense: DeviceMesh
     sparse: DeviceMesh
     flat: DeviceMesh | None
+    layout: "Layout"
+    hops: tuple[dist.ProcessGroup, ...]
 
     @property
     def tp(self) -> DeviceMesh:
@@ -53,7 +58,16 @@ class Layout(BaseModel):
     tp: int = 1
     """Ranks that share each matrix product and each sequence's tokens (tensor and sequence parallel)."""
     ep: int = 1
-    """Ranks that share each MoE layer's experts; tokens travel to them by all-to-all."""
+    """Ranks that share each MoE layer's experts, to which tokens travel."""
+    ep_nodes: int | None = Field(None, ge=1)
+    """Nodes over which these ranks are spread, as many on each: a token travels once to each node, and goes on from
+    there. By default what the ranks find; 1: straight to each rank."""
+    dispatcher: Kind = "alltoall"
+    """How tokens travel. alltoall: once to each rank that has experts of theirs. allgather: to all ranks, which wait
+    for no sizes: for small groups. deepep: by DeepEP's kernels, on GPUs that have the package."""
+    wire: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype in which sums over a rank's experts travel; they are formed in float32 either way. auto: bfloat16 on GPUs
+    whose products are, else float32."""
 
     def resolve(self, world_size: int) -> Self:
         """With dp_shard filled in. Raises UserError when the degrees do not multiply to the world size."""
@@ -81,10 +95,12 @@ class Layout(BaseModel):
         ranks, the better. Copies become fewer where their number does not fit.
         """
         for tp, ep in sorted(((tp, ep) for tp in _divisors(self.tp) for ep in _divisors(self.ep)), reverse=True):
+            nodes = math.gcd(self.ep_nodes, ep) if self.ep_nodes else None
             for world_size in range(slots // tp * tp, 0, -tp):
                 dp = world_size // tp
                 copies = math.gcd(self.dp_replicate, dp)
-                layout = Layout(dp_replicate=copies, dp_shard=dp // copies, tp=tp, ep=ep)
+                degrees = {"dp_replicate": copies, "dp_shard": dp // copies, "tp": tp, "ep": ep, "ep_nodes": nodes}
+                layout = self.model_copy(update=degrees)
                 if suits(layout):
                     return layout
         return None
@@ -135,6 +151,15 @@ class Layout(BaseModel):
             raise UserError(
                 f"layout.ep={self.ep} must divide n_experts={model.n_experts} and dp_shard * tp = {peers}; try {fits}"
             )
+        if model.moe and self.ep > 1 and model.moe.n_groups % self.ep and self.ep % model.moe.n_groups:
+            raise UserError(
+                f"layout.ep={self.ep} must divide model.moe.n_groups={model.moe.n_groups} or be a multiple of it: "
+                f"a group of experts lies on whole ranks; try {_beside(model.moe.n_groups, peers, model.n_experts)}"
+            )
+        if self.ep % (self.ep_nodes or 1):
+            raise UserError(
+                f"layout.ep_nodes={self.ep_nodes} must divide layout.ep={self.ep}: each node has as many of its ranks"
+            )
         heads = model.attention
         split = {"attention.n_heads": heads.n_heads, "vocab_size": model.vocab_size}
         split["train.seq_len"] = seq_len
@@ -149,11 +174,21 @@ class Layout(BaseModel):
                 fits = [d for d in _divisors(self.world_size) if all(v % d == 0 for v in split.values())]
                 raise UserError(f"layout.tp={self.tp} must divide {name}={value}; try {fits}")
 
+    def wire_dtype(self, device_type: str, compute_dtype: torch.dtype) -> torch.dtype:
+        """In which sums travel. Raises UserError where that would cost an fp32 model its digits."""
+        if self.wire == "bfloat16" and compute_dtype != torch.bfloat16:
+            raise UserError(
+                f"layout.wire=bfloat16 would round what products in {str(compute_dtype)[6:]} have made; "
+                "use train.dtype=bfloat16 with it, or layout.wire=float32"
+            )
+        is_bf16 = self.wire == "bfloat16" or (self.wire == "auto" and device_type == "cuda")
+        return compute_dtype if is_bf16 else torch.promote_types(compute_dtype, torch.float32)
+
     def meshes(self, device_type: str) -> Meshes:
         """Collective: every rank of the world must call it."""
         if dist.get_world_size() != self.world_size:
             raise UserError(f"{self} needs {self.world_size} ranks; the process group has {dist.get_world_size()}")
-        build = _MeshBuilder(device_type)
+        build, nodes = _MeshBuilder(device_type), self.ep_nodes or nodes_spanned(self.ep)
         dense = (self.dp_replicate, self.shard, self.tp)
         sparse = (self.dp_replicate, self.shard * self.tp // self.ep, self.ep)
         flat = (self.dp_replicate, self.shard * self.tp)
@@ -161,10 +196,15 @@ class Layout(BaseModel):
             build.mesh(dense, ("dp_replicate", "dp_shard", "tp")),
             build.mesh(sparse, ("dp_replicate", "efsdp", "ep")),
             build.mesh(flat, ("dp_replicate", "dp_shard_tp")) if self.tp > 1 else None,
+            self,
+            tuple(build.group(cuts) for cuts in hops(self.world_size, self.ep, nodes)),
         )
 
     def __str__(self) -> str:
-        return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} tp={self.tp} ep={self.ep}"
+        degrees = f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} tp={self.tp} ep={self.ep}"
+        others = {name: getattr(self, name) for name in ("ep_nodes", "dispatcher", "wire")}
+        chosen = [f" {name}={x}" for name, x in others.items() if x != type(self).model_fields[name].default]
+        return degrees + "".join(chosen)
 
 
 class _MeshBuilder:
@@ -179,10 +219,10 @@ class _MeshBuilder:
 
     def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         ranks = torch.arange(self._world).view(shape)
-        groups = [self._group(ranks.movedim(dim, -1).reshape(-1, size).tolist()) for dim, size in enumerate(shape)]
+        groups = [self.group(ranks.movedim(dim, -1).reshape(-1, size).tolist()) for dim, size in enumerate(shape)]
         return DeviceMesh.from_group(groups, self._device_type, ranks, mesh_dim_names=names)
 
-    def _group(self, cuts: list[list[int]]) -> dist.ProcessGroup:
+    def group(self, cuts: list[list[int]]) -> dist.ProcessGroup:
         """This rank's, of those that the world is cut into."""
         for members in [[self._rank]] if len(cuts) == self._world else cuts:
             if tuple(members) not in self._groups:
@@ -190,6 +230,11 @@ class _MeshBuilder:
         own = next(group for members, group in self._groups.items() if self._rank in members and [*members] in cuts)
         assert own
         return own
+
+
+def _beside(groups: int, peers: int, experts: int) -> list[int]:
+    """Degrees of expert parallelism that suit so many groups of experts."""
+    return [d for d in _divisors(math.gcd(peers, experts)) if not (groups % d and d % groups)]
 
 
 def _divisors(n: int) -> list[int]:

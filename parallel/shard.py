@@ -47,7 +47,7 @@ def build_decoder(
         decoder = Decoder(config, recompute).to(dtype)
     if meshes.tp.size() > 1:
         apply_tensor_parallel(decoder, meshes.tp)
-    apply_expert_parallel(decoder, meshes)
+    apply_expert_parallel(decoder, meshes, compute_dtype)
     _shard(decoder, meshes, dtype, compute_dtype, stage)
     decoder.to_empty(device=meshes.dense.device_type)
     for module in decoder.modules():

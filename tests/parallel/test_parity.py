@@ -26,6 +26,9 @@ LAYOUTS = [
     Layout(dp_shard=4, ep=2),
     Layout(dp_shard=1, tp=2, ep=2),
     Layout(dp_replicate=2, dp_shard=2, ep=2),
+    Layout(dp_shard=2, ep=2, dispatcher="allgather"),
+    Layout(dp_shard=4, ep=4, ep_nodes=2),
+    Layout(dp_shard=2, tp=2, ep=4, ep_nodes=2, dispatcher="allgather"),
     Layout(dp_shard=2, tp=2, ep=4),
     Layout(dp_replicate=2, dp_shard=2, tp=2, ep=2),
 ]

@@ -1,0 +1,1 @@
+"""How tokens travel to the ranks that hold their experts, and what comes back."""
