@@ -119,6 +119,7 @@ def evaluate(decoder: Decoder, micro_batches: Iterable[MicroBatch]) -> float:
     for batch in micro_batches:
         losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents)
         own.append([losses.cross_entropy.item(), batch.n_targets])
+    _forget_counts(decoder)  # what travelled here is no step's
     # Tensor-parallel peers count the same tokens, above and below the line.
     cross_entropy, tokens = _world_totals(torch.tensor(own, dtype=torch.float64).view(-1, 2))
     return cross_entropy / max(tokens, 1)
@@ -189,19 +190,29 @@ def _n_holders(gradient: Tensor) -> int:
 def drop_gradients(decoder: Decoder) -> None:
     """Undoes what passes forward and backward have left: gradients, and counts of routed tokens."""
     decoder.zero_grad()
+    _forget_counts(decoder)
+
+
+def _forget_counts(decoder: Decoder) -> None:
     for module in decoder.modules():
         if isinstance(module, MoE):
             module.forget_counts()
 
 
 class ExpertLoad(NamedTuple):
-    """Of one global batch, on the CPU (int64): tokens that chose each expert, and choices that found theirs full.
+    """Of one global batch, on the CPU (fp64): tokens that chose each expert, and any of each device's experts (those of
+    a token on one device count each); choices that found theirs full; mean squared log-sum-exp of the routers' logits;
+    tokens that each device got from others, and bytes of all that came to it for them, there and back, both passes.
 
-    Shapes: tokens_LE [MoE layers, E], dropped_L [MoE layers].
+    Shapes: [MoE layers], with E experts, or P devices that share them.
     """
 
     tokens_LE: Tensor
+    devices_LP: Tensor
     dropped_L: Tensor
+    z_L: Tensor
+    rows_LP: Tensor
+    bytes_LP: Tensor
 
 
 @torch.no_grad()
@@ -214,9 +225,19 @@ def update_routing_bias(decoder: Decoder) -> ExpertLoad | None:
     layers = [module for module in decoder.modules() if isinstance(module, MoE)]
     if not layers:
         return None
-    counts_LX = world_sum(torch.stack([torch.cat((layer.tokens_E, layer.dropped[None])) for layer in layers]))
-    tokens_LE, dropped_L = counts_LX[:, :-1], counts_LX[:, -1]
+    counts_LX = torch.stack([_counts(layer) for layer in layers])
+    sizes = (layers[0].moe.n_experts, 1, 2, counts_LX.shape[1] - layers[0].moe.n_experts - 3)
+    tokens_LE, dropped_L1, z_L2, traffic_LX = world_sum(counts_LX).split(sizes, dim=1)
     for layer, tokens_E in zip(layers, tokens_LE, strict=True):
         layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, tokens_E, layer.moe))
         layer.forget_counts()
-    return ExpertLoad(tokens_LE.cpu(), dropped_L.cpu())
+    tokens_LE, (z_L, routed_L) = tokens_LE.cpu(), z_L2.cpu().unbind(1)
+    devices_LP = torch.stack([layer.dispatcher.of_devices(x) for layer, x in zip(layers, tokens_LE, strict=True)])
+    rows_LP, bytes_LP = traffic_LX.cpu().unflatten(1, (2, -1)).unbind(1)
+    return ExpertLoad(tokens_LE, devices_LP, dropped_L1[:, 0].cpu(), z_L / routed_L.clamp(min=1), rows_LP, bytes_LP)
+
+
+def _counts(layer: MoE) -> Tensor:
+    """All that a layer has counted on this rank, as one tensor (fp64)."""
+    own = (layer.tokens_E.double(), layer.dropped[None].double(), layer.z_2)
+    return torch.cat((*own, layer.dispatcher.traffic().flatten().to(layer.z_2.device, non_blocking=True)))

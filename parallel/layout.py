@@ -156,6 +156,8 @@ class Layout(BaseModel):
                 f"layout.ep={self.ep} must divide model.moe.n_groups={model.moe.n_groups} or be a multiple of it: "
                 f"a group of experts lies on whole ranks; try {_beside(model.moe.n_groups, peers, model.n_experts)}"
             )
+        if self.dispatcher == "deepep" and self.ep_nodes is not None:
+            raise UserError(f"layout.ep_nodes={self.ep_nodes}: deepep finds nodes by itself; leave ep_nodes out")
         if self.ep % (self.ep_nodes or 1):
             raise UserError(
                 f"layout.ep_nodes={self.ep_nodes} must divide layout.ep={self.ep}: each node has as many of its ranks"
@@ -188,7 +190,8 @@ class Layout(BaseModel):
         """Collective: every rank of the world must call it."""
         if dist.get_world_size() != self.world_size:
             raise UserError(f"{self} needs {self.world_size} ranks; the process group has {dist.get_world_size()}")
-        build, nodes = _MeshBuilder(device_type), self.ep_nodes or nodes_spanned(self.ep)
+        build = _MeshBuilder(device_type)
+        nodes = 1 if self.dispatcher == "deepep" else self.ep_nodes or nodes_spanned(self.ep)
         dense = (self.dp_replicate, self.shard, self.tp)
         sparse = (self.dp_replicate, self.shard * self.tp // self.ep, self.ep)
         flat = (self.dp_replicate, self.shard * self.tp)

@@ -140,8 +140,18 @@ def _send(tracker: Tracker, row: dict[str, Any]) -> None:
     if "resumed_from" in row:
         tracker.undo(row["resumed_from"])
     elif row.get("step", 0) > tracker.step:
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
-        tracker.write(row["step"], numbers)
+        tracker.write(row["step"], numbers(row))
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's numbers by name; those a layer, a rank or a device have names of their own: `expert_balance/0`."""
+    alone = {name: x for name, x in row.items() if _is_number(x) and name != "step"}
+    lists = {name: x for name, x in row.items() if isinstance(x, list) and name != "positions"}
+    return alone | {f"{name}/{i}": x for name, xs in lists.items() for i, x in enumerate(xs) if _is_number(x)}
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float)
 
 
 def _read(path: Path) -> Position:

@@ -136,34 +136,63 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     return 2 * size**3 / fastest
 
 
-def expert_balance(tokens_LE: Tensor) -> list[float]:
-    """Each MoE layer's busiest expert over the mean: 1 is perfect balance, E is collapse."""
-    load_LE = tokens_LE.double()
-    return (load_LE.amax(1) / load_LE.mean(1).clamp(min=1)).tolist()
+SAMPLES = 200
+"""Rows of a run, about, that have each expert's load itself: with 58 layers of 256 experts, 15,000 numbers a row."""
 
 
-def expert_entropy(tokens_LE: Tensor) -> list[float]:
-    """Entropy of each MoE layer's use of its experts over that of even use: 1 is perfect balance, 0 is collapse."""
-    share_LE = tokens_LE.double() / tokens_LE.sum(1, keepdim=True).clamp(min=1)
-    return (torch.special.entr(share_LE).sum(1) / math.log(max(tokens_LE.shape[1], 2))).tolist()
+def balance(load_LX: Tensor) -> list[float]:
+    """Each MoE layer's busiest expert, group or device over the mean: 1 is perfect balance, as many as there are is
+    collapse.
+    """
+    load_LX = load_LX.double()
+    return _rounded(load_LX.amax(1) / load_LX.mean(1).clamp(min=1))
 
 
-def group_balance(tokens_LE: Tensor, n_groups: int) -> list[float]:
-    """The same of groups of neighbouring experts, which expert parallelism puts on devices."""
-    return expert_balance(tokens_LE.unflatten(1, (n_groups, -1)).sum(2))
+def variation(load_LX: Tensor) -> list[float]:
+    """Coefficient of variation of each MoE layer's load: 0 is perfect balance, sqrt(X - 1) is collapse."""
+    load_LX = load_LX.double()
+    return _rounded(load_LX.std(1, correction=0) / load_LX.mean(1).clamp(min=1))
 
 
-def expert_metrics(load: ExpertLoad | None, moe: MoEConfig | None) -> dict[str, Any]:
-    """What a step's row says of its experts: balance and entropy a layer, that of groups where the model has several,
-    the share of choices dropped.
+def entropy(load_LX: Tensor) -> list[float]:
+    """Entropy of each MoE layer's load over that of an even one: 1 is perfect balance, 0 is collapse."""
+    share_LX = load_LX.double() / load_LX.sum(1, keepdim=True).clamp(min=1)
+    return _rounded(torch.special.entr(share_LX).sum(1) / math.log(max(load_LX.shape[1], 2)))
+
+
+def expert_metrics(load: ExpertLoad | None, moe: MoEConfig | None, *, sampled: bool) -> dict[str, Any]:
+    """What a step's row says of its experts, a layer, and of the devices that share them, where several do.
+
+    sampled: the loads themselves, too.
     """
     if load is None or moe is None:
         return {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
-    dropped = load.dropped_L.sum() / load.tokens_LE.sum().clamp(min=1)
-    of_groups = {"group_balance": group_balance(load.tokens_LE, moe.n_groups)} if moe.n_groups > 1 else {}
-    return {
-        "expert_balance": expert_balance(load.tokens_LE),
-        **of_groups,
-        "expert_entropy": expert_entropy(load.tokens_LE),
-        "dropped": dropped.item(),
+    row: dict[str, Any] = {
+        "expert_balance": balance(load.tokens_LE),
+        "expert_cv": variation(load.tokens_LE),
+        "expert_entropy": entropy(load.tokens_LE),
+        "dropped": (load.dropped_L.sum() / load.tokens_LE.sum().clamp(min=1)).item(),
+        "router_z": _rounded(load.z_L),
     }
+    if moe.n_groups > 1:
+        row["group_balance"] = balance(load.tokens_LE.unflatten(1, (moe.n_groups, -1)).sum(2))
+    if moe.capacity_factor is not None:
+        row["dropped_by_layer"] = _rounded(load.dropped_L / load.tokens_LE.sum(1).clamp(min=1))
+    if load.devices_LP.shape[1] > 1:
+        row |= {
+            "device_balance": balance(load.devices_LP),
+            "device_cv": variation(load.devices_LP),
+            "device_entropy": entropy(load.devices_LP),
+            "rows_sent": load.rows_LP.long().tolist(),
+            "bytes_sent": load.bytes_LP.sum(0).long().tolist(),
+        }
+    if sampled:
+        row["expert_load"] = load.tokens_LE.long().tolist()
+        if load.devices_LP.shape[1] > 1:
+            row["device_load"] = load.devices_LP.long().tolist()
+    return row
+
+
+def _rounded(x_L: Tensor) -> list[float]:
+    """As many digits as anybody looks at: there are many of these numbers."""
+    return [float(f"{x:.6g}") for x in x_L.tolist()]

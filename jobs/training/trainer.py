@@ -20,7 +20,7 @@ from moray.jobs.training.bad_steps import STEADIER, pass_over, what_is_wrong
 from moray.jobs.training.batches import micro_batches, stream_of
 from moray.jobs.training.begin import Training, checkpoints_of, set_up
 from moray.jobs.training.commit import commit, finish_commits, progress
-from moray.jobs.training.metrics import MetricsLog, expert_metrics
+from moray.jobs.training.metrics import SAMPLES, MetricsLog, expert_metrics
 from moray.jobs.training.optimizer import set_learning_rate, training_state
 from moray.jobs.training.recovery import forgotten_if_wrong
 from moray.jobs.training.schedule import learning_rate
@@ -135,7 +135,7 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any] | None:
         **({"skipped": skipped} if skipped else {}),
         "grad_norm": norm,
         "lr": rate,
-        **expert_metrics(load, config.model.moe),
+        **expert_metrics(load, config.model.moe, sampled=is_due(training.step, -(-config.train.steps // SAMPLES))),
         "generation": training.context.generation,
         "layout": str(training.layout),
     }

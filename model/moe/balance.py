@@ -61,7 +61,7 @@ def statistics_of(routing: Routing, valid_BT: Tensor, moe: MoEConfig) -> Statist
         sent_GD=summed(_reached(chosen_BTK, taken_BTK, moe)) if moe.communication_loss else None,
         importance_GE=gathered(routing.gates_BTK * taken_BTK) if moe.importance_loss else None,
         load_GE=summed(routing.load_BTE) if routing.load_BTE is not None else None,
-        z_G1=summed(routing.z_BT1) if routing.z_BT1 is not None else None,
+        z_G1=summed(routing.z_BT1) if moe.router_z_loss else None,
     )
 
 

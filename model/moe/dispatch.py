@@ -158,6 +158,19 @@ class LocalDispatcher:
         )
         return combined
 
+    def of_devices(self, tokens_E: Tensor) -> Tensor:
+        """A number of each expert's, [E], summed over those of each device that shares them, [P]: here, all."""
+        return tokens_E.sum(0, keepdim=True)
+
+    def traffic(self) -> Tensor:
+        """Rows and bytes that came to each of these devices from the others since `forget_traffic`, as far as this rank
+        knows: what came to itself, [2, P] (fp64).
+        """
+        return torch.zeros(2, 1, dtype=torch.float64)
+
+    def forget_traffic(self) -> None:
+        """Begins to count them anew."""
+
     def own(self, x_BT: Tensor) -> Tensor:
         """The part of a [B, T] tensor whose tokens this rank routes: here, all of it."""
         return x_BT

@@ -29,6 +29,7 @@ class MoE(nn.Module):
 
     tokens_E: Tensor
     dropped: Tensor
+    z_2: Tensor
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -40,10 +41,11 @@ class MoE(nn.Module):
         self.shared = FeedForward(config.d_model, shared_width, config.expert_ffn) if shared_width else None
         self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if config.moe.shared_gate else None
         self.dispatcher = LocalDispatcher()
-        # Since the last optimizer step, on this rank, in training alone: tokens that chose each expert, and how many of
-        # these choices found it full.
+        # Since the last optimizer step, on this rank, in training alone: tokens that chose each expert, how many of
+        # these choices found it full; the sum of the tokens' squared log-sum-exps of the logits, and the tokens.
         self.register_buffer("tokens_E", torch.zeros(config.n_experts, dtype=torch.int64), persistent=False)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("z_2", torch.zeros(2, dtype=torch.float64), persistent=False)
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
         routing = self.router(x_BTD, self.keys(context))
@@ -52,8 +54,9 @@ class MoE(nn.Module):
             self._check_groups(len(x_BTD))
             if self.moe.capacity_factor is not None:
                 kept_BTK = once(partial(self._within_capacity, routing, context.documents.valid_BT))
-            statistics = statistics_of(routing, self.dispatcher.own(context.documents.valid_BT), self.moe)
-            once(partial(self._count, statistics.counts_GE))
+            valid_BT = self.dispatcher.own(context.documents.valid_BT)
+            statistics = statistics_of(routing, valid_BT, self.moe)
+            once(partial(self._count, statistics.counts_GE, routing.z_BT1.detach(), valid_BT))
             statistics = statistics.total(self.dispatcher.total)
         sent = self.send(x_BTD, routing.chosen_BTK, kept_BTK, routing.gates_BTK)
         # What needs no token of others is computed while they travel.
@@ -72,13 +75,15 @@ class MoE(nn.Module):
         rows_MD, counts_E = self.dispatcher.receive(sent)
         return self.dispatcher.combine(self.experts(rows_MD, counts_E), sent)
 
-    def _count(self, counts_GE: Tensor) -> None:
+    def _count(self, counts_GE: Tensor, z_BT1: Tensor, valid_BT: Tensor) -> None:
         self.tokens_E += counts_GE.sum(0).to(torch.int64)
+        self.z_2 += torch.stack(((z_BT1 * valid_BT[..., None]).sum(), valid_BT.sum()))
 
     def forget_counts(self) -> None:
-        """Begins to count routed tokens anew."""
-        self.tokens_E.zero_()
-        self.dropped.zero_()
+        """Begins to count routed tokens anew, and what travels for them."""
+        for count in (self.tokens_E, self.dropped, self.z_2):
+            count.zero_()
+        self.dispatcher.forget_traffic()
 
     def _shared(self, experts: FeedForward, x_BTD: Tensor, context: Context) -> Tensor:
         shared_BTD = experts(x_BTD, context)

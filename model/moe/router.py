@@ -27,16 +27,16 @@ class Routing(NamedTuple):
 
     scores_BTE: every expert's score. drawn_BTK (bool): False for a second expert that was not drawn, which counts as
     not chosen; None: nothing is drawn. load_BTE: the probability that an expert is chosen under another draw of its
-    noise; z_BT1: the squared log-sum-exp of the logits, noise included; None where no loss needs them. All but ids and
+    noise; None where no loss needs it. z_BT1: the squared log-sum-exp of the logits, noise included. All but ids and
     bools are at least fp32.
     """
 
     chosen_BTK: Tensor
     gates_BTK: Tensor
     scores_BTE: Tensor
+    z_BT1: Tensor
     drawn_BTK: Tensor | None = None
     load_BTE: Tensor | None = None
-    z_BT1: Tensor | None = None
 
 
 class AccurateLinear(nn.Linear):
@@ -95,8 +95,9 @@ class Router(nn.Module):
         load_BTE = None
         if moe.load_loss and deviation_BTE is not None:
             load_BTE = expected_load(clean_BTE, logits_BTE, deviation_BTE, moe.top_k)
-        z_BT1 = logits_BTE.logsumexp(-1, keepdim=True).square() if moe.router_z_loss else None
-        return Routing(chosen_BTK, gates_BTK * moe.gate_scale, scores_BTE, drawn_BTK, load_BTE, z_BT1)
+        # Without a loss of it, a number to look at.
+        z_BT1 = (logits_BTE if moe.router_z_loss else logits_BTE.detach()).logsumexp(-1, keepdim=True).square()
+        return Routing(chosen_BTK, gates_BTK * moe.gate_scale, scores_BTE, z_BT1, drawn_BTK, load_BTE)
 
 
 def choose(scores_BTE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:

@@ -48,13 +48,17 @@ class ExpertDispatcher(SequenceSlice):
         then within one. partials: the dtype in which parts of a token's sum travel.
         """
         super().__init__(tokens)
-        self._groups, self._hop, self._partials, self.traffic = groups, HOPS[kind], partials, Traffic()
+        self._groups, self._hop, self._partials, self._traffic = groups, HOPS[kind], partials, Traffic()
+        self._place, self._devices = 0, 1
+        for group in groups:
+            self._place = self._place * group.size() + group.rank()
+            self._devices *= group.size()
 
     def send(self, x_ND: Tensor, assigned: Assigned, n_experts: int) -> tuple[Tensor, Route]:
         hops, held = [], n_experts
         for group in self._groups:
             held //= group.size()
-            hops.append(partial(self._hop, held=held, group=group, traffic=self.traffic))
+            hops.append(partial(self._hop, held=held, group=group, traffic=self._traffic))
         # What goes where was found with the first pass over a layer, if there is a second one.
         route = once(lambda: Route(assigned, hops, self._partials, held))
         ticket: Tensor = Start.apply(x_ND, assigned.gate_A, route)
@@ -67,6 +71,17 @@ class ExpertDispatcher(SequenceSlice):
     def combine(self, rows_MD: Tensor, sent: tuple[Tensor, Route]) -> Tensor:
         combined: Tensor = Combine.apply(rows_MD, sent[1])
         return combined
+
+    def of_devices(self, tokens_E: Tensor) -> Tensor:
+        return tokens_E.unflatten(0, (self._devices, -1)).sum(1)
+
+    def traffic(self) -> Tensor:
+        found_2P = torch.zeros(2, self._devices, dtype=torch.float64)
+        found_2P[:, self._place] = torch.tensor([self._traffic.rows, self._traffic.bytes])
+        return found_2P
+
+    def forget_traffic(self) -> None:
+        self._traffic.forget()
 
 
 class _SumForward(torch.autograd.Function):

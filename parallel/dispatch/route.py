@@ -51,7 +51,7 @@ class Route:
 
     def leave(self, rows_MD: Tensor, *, weighted: bool) -> None:
         assigned, order = self._here()
-        gate_A = assigned.gate_A if weighted else None
+        gate_A = assigned.gate_A.to(rows_MD.dtype) if weighted else None  # as on one process
         parts_QD = summed(rows_MD.to(self._partials), order.place_A, assigned.starts_R1, gate_A)
         for hop in self._hops[:0:-1]:
             parts_QD = hop.back(parts_QD)()

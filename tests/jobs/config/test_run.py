@@ -240,6 +240,15 @@ ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}
         ({"layout__ep": "8"}, "layout.ep=8 must divide n_experts=16 and dp_shard * tp = 4; try [1, 2, 4]"),
         ({"layout__ep": "2", "model__preset": "demo-dense"}, "layout.ep=2 needs experts, but model.moe is none"),
         (
+            {"layout__ep": "4", "model__moe__n_experts": "24", "model__moe__n_groups": "6"},
+            "layout.ep=4 must divide model.moe.n_groups=6 or be a multiple of it: a group of experts lies on whole "
+            "ranks; try [1, 2]",
+        ),
+        ({"layout__ep": "4", "layout__ep_nodes": "3"}, "layout.ep_nodes=3 must divide layout.ep=4"),
+        ({"layout__ep": "4", "layout__ep_nodes": "0"}, "layout.ep_nodes=0"),
+        ({"layout__ep": "4", "layout__ep_nodes": "2", "layout__dispatcher": "deepep"}, "deepep finds nodes by itself"),
+        ({"layout__dispatcher": "mpi"}, "layout.dispatcher=mpi"),
+        (
             {"layout__tp": "4", "model__attention__n_heads": "2"},
             "layout.tp=4 must divide attention.n_heads=2; try [1, 2]",
         ),

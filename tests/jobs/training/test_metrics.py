@@ -12,11 +12,12 @@ from moray.cluster.cores import usable_cores
 from moray.jobs.training import metrics
 from moray.jobs.training.metrics import (
     MetricsLog,
-    expert_balance,
-    expert_entropy,
+    balance,
+    entropy,
     expert_metrics,
     matmul_peak,
     read_metrics,
+    variation,
     worker_peak,
 )
 from moray.model.config.moe import MoEConfig
@@ -76,30 +77,60 @@ def test_a_run_that_has_not_begun_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
 
-def test_expert_balance_is_the_busiest_over_the_mean() -> None:
-    tokens = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 2]])
-    assert expert_balance(tokens) == [1.0, 4.0, 1.5]
-    assert expert_balance(torch.zeros(1, 4, dtype=torch.int64)) == [0.0]
+LOADS = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 2]])
 
 
-def test_expert_entropy_is_that_of_torchs_categorical_over_that_of_even_use() -> None:
-    tokens = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [1, 2, 3, 2]])
-    shares = tokens / tokens.sum(1, keepdim=True)
+def test_balance_is_the_busiest_over_the_mean() -> None:
+    assert balance(LOADS) == [1.0, 4.0, 1.5]
+    assert balance(torch.zeros(1, 4, dtype=torch.int64)) == [0.0]
+
+
+def test_variation_is_numpys_deviation_over_the_mean() -> None:
+    expected = LOADS.numpy().std(1) / LOADS.numpy().mean(1)
+    assert variation(LOADS) == pytest.approx(expected.tolist(), rel=1e-5)
+    assert variation(LOADS)[:2] == pytest.approx([0, 3**0.5], rel=1e-5), "even, and collapsed"
+
+
+def test_entropy_is_that_of_torchs_categorical_over_that_of_even_use() -> None:
+    shares = LOADS / LOADS.sum(1, keepdim=True)
     expected = torch.distributions.Categorical(shares).entropy() / math.log(4)
-    assert expert_entropy(tokens) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert entropy(LOADS) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def load_of(tokens: list[list[int]], devices: list[list[int]], dropped: list[int]) -> ExpertLoad:
+    tokens_LE, devices_LP = torch.tensor(tokens).double(), torch.tensor(devices).double()
+    rows_LP, z_L = devices_LP // 2, torch.linspace(1, 2, len(tokens), dtype=torch.float64)
+    return ExpertLoad(tokens_LE, devices_LP, torch.tensor(dropped), z_L, rows_LP, rows_LP)
 
 
 def test_a_step_tells_the_share_of_choices_that_found_their_expert_full() -> None:
-    load = ExpertLoad(torch.tensor([[6, 2], [4, 4]]), torch.tensor([2, 0]))
-    assert expert_metrics(load, MoEConfig(n_experts=2, top_k=1, expert_width=8))["dropped"] == pytest.approx(2 / 16)
-    assert expert_metrics(None, None) == {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
+    load = load_of([[6, 2], [4, 4]], [[8], [8]], [2, 0])
+    moe = MoEConfig(n_experts=2, top_k=1, expert_width=8, capacity_factor=1.0)
+    row = expert_metrics(load, moe, sampled=False)
+    assert row["dropped"] == 2 / 16
+    assert row["dropped_by_layer"] == [2 / 8, 0]
+    assert expert_metrics(None, None, sampled=True) == {"expert_balance": [], "expert_entropy": [], "dropped": 0.0}
 
 
 def test_a_step_tells_how_even_groups_are_where_there_are_some() -> None:
-    load = ExpertLoad(torch.tensor([[6, 2, 1, 3]]), torch.tensor([0]))
+    load = load_of([[6, 2, 1, 3]], [[12]], [0])
     grouped = MoEConfig(n_experts=4, top_k=2, expert_width=8, n_groups=2, top_k_groups=2)
-    assert expert_metrics(load, grouped)["group_balance"] == [pytest.approx(8 / 6)]
-    assert "group_balance" not in expert_metrics(load, MoEConfig(n_experts=4, top_k=2, expert_width=8))
+    assert expert_metrics(load, grouped, sampled=False)["group_balance"] == [pytest.approx(8 / 6, rel=1e-5)]
+    plain = expert_metrics(load, MoEConfig(n_experts=4, top_k=2, expert_width=8), sampled=False)
+    assert not {"group_balance", "dropped_by_layer", "device_balance", "rows_sent", "expert_load"} & set(plain)
+
+
+def test_a_step_tells_what_devices_that_share_experts_have_to_do() -> None:
+    load = load_of([[6, 2, 1, 3], [2, 2, 2, 2]], [[8, 4], [4, 4]], [0, 0])
+    moe = MoEConfig(n_experts=4, top_k=2, expert_width=8)
+    row = expert_metrics(load, moe, sampled=True)
+    assert row["device_balance"] == [pytest.approx(8 / 6, rel=1e-5), 1]
+    assert row["device_cv"] == [pytest.approx(2 / 6, rel=1e-5), 0]
+    assert row["rows_sent"] == [[4, 2], [2, 2]]
+    assert row["bytes_sent"] == [6, 4]
+    assert row["expert_load"] == [[6, 2, 1, 3], [2, 2, 2, 2]]
+    assert row["device_load"] == [[8, 4], [4, 4]]
+    assert "device_load" not in expert_metrics(load, moe, sampled=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
