@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from math import comb
 from typing import Any
 
 import torch
@@ -66,8 +67,9 @@ def _bytes(x: Any) -> int:
 
 def least_bytes(config: ModelConfig, layout: Layout, sequences: int, seq_len: int) -> float:
     """What a rank must send in a step of so many sequences of its own (of its peers' too, under tensor parallelism), in
-    fp32: each shared weight once there and its gradient once back; each token's copy for an expert elsewhere, there and
-    back, both ways; each token's slice four times a layer, both ways, to tensor-parallel peers.
+    fp32: each shared weight once there and its gradient once back; each token once to each rank elsewhere that has an
+    expert of it, and a sum back, in both passes, where choices are even; each token's slice four times a layer, both
+    ways, to tensor-parallel peers.
     """
     size, parts = torch.float32.itemsize, {name: part.total for name, part in parameters_by_part(config).items()}
     experts = parts.pop("routed experts", 0)
@@ -75,9 +77,14 @@ def least_bytes(config: ModelConfig, layout: Layout, sequences: int, seq_len: in
     shared = sum(parts.values()) / layout.tp + (0 if layout.ep > 1 else experts)
     found = 2 * (dp - 1) / dp * shared * size
     if layout.ep > 1 and config.moe:
-        rows = tokens * config.moe.top_k * config.n_moe_layers
-        found += 4 * (layout.ep - 1) / layout.ep * rows * config.d_model * size
+        elsewhere = (layout.ep - 1) * reached(config.n_experts, config.n_experts // layout.ep, config.moe.top_k)
+        found += 4 * elsewhere * tokens * config.n_moe_layers * config.d_model * size
     if layout.tp > 1:
         exchanges = 8 * config.n_layers + 2 * 2  # and behind the embedding, and before the head
         found += exchanges * (layout.tp - 1) / layout.tp * tokens * config.d_model * size
     return found
+
+
+def reached(experts: int, held: int, top_k: int) -> float:
+    """The probability that a rank that holds so many experts has one of the k that a token draws evenly."""
+    return 1 - comb(experts - held, top_k) / comb(experts, top_k)

@@ -29,6 +29,7 @@ from moray.cluster.host_memory import keep_freed_memory
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
+from moray.model.decoder import Decoder
 from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
 from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction, Stage
@@ -39,13 +40,23 @@ WARM = 2
 
 
 def moray_step(
-    config: ModelConfig, layout: Layout, stage: Stage, sequences: int, micro_batch: int, seq_len: int
+    config: ModelConfig,
+    layout: Layout,
+    stage: Stage,
+    sequences: int,
+    micro_batch: int,
+    seq_len: int,
+    prepare: Callable[[Decoder], None] = lambda decoder: None,
+    on_load: Callable[[Any], None] = lambda load: None,
 ) -> Step:
-    """`sequences`: of the step, of this rank and its tensor-parallel peers."""
+    """`sequences`: of the step, of this rank and its tensor-parallel peers. `prepare` may change the model, and
+    `on_load` sees each step's load of experts.
+    """
     meshes = layout.meshes("cpu")
     decoder = build_decoder(config, meshes, dtype=torch.float32, compute_dtype=torch.float32, stage=stage)
     reduction = Reduction(decoder, meshes, stage)
     initialise_shards(decoder, 0)
+    prepare(decoder)
     optimizer = build_optimizer(decoder, OptimizerSection())
     tokens_BT = torch.randint(config.vocab_size, (sequences, seq_len))
     positions_BT, documents_BT = torch.arange(seq_len).expand_as(tokens_BT), torch.zeros_like(tokens_BT)
@@ -61,7 +72,7 @@ def moray_step(
         clip_gradients(decoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        update_routing_bias(decoder)
+        on_load(update_routing_bias(decoder))
 
     return step
 

@@ -232,9 +232,15 @@ def update_routing_bias(decoder: Decoder) -> ExpertLoad | None:
         layer.router.bias_E.copy_(updated_bias(layer.router.bias_E, tokens_E, layer.moe))
         layer.forget_counts()
     tokens_LE, (z_L, routed_L) = tokens_LE.cpu(), z_L2.cpu().unbind(1)
-    devices_LP = torch.stack([layer.dispatcher.of_devices(x) for layer, x in zip(layers, tokens_LE, strict=True)])
+    devices_LP = torch.stack([_of_devices(layer, x) for layer, x in zip(layers, tokens_LE, strict=True)])
     rows_LP, bytes_LP = traffic_LX.cpu().unflatten(1, (2, -1)).unbind(1)
     return ExpertLoad(tokens_LE, devices_LP, dropped_L1[:, 0].cpu(), z_L / routed_L.clamp(min=1), rows_LP, bytes_LP)
+
+
+def _of_devices(layer: MoE, tokens_E: Tensor) -> Tensor:
+    if layer.slots_E is not None:
+        tokens_E = torch.empty_like(tokens_E).index_copy_(0, layer.slots_E.cpu(), tokens_E)
+    return layer.dispatcher.of_devices(tokens_E)
 
 
 def _counts(layer: MoE) -> Tensor:

@@ -65,6 +65,9 @@ class Layout(BaseModel):
     dispatcher: Kind = "alltoall"
     """How tokens travel. alltoall: once to each rank that has experts of theirs. allgather: to all ranks, which wait
     for no sizes: for small groups. deepep: by DeepEP's kernels, on GPUs that have the package."""
+    placement: Literal["fixed", "balanced"] = "fixed"
+    """Which rank has which experts. fixed: runs of neighbours, or what the commit says that a run goes on from.
+    balanced: planned anew from their loads at every commit, and moved there where that evens out the ranks."""
     wire: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype in which sums over a rank's experts travel; they are formed in float32 either way. auto: bfloat16 on GPUs
     whose products are, else float32."""
@@ -100,7 +103,8 @@ class Layout(BaseModel):
                 dp = world_size // tp
                 copies = math.gcd(self.dp_replicate, dp)
                 degrees = {"dp_replicate": copies, "dp_shard": dp // copies, "tp": tp, "ep": ep, "ep_nodes": nodes}
-                layout = self.model_copy(update=degrees)
+                placement = self.placement if ep > 1 else "fixed"
+                layout = self.model_copy(update=degrees | {"placement": placement})
                 if suits(layout):
                     return layout
         return None
@@ -156,6 +160,11 @@ class Layout(BaseModel):
                 f"layout.ep={self.ep} must divide model.moe.n_groups={model.moe.n_groups} or be a multiple of it: "
                 f"a group of experts lies on whole ranks; try {_beside(model.moe.n_groups, peers, model.n_experts)}"
             )
+        if self.placement == "balanced" and self.ep == 1:
+            raise UserError(
+                "layout.placement=balanced places experts on the ranks that share them, and with layout.ep=1 none do; "
+                "use ep > 1, or placement=fixed"
+            )
         if self.dispatcher == "deepep" and self.ep_nodes is not None:
             raise UserError(f"layout.ep_nodes={self.ep_nodes}: deepep finds nodes by itself; leave ep_nodes out")
         if self.ep % (self.ep_nodes or 1):
@@ -205,7 +214,7 @@ class Layout(BaseModel):
 
     def __str__(self) -> str:
         degrees = f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} tp={self.tp} ep={self.ep}"
-        others = {name: getattr(self, name) for name in ("ep_nodes", "dispatcher", "wire")}
+        others = {name: getattr(self, name) for name in ("ep_nodes", "dispatcher", "placement", "wire")}
         chosen = [f" {name}={x}" for name, x in others.items() if x != type(self).model_fields[name].default]
         return degrees + "".join(chosen)
 

@@ -62,6 +62,10 @@ _WORDS: dict[str, str | Callable[[Fields], str | None]] = {
     "device": lambda of: _NO_GPU if of.get("device") == "cpu" else None,
     "fault": _fault,
     "leaving": "node {node} is leaving the cluster",
+    "placed": lambda of: (
+        f"experts of {of.get('layers')} of {of.get('of')} layers moved: the busiest device had "
+        f"{of.get('before', 0):.2f} times the mean load, and would have had {of.get('after', 0):.2f}"
+    ),
     "no_snapshots": (
         "recovery.snapshot_every={every} has no effect: nothing outlives the workers of cluster.launcher={launcher}, "
         "which recovers from commits alone"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from moray import UserError
 from moray.cluster.events import EventLog
@@ -36,6 +38,7 @@ from moray.parallel.compiled import check_compiler, compile_layers
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout, Meshes
+from moray.parallel.placement import adopt
 from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards
 from moray.parallel.witness import Witness
@@ -69,6 +72,9 @@ class Pulse:
 class Training:
     """What the loop works on. Below `step` stands what changes: the rest keeps its identity.
 
+    copy: the ranks that hold the model once. expert_load (L MoE layers, E experts): tokens since experts were placed,
+    where they are placed by them.
+
     step: optimizer steps done. position: of the stream, behind the batch of the last one. committed: the newest step
     that was. applied: loss and gradient norm of the newest steps. skipped: the positions passed over since, and why.
     """
@@ -78,6 +84,7 @@ class Training:
     vitals: Vitals
     config: RunConfig
     layout: Layout
+    copy: dist.ProcessGroup
     dataset: Dataset
     decoder: Decoder
     optimizer: torch.optim.Optimizer
@@ -94,6 +101,7 @@ class Training:
     committed: int = 0
     applied: list[tuple[float, float]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    expert_load: Tensor | None = None
 
     def note(self, kind: str, **fields: Any) -> None:
         """An event of the whole group, which all ranks know of and rank 0 writes down."""
@@ -162,6 +170,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         vitals=Vitals(context, on_event),
         config=config,
         layout=layout,
+        copy=meshes.copy,
         dataset=dataset,
         decoder=decoder,
         optimizer=optimizer,
@@ -275,6 +284,9 @@ def go_on_from(training: Training, step: int, metadata: dict[str, Any]) -> None:
     """Takes up what a commit or snapshot holds beside the tensors."""
     training.step, training.position = step, metadata["data"]["position"]
     training.applied = [(loss, norm) for loss, norm in metadata.get("applied", [])]
+    adopt(training.decoder, metadata.get("placement", {}))
+    loads = metadata.get("expert_load")
+    training.expert_load = None if loads is None else torch.tensor(loads, dtype=torch.float64)
 
 
 def note_event(events: EventLog, pulse: Pulse, generation: int, kind: str, fields: dict[str, Any]) -> None:

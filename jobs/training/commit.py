@@ -10,6 +10,7 @@ from moray.jobs.training.begin import Training
 from moray.jobs.training.metrics import MetricsLog
 from moray.jobs.training.optimizer import training_state
 from moray.parallel.checkpoint.checkpointer import DiskFullError
+from moray.parallel.placement import placement_of
 
 
 def progress(training: Training, row: dict[str, Any]) -> dict[str, Any]:
@@ -22,6 +23,8 @@ def progress(training: Training, row: dict[str, Any]) -> dict[str, Any]:
             "fingerprint": training.dataset.fingerprint,
         },
         "applied": training.applied,
+        "placement": placement_of(training.decoder),
+        "expert_load": None if training.expert_load is None else training.expert_load.tolist(),
         "schedule": {"step": training.step, "lr": row["lr"]},
         # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
         "rng": {"seed": config.train.seed},

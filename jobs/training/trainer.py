@@ -22,6 +22,7 @@ from moray.jobs.training.begin import Training, checkpoints_of, set_up
 from moray.jobs.training.commit import commit, finish_commits, progress
 from moray.jobs.training.metrics import SAMPLES, MetricsLog, expert_metrics
 from moray.jobs.training.optimizer import set_learning_rate, training_state
+from moray.jobs.training.placing import note_load, place_experts
 from moray.jobs.training.recovery import forgotten_if_wrong
 from moray.jobs.training.schedule import learning_rate
 from moray.jobs.training.wrong_results import Computed, check_alike, compare, recomputed
@@ -75,6 +76,8 @@ def run_steps(training: Training) -> int:
                 break
             if log:
                 log.write(row)
+            if not last and is_due(training.step, every):
+                place_experts(training)
             if training.snapshots and not (last or leaving) and training.snapshots.is_due(training.step):
                 state = training_state(training.decoder, training.optimizer)
                 training.snapshots.take(training.step, state, progress(training, row), row["seconds"])
@@ -123,6 +126,7 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any] | None:
     training.optimizer.step()
     training.optimizer.zero_grad()
     load = update_routing_bias(decoder)
+    note_load(training, load)
     skipped = training.note_applied(losses.cross_entropy, norm, batch.first + config.train.global_batch)
     return {
         "step": training.step,

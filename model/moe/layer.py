@@ -30,6 +30,7 @@ class MoE(nn.Module):
     tokens_E: Tensor
     dropped: Tensor
     z_2: Tensor
+    slots_E: Tensor | None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -41,6 +42,8 @@ class MoE(nn.Module):
         self.shared = FeedForward(config.d_model, shared_width, config.expert_ffn) if shared_width else None
         self.shared_gate = nn.Linear(config.d_model, 1, bias=False) if config.moe.shared_gate else None
         self.dispatcher = LocalDispatcher()
+        # Where each expert is among the stacked weights, which `parallel.placement` may change; None: in order.
+        self.register_buffer("slots_E", None, persistent=False)
         # Since the last optimizer step, on this rank, in training alone: tokens that chose each expert, how many of
         # these choices found it full; the sum of the tokens' squared log-sum-exps of the logits, and the tokens.
         self.register_buffer("tokens_E", torch.zeros(config.n_experts, dtype=torch.int64), persistent=False)
@@ -67,7 +70,10 @@ class MoE(nn.Module):
     def send(self, x_BTD: Tensor, chosen_BTK: Tensor, kept_BTK: Tensor | None, gates_BTK: Tensor) -> Any:
         """Tokens leave for their experts; returns what `through_experts` wants."""
         kept_NK = None if kept_BTK is None else kept_BTK.flatten(0, 1)
-        assignments = assigned(chosen_BTK.flatten(0, 1), kept_NK, gates_BTK.flatten(0, 1))
+        place_NK = chosen_BTK.flatten(0, 1)
+        if self.slots_E is not None:
+            place_NK = self.slots_E[place_NK]
+        assignments = assigned(place_NK, kept_NK, gates_BTK.flatten(0, 1))
         return self.dispatcher.send(x_BTD.flatten(0, 1), assignments, self.moe.n_experts)
 
     def through_experts(self, sent: Any) -> Tensor:

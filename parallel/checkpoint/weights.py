@@ -18,6 +18,8 @@ from moray.parallel.chunks import Chunk, Grid
 
 FILE_BYTES = 1 << 28
 PREFIX = "model."
+EXPERTS = ".experts."
+"""In the names of stacked weights, behind that of their layer."""
 
 
 class CommitWeights:
@@ -28,11 +30,19 @@ class CommitWeights:
 
     def __init__(self, commit: Commit) -> None:
         self._tensors, self._reader = commit.manifest.tensors, ChunkReader(commit)
+        self._placement: dict[str, list[int]] = commit.manifest.metadata.get("placement", {})
 
     def read(self, name: str, box: Box) -> Tensor:
-        """A part of a tensor, whatever layout wrote it."""
+        """A part of a tensor, whatever layout wrote it, and wherever that has put experts."""
         shape = self._tensors[PREFIX + name].shape
-        bounds = [part.indices(size)[:2] for part, size in zip(box, shape, strict=True)]
+        (start, end), *others = [part.indices(size)[:2] for part, size in zip(box, shape, strict=True)]
+        layer, is_of_experts, _ = name.partition(EXPERTS)
+        slots = self._placement.get(layer) if is_of_experts else None
+        runs = [(start, end)] if slots is None else [(slot, slot + 1) for slot in slots[start:end]]
+        parts = [self._read(name, [run, *others]) for run in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, name: str, bounds: list[tuple[int, int]]) -> Tensor:
         return self._reader.read(
             PREFIX + name, (tuple(start for start, _ in bounds), tuple(end - start for start, end in bounds))
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import chaos.worker
 import poison
 import pytest
+import torch
 from chaos.check import state_digest
 from ray.cluster_utils import Cluster
 from rich.console import Console
@@ -26,11 +28,13 @@ from moray.cluster.worker import WorkerError
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
+from moray.jobs.generation.generate import load_run
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.status import status_of
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.pretrain import pretrain
+from moray.parallel.checkpoint.commits import list_commits
 
 STEPS, EVERY = 12, 3
 ON_FOUR = {
@@ -420,3 +424,53 @@ def test_a_loss_that_is_never_finite_ends_in_one_line(
     assert f"moray: {found.why}" == last
     assert len(faults) == 2, "one retry is justified: a GPU may flip a bit"
     assert all("pass_over" in fault["traceback"] for fault in faults)
+
+
+@pytest.fixture(scope="module")
+def placed(ray_cluster: str, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("placed") / "run"
+    assert pretrain(config(dataset, run, layout__placement="balanced"), Console(quiet=True)) == 0
+    return run
+
+
+def test_experts_that_move_change_nothing_but_rounding(
+    untouched: Path, placed: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Of what is computed, of what a commit holds for others, and for one process that goes on from it."""
+    moves = [event for event in read_events(placed / "events.jsonl") if event["kind"] == "placed"]
+    assert {event["step"] for event in moves} <= {3, 6, 9}
+    assert moves
+    assert all(event["after"] < event["before"] for event in moves)
+    for ours, theirs in zip(read_metrics(placed), read_metrics(untouched), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["expert_balance"] == pytest.approx(theirs["expert_balance"], rel=0.05)
+    newest = list_commits(placed / "checkpoints")[-1]
+    assert newest.manifest.metadata["placement"].keys() == {"blocks.1.ffn"}
+    (ours, _), (theirs, _) = load_run(placed, pytest.fail), load_run(untouched, pytest.fail)
+    prompt = torch.arange(300, 340)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(prompt), theirs(prompt), rtol=0, atol=1e-3)
+    run = tmp_path / "run"
+    shutil.copytree(placed, run)
+    for commit in list_commits(run / "checkpoints"):
+        if commit.step > 6:
+            shutil.rmtree(commit.path)
+    alone = {"cluster__launcher": "local", "cluster__workers": 1, "layout__ep": 1}
+    assert pretrain(config(dataset, run, **alone), Console(quiet=True)) == 0
+    for one, four in zip(read_metrics(run), read_metrics(placed), strict=True):
+        assert one["loss"] == pytest.approx(four["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("snapshot_every", [0, 1])
+def test_a_kill_changes_nothing_in_where_experts_move(
+    placed: Path, dataset: Path, tmp_path: Path, snapshot_every: int
+) -> None:
+    run, killer = tmp_path / "run", KillOneWorker()
+    changes = {"recovery__snapshot_every": snapshot_every, "layout__placement": "balanced"}
+    assert pretrain(config(dataset, run, **changes), Console(quiet=True), killer) == 0
+    assert killer.killed
+    assert computed(run) == computed(placed)
+    assert state_digest(run) == state_digest(placed)
+    ours, theirs = (list_commits(folder / "checkpoints")[-1].manifest.metadata for folder in (run, placed))
+    assert ours["placement"] == theirs["placement"]
+    assert ours["expert_load"] == theirs["expert_load"]

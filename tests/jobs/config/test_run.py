@@ -248,6 +248,7 @@ ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}
         ({"layout__ep": "4", "layout__ep_nodes": "0"}, "layout.ep_nodes=0"),
         ({"layout__ep": "4", "layout__ep_nodes": "2", "layout__dispatcher": "deepep"}, "deepep finds nodes by itself"),
         ({"layout__dispatcher": "mpi"}, "layout.dispatcher=mpi"),
+        ({"layout__placement": "balanced"}, "layout.placement=balanced places experts on the ranks that share them"),
         (
             {"layout__tp": "4", "model__attention__n_heads": "2"},
             "layout.tp=4 must divide attention.n_heads=2; try [1, 2]",

@@ -1,0 +1,207 @@
+"""Expert parallelism beside sharding alone, at equal work: step time, what is waited for, and what travels.
+
+    python benchmarks/dispatch.py [--workers 2] [--rounds 3] [--steps 5] [--preset demo-moe] [--traffic]
+
+Routers' choices are drawn: evenly, or with the first rank's experts three times as often as the others. All cases take
+turns, each time in processes of their own; a step is that of `workers.py`, stage 1, one thread a worker, and takes as
+long as its slowest rank's; ratios to sharding are medians over the rounds. `waited` is the share of a step in which a
+rank does nothing but wait for tokens to arrive or to come home: for the wire, and for ranks with more to do.
+
+--traffic: rows that travel to other ranks, a token and layer, forward, and bytes, both ways and passes: measured;
+counted by hand from the choices (a token once to each other rank that has an expert of it); and once for each expert.
+"""
+
+import argparse
+import multiprocessing as mp
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from workers import moray_step
+
+from moray.cluster.host_memory import keep_freed_memory
+from moray.model import ModelConfig
+from moray.model.decoder import Decoder
+from moray.model.moe.router import Router, Routing
+from moray.parallel.dispatch import hops
+from moray.parallel.gradients import ExpertLoad
+from moray.parallel.layout import Layout
+
+WARM = 2
+SKEW = 3.0
+
+
+def layouts(workers: int) -> dict[str, Layout]:
+    found = {
+        f"dp_shard={workers}": Layout(dp_shard=workers),
+        f"ep={workers}": Layout(dp_shard=workers, ep=workers),
+        f"ep={workers}, allgather": Layout(dp_shard=workers, ep=workers, dispatcher="allgather"),
+    }
+    if workers > 2:
+        found[f"ep={workers}, as on 2 nodes"] = Layout(dp_shard=workers, ep=workers, ep_nodes=2)
+    return found
+
+
+class Drawn:
+    """Routers whose choices are drawn, with these odds, from a generator that all layouts begin alike."""
+
+    def __init__(self, odds_E: Tensor, decoder: Decoder) -> None:
+        self.odds_E, self.generator = odds_E, torch.Generator().manual_seed(dist.get_rank())
+        self.chosen: list[Tensor] = []
+        for module in decoder.modules():
+            if isinstance(module, Router):
+                module.forward = partial(self._route, module.forward)  # type: ignore[method-assign]
+
+    def _route(self, route: Callable[..., Routing], *inputs: Any) -> Routing:
+        routing = route(*inputs)
+        b, t, k = routing.chosen_BTK.shape
+        drawn_NK = torch.multinomial(self.odds_E.expand(b * t, -1), k, generator=self.generator)
+        chosen_BTK = drawn_NK.view(b, t, k)
+        self.chosen.append(drawn_NK)
+        return routing._replace(chosen_BTK=chosen_BTK, gates_BTK=routing.scores_BTE.gather(-1, chosen_BTK))
+
+
+class Waits:
+    """Seconds in which this rank has waited for what travels to experts and back."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        hops._exchange, hops._gather = self._timed(hops._exchange), self._timed(hops._gather)
+
+    def _timed(self, exchange: Callable[..., hops.Pending]) -> Callable[..., hops.Pending]:
+        def begin(*arguments: Any) -> hops.Pending:
+            land = exchange(*arguments)
+
+            def timed() -> Tensor:
+                began = time.perf_counter()
+                found = land()
+                self.seconds += time.perf_counter() - began
+                return found
+
+            return timed
+
+        return begin
+
+
+def by_hand(chosen: list[Tensor], held: int) -> tuple[float, float]:
+    """Of this rank's tokens: other ranks that have experts of one, and its experts there; means over all layers."""
+    own = dist.get_rank()
+    tokens = [[expert // held for expert in experts] for chosen_NK in chosen for experts in chosen_NK.tolist()]
+    ranks = sum(len(set(where) - {own}) for where in tokens)
+    experts = sum(rank != own for where in tokens for rank in where)
+    return ranks / len(tokens), experts / len(tokens)
+
+
+def work(
+    rank: int, layout: Layout, skew: float, options: argparse.Namespace, store: str, begin: Any, pipe: Connection
+) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    config = ModelConfig.preset(options.preset)
+    assert config.moe
+    dist.init_process_group("gloo", store=dist.FileStore(store, options.workers), rank=rank, world_size=options.workers)
+    held, share = config.n_experts // options.workers, options.batch // options.workers
+    odds_E = torch.ones(config.n_experts)
+    odds_E[:held] = skew
+    drawn: list[Drawn] = []
+    loads: list[ExpertLoad] = []
+    step = moray_step(
+        config,
+        layout,
+        1,
+        share,
+        options.micro_batch,
+        options.tokens,
+        prepare=lambda decoder: drawn.append(Drawn(odds_E, decoder)),
+        on_load=loads.append,
+    )
+    waits = Waits()
+    for _ in range(WARM):
+        step()
+    begin.wait()
+    if options.traffic:
+        drawn[0].chosen.clear()
+        step()
+        load, tokens = loads[-1], options.workers * sum(len(chosen_NK) for chosen_NK in drawn[0].chosen)
+        measured = load.rows_LP.sum().item() / tokens, load.bytes_LP.sum().item() / tokens
+        pipe.send((*measured, *by_hand(drawn[0].chosen, held)))
+    else:
+        waits.seconds, seconds = 0.0, []
+        for _ in range(options.steps):
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+        pipe.send((statistics.median(seconds), waits.seconds / sum(seconds)))
+    begin.wait()
+
+
+def measure(layout: Layout, skew: float, options: argparse.Namespace) -> list[Any]:
+    """What each rank has found."""
+    context = mp.get_context("fork")
+    begin = context.Barrier(options.workers)
+    with tempfile.TemporaryDirectory() as folder:
+        ends, processes = [], []
+        for rank in range(options.workers):
+            mine, theirs = context.Pipe()
+            arguments = (rank, layout, skew, options, str(Path(folder, "store")), begin, theirs)
+            processes.append(context.Process(target=work, args=arguments))
+            processes[-1].start()
+            theirs.close()
+            ends.append(mine)
+        found = [end.recv() for end in ends]
+        for process in processes:
+            process.join()
+    return found
+
+
+def tell_traffic(routers: dict[str, float], options: argparse.Namespace) -> None:
+    print("| router | layout | rows a token | by hand, once a rank | once an expert | bytes a token |")
+    print("|---|---|---|---|---|---|")
+    for router, skew in routers.items():
+        for name, layout in layouts(options.workers).items():
+            if layout.ep > 1:
+                rows, sent, ranks, experts = map(statistics.mean, zip(*measure(layout, skew, options), strict=True))
+                print(f"| {router} | {name} | {rows:.3f} | {ranks:.3f} | {experts:.3f} | {sent:,.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--preset", default="demo-moe")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of a step, of all workers")
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--traffic", action="store_true")
+    options = parser.parse_args()
+    print(f"{options.workers} workers, torch {torch.__version__}")
+    routers = {"even": 1.0, "skewed": SKEW}
+    if options.traffic:
+        tell_traffic(routers, options)
+        return
+    cases = [(router, name) for router in routers for name in layouts(options.workers)]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {case: [] for case in cases}
+    for _ in range(options.rounds):
+        for router, name in cases:
+            of_ranks = measure(layouts(options.workers)[name], routers[router], options)
+            seconds, waited = zip(*of_ranks, strict=True)
+            found[router, name].append((max(seconds), statistics.mean(waited)))
+    print("| router | layout | s a step | speed, of dp_shard | waited |\n|---|---|---|---|---|")
+    for router, name in cases:
+        ours, alone = found[router, name], found[router, next(iter(layouts(options.workers)))]
+        ratio = statistics.median(theirs / own for (own, _), (theirs, _) in zip(ours, alone, strict=True))
+        seconds, waited = (statistics.median(column) for column in zip(*ours, strict=True))
+        print(f"| {router} | {name} | {seconds:.2f} | {ratio:.2f} | {waited:.0%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Experts placed anew by the loads that were measured: between steps, at the steps whose state is committed."""
+
+from moray.jobs.training.begin import Training
+from moray.jobs.training.optimizer import training_state
+from moray.parallel.gradients import ExpertLoad
+from moray.parallel.placement import WORTH, adopt, busiest, moe_layers, move, placement_of, planned, sources
+
+
+def note_load(training: Training, load: ExpertLoad | None) -> None:
+    """Counts a step's tokens, where experts are placed by them."""
+    if training.layout.placement == "balanced" and load is not None:
+        before = 0 if training.expert_load is None else training.expert_load
+        training.expert_load = before + load.tokens_LE
+
+
+def place_experts(training: Training) -> None:
+    """Plans anew where experts live, from the tokens that they got since the last plan, and moves weights and moments
+    of those layers in which the busiest device would have clearly less to do. Collective; all ranks know the same.
+    """
+    if training.expert_load is None:
+        return
+    load_LE, training.expert_load = training.expert_load.tolist(), None
+    devices, moe = training.layout.ep, training.config.model.moe
+    assert moe
+    placement, found = placement_of(training.decoder), []
+    state = training_state(training.decoder, training.optimizer)
+    for name, load_E in zip(moe_layers(training.decoder), load_LE, strict=True):
+        slot_E = placement.get(name, list(range(len(load_E))))
+        new_E = planned(load_E, slot_E, devices, moe.n_groups)
+        was, would_be = busiest(load_E, slot_E, devices), busiest(load_E, new_E, devices)
+        if would_be > WORTH * was:
+            continue
+        mine = [tensor for key, tensor in state.items() if key.split(".", 1)[1].startswith(f"{name}.experts.")]
+        moved = sum(move(tensor, sources(slot_E, new_E), training.copy) for tensor in mine)
+        placement[name] = new_E
+        found.append((was, would_be, moved))
+    if not found:
+        return
+    adopt(training.decoder, placement)
+    before, after, moved = zip(*found, strict=True)
+    told = {"layers": len(found), "of": len(load_LE), "before": max(before), "after": max(after), "bytes": sum(moved)}
+    training.note("placed", step=training.step, **told)
