@@ -95,7 +95,9 @@ def marks(record: Record, found: Sequence[Mishap]) -> Markup:
 
 
 def span_of(record: Record) -> tuple[int, int]:
-    return int(record.steps[0]), int(record.steps[-1])
+    """A chart of a single step has room for a second one."""
+    first, last = int(record.steps[0]), int(record.steps[-1])
+    return first, max(last, first + 1)
 
 
 def _line(record: Record, column: str, name: str, colour: str, scale: float = 1) -> Line:

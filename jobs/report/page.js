@@ -6,12 +6,11 @@ const show = (event, text) => {
   tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
   tip.style.top = event.clientY + 16 + "px";
 };
-const digits = (value) => (value && Math.abs(value) < 1e-3 ? value.toExponential(2) : +value.toPrecision(4) + "");
+const digits = (value) => (value && Math.abs(value) < 1e-3 ? value.toExponential(2) : `${+value.toPrecision(4)}`);
 
 for (const svg of document.querySelectorAll(".chart svg")) {
   const [first, last, low, high, isLog] = svg.dataset.frame.split(" ").map(Number);
-  const [left, right, top, bottom] = [50, 550, 8, 168];
-  const stepAt = (x) => Math.round(first + ((x - left) / (right - left)) * (last - first));
+  const [left, right, top, bottom] = [50, 550, 8, 168]; // as chart.py has them
   const valueAt = (y) => {
     const share = (bottom - y) / (bottom - top);
     return isLog ? low * (high / low) ** share : low + share * (high - low);
@@ -22,20 +21,21 @@ for (const svg of document.querySelectorAll(".chart svg")) {
   svg.addEventListener("pointermove", (event) => {
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
     const x = Math.min(Math.max(at.x, left), right);
+    const step = Math.round(first + ((x - left) / (right - left)) * (last - first));
     const said = lines.map(([name, points]) => {
-      const point = points.reduce((a, b) => (Math.abs(b.x - x) < Math.abs(a.x - x) ? b : a));
-      return `${name} ${digits(valueAt(point.y))}`;
+      const nearest = points.reduce((a, b) => (Math.abs(b.x - x) < Math.abs(a.x - x) ? b : a));
+      return `${name} ${digits(valueAt(nearest.y))}`;
     });
     cursor.setAttribute("d", `M${x} ${top}V${bottom}`);
-    show(event, [`step ${stepAt(x).toLocaleString("en")}`, ...said].join("\n"));
+    show(event, [`step ${step.toLocaleString("en")}`, ...said].join("\n"));
   });
   svg.addEventListener("pointerleave", () => (cursor.removeAttribute("d"), (tip.hidden = true)));
 }
 
 for (const heat of document.querySelectorAll(".heat")) {
   const image = heat.querySelector("img");
-  let pixels;
   const { row: rowName, column: columnName, first, last, doublings } = heat.dataset;
+  let pixels;
   image.addEventListener("pointermove", (event) => {
     const [width, height] = [image.naturalWidth, image.naturalHeight];
     if (!pixels) {
@@ -48,9 +48,11 @@ for (const heat of document.querySelectorAll(".heat")) {
     const column = index((event.clientX - box.left) / box.width, width);
     const row = index((event.clientY - box.top) / box.height, height);
     const [red, , blue, alpha] = pixels.slice(4 * (row * width + column));
-    const ratio = 2 ** (doublings * (blue > red ? -1 : 1) * (alpha / 255));
+    const isLess = blue > red;
+    const ratio = digits(2 ** (((isLess ? -1 : 1) * doublings * alpha) / 255));
+    const about = alpha < 255 ? `about ${ratio}` : `${ratio} or ${isLess ? "less" : "more"},`;
     const at = Math.round(+first + (column / Math.max(width - 1, 1)) * (last - first));
-    show(event, `${rowName} ${row}, ${columnName} ${at.toLocaleString("en")}\nabout ${digits(ratio)} of the mean`);
+    show(event, `${rowName} ${row}, ${columnName} ${at.toLocaleString("en")}\n${about} of the mean`);
   });
   image.addEventListener("pointerleave", () => (tip.hidden = true));
 }

@@ -24,6 +24,7 @@ OF_LAYERS = (
 """Lists with a number for each MoE layer, of which a page shows the lowest, the mean and the highest."""
 SAMPLED = {"expert_load": 2, "device_load": 2, "rows_sent": 2, "bytes_sent": 1}
 """Arrays by their number of dimensions: [L, E], [L, P], [L, P] and [P]. They count in the rows that hold a load."""
+LARGEST = 3.4e38
 _COLUMNS = (*NUMBERS, *(f"{name} {part}" for name in OF_LAYERS for part in ("low", "mean", "high")))
 
 
@@ -89,7 +90,7 @@ def read_record(run: Path) -> Record:
 
 
 def _number(value: Any) -> float:
-    is_number = isinstance(value, int | float) and abs(value) < np.finfo("f4").max
+    is_number = isinstance(value, int | float) and abs(value) < LARGEST
     return float(value) if is_number else np.nan if value is None else np.inf
 
 

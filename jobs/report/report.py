@@ -125,9 +125,9 @@ def _sum(record: Record, name: str) -> float:
 def _model(run: Path) -> list[str]:
     """The architecture in lines, parameters first; or why nothing is known of it."""
     try:
-        config = find_config(str(run))
-    except UserError as error:
-        return [str(error)]
+        config = find_config(str(run.resolve()))  # which is no preset's name
+    except (UserError, OSError, KeyError) as error:
+        return [f"not known: {error}"]
     total, active = count_parameters(config)
     passes = f", of which a token passes {short(active, 'kMBT')}" if active < total else ""
     return [f"{short(total, 'kMBT')} parameters{passes}", *describe(config)]

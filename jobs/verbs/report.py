@@ -6,7 +6,7 @@ import tyro
 
 
 def report(run: tyro.conf.Positional[Path], *, out: Path | None = None, samples: int = 2) -> int:
-    """Draw a run as one HTML page that needs no network: curves, experts, speed, faults, config, samples.
+    """Draw a run as one self-contained HTML page: curves, experts, faults, samples.
 
     Args:
         run: The run's folder.
