@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import PydanticUndefined
 
-from moray.jobs.config.load import flatten, settings
+from moray.jobs.config.load import settings
 from moray.jobs.config.run import RunConfig
 
 
@@ -16,13 +16,13 @@ class Setting(NamedTuple):
 
 
 def changed_settings(config: Mapping[str, Any]) -> list[Setting]:
-    """Those that a run of defaults alone would not have; "" is the default of what has none.
+    """Those of a config, by dotted name, that a run of defaults alone would not have.
 
-    A model's defaults are those of its fields, not of a preset.
+    A model's defaults are those of its fields, not of a preset; "" is the default of what has none.
     """
     defaults = {name: field.get_default(call_default_factory=True) for name, field in settings(RunConfig)}
     found = []
-    for name, value in flatten(config):
+    for name, value in config.items():
         default = defaults.get(name, PydanticUndefined)
         said, usual = _said(value), "" if default is PydanticUndefined else _said(default)
         if said != usual:

@@ -18,10 +18,10 @@ from markupsafe import Markup
 
 from moray import UserError
 from moray.cluster.events import read_events
+from moray.jobs.config.load import flatten
 from moray.jobs.models.describe import describe
 from moray.jobs.models.inspect_model import find_config
 from moray.jobs.models.units import short
-from moray.jobs.report.chart import human
 from moray.jobs.report.config_table import changed_settings
 from moray.jobs.report.curves import LEARNING, SPEED, curves, curves_of_layers, marks
 from moray.jobs.report.experts import busiest_map, device_rows, layer_maps, own_time_map, sent_maps
@@ -63,8 +63,7 @@ def render(run: Path, status: Status, samples: int) -> str:
     files = resources.files("moray.jobs.report")
     script = (files / "page.js").read_text()
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"span": span, "human": human}
-    data = config.get("data", {}).get("path", "") if config else ""
+    data = str(config.get("data.path", ""))
     written, told = draw_samples(run, data, samples)
     return page.from_string((files / "page.html").read_text()).render(
         style=Markup((files / "page.css").read_text()),
@@ -80,7 +79,7 @@ def render(run: Path, status: Status, samples: int) -> str:
         mishaps=found[-MOST_MISHAPS:],
         left_out=max(len(found) - MOST_MISHAPS, 0),
         toml=toml,
-        changed=changed_settings(config) if config else [],
+        changed=changed_settings(config),
         no_config=no_config,
         samples=written,
         told=told,
@@ -133,12 +132,12 @@ def _model(run: Path) -> list[str]:
     return [f"{short(total, 'kMBT')} parameters{passes}", *describe(config)]
 
 
-def _config(run: Path) -> tuple[str, dict[str, Any] | None, str]:
-    """The text of config.toml, what it holds, and why not."""
+def _config(run: Path) -> tuple[str, dict[str, Any], str]:
+    """The text of config.toml, its settings by dotted name, and why there are none."""
     try:
         text = (run / "config.toml").read_text(errors="replace")
-        return text, tomllib.loads(text), ""
+        return text, dict(flatten(tomllib.loads(text))), ""
     except FileNotFoundError:
-        return "", None, "the folder has no config.toml"
+        return "", {}, "the folder has no config.toml"
     except tomllib.TOMLDecodeError as error:
-        return text, None, f"config.toml is not TOML: {error}"
+        return text, {}, f"config.toml is not TOML: {error}"

@@ -40,7 +40,7 @@ def draw_samples(run: Path, data: str, count: int) -> tuple[list[Sample], list[s
         decoder, tokenizer = load_run(run, told.append)
         samples = [_continue(decoder, tokenizer, document) for document in islice(_documents(dataset), count)]
         return samples, told if samples else [*told, "the validation split holds no document"]
-    except (UserError, OSError, ValueError, KeyError, RuntimeError, FloatingPointError) as error:
+    except (UserError, OSError, ValueError, KeyError, RuntimeError, FloatingPointError, MemoryError) as error:
         # A page about a run that cannot be loaded here (no memory, no data) is what one wants all the more.
         return [], [*told, str(error) or type(error).__name__]
 

@@ -332,7 +332,10 @@ def test_a_document_and_what_is_written_after_it_are_no_markup(moray: Moray, tmp
     assert len(page.all("script")) == 1
 
 
-@pytest.mark.parametrize("lost", ["commits", "a commit's bytes", "the dataset", "other data", "the config"])
+@pytest.mark.parametrize(
+    "lost",
+    ["commits", "a commit's bytes", "the dataset", "other data", "the config", "the config's end", "the tokenizer"],
+)
 def test_what_cannot_be_read_is_said_and_the_rest_is_there(
     moray: Moray, dataset: Path, copied: Path, lost: str
 ) -> None:
@@ -355,6 +358,12 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_there(
         assert moray("prepare", source, "--out", other, "--tokenizer", dataset, "--validation", 0.3).code == 0
         (copied / "config.toml").write_text(config.replace(str(dataset), str(other)))
         why = "but this run was trained on"
+    elif lost == "the tokenizer":
+        (copied / "tokenizer" / "tokenizer.json").write_text("{}")
+        why = "tokenizer.json"
+    elif lost == "the config's end":
+        (copied / "config.toml").write_text(config[:100] + "\ndata =")
+        why = "config.toml is not TOML: "
     else:
         (copied / "config.toml").unlink()
         why = "the folder has no config.toml"
