@@ -72,7 +72,7 @@ def curves_of_layers(record: Record) -> Markup:
     """How even the load of experts and of devices is: the mean of the layers, and between which values they lie."""
     charts = []
     for column, title, unit, axis in OF_LAYERS:
-        low, high = (_line(record, f"{column} {part}", "layers", "c1") for part in ("low", "high"))
+        low, high = (_line(record, f"{column} {part}", "all layers", "c1") for part in ("low", "high"))
         lines = [low._replace(highs=high.values), _line(record, f"{column} mean", "mean", "c1")]
         charts.append(chart(title, unit, lines, span_of(record), axis))
     is_by_layer = record.known("dropped_by_layer high")

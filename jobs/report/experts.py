@@ -39,7 +39,7 @@ def layer_maps(record: Record) -> list[LayerMaps]:
     for layer, of_layer_SE in enumerate(over_mean(load.values).swapaxes(0, 1)):
         last_E, below = of_layer_SE[-1], Markup()
         unused = int((last_E == 0).sum())
-        at_last = f"{last_E.min():.2f} to {last_E.max():.2f}" + f", {unused} without a token" * bool(unused)
+        at_last = f"{last_E.min():.2f} to {last_E.max():.2f}" + f", {unused} unused" * bool(unused)
         if devices and layer < devices.values.shape[1]:
             ratios_SP = over_mean(devices.values[:, layer])
             below = _over_time(devices, ratios_SP, DEVICES, "device", DEVICE_HEIGHT * ratios_SP.shape[1])

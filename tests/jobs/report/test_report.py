@@ -233,7 +233,7 @@ def test_heat_maps_curves_and_tables_of_experts_on_devices(moray: Moray, copied:
             load_SR = np.array([made[name][layer] for made in counted.values()], float)
             assert_shows(heat, (load_SR / load_SR.mean(1, keepdims=True)).T, doublings)
             assert heat.attributes["data-first"] == str(min(counted))
-    assert "1 without a token" in experts.all(class_="layer")[1].text
+    assert "1 unused" in experts.all(class_="layer")[1].text
     sent_SLP = np.array([made["rows_sent"] for made in counted.values()], float)
     over_time, by_layer = rest[-2:]
     assert_shows(over_time, (sent_SLP.sum(1) / sent_SLP.sum(1).mean(1, keepdims=True)).T, 1)
