@@ -9,6 +9,8 @@ from moray.jobs.runs.words import describe
 
 TOLD_ELSEWHERE = ("begin", "resume", "recovered", "stop", "wait", "unprotected", "device", "no_snapshots")
 
+UNTOLD = "all processes had ended, nobody was left to tell why, and were started again"
+
 
 @dataclass
 class Mishap:
@@ -39,8 +41,7 @@ def mishaps(events: Iterable[Mapping[str, Any]], undone: Mapping[int, tuple[int,
             opened = Mishap(_when(event), str(event.get("reason")), _where(event), step, is_fault=True)
             found.append(opened)
         elif kind == "start" and is_at_work:
-            # Nobody was left to tell of it.
-            opened = Mishap(_when(event), "all processes ended without a word, and were started again", is_fault=True)
+            opened = Mishap(_when(event), UNTOLD, is_fault=True)
             found.append(opened)
         elif kind in ("begin", "resume") and opened:
             opened.resumed = step

@@ -18,6 +18,10 @@ for (const svg of document.querySelectorAll(".chart svg")) {
   const lines = [...svg.querySelectorAll("polyline")].map((line) => [line.dataset.name, [...line.points]]);
   const cursor = svg.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "path"));
   cursor.setAttribute("class", "cursor");
+  // A browser would show the title itself, over the read-out.
+  const title = svg.querySelector("title");
+  svg.setAttribute("aria-label", title.textContent);
+  title.remove();
   svg.addEventListener("pointermove", (event) => {
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
     const x = Math.min(Math.max(at.x, left), right);
@@ -50,7 +54,7 @@ for (const heat of document.querySelectorAll(".heat")) {
     const [red, , blue, alpha] = pixels.slice(4 * (row * width + column));
     const isLess = blue > red;
     const ratio = digits(2 ** (((isLess ? -1 : 1) * doublings * alpha) / 255));
-    const about = alpha < 255 ? `about ${ratio}` : `${ratio} or ${isLess ? "less" : "more"},`;
+    const about = alpha < 255 ? `about ${ratio}` : `${ratio} or ${isLess ? "less" : "more"}`;
     const at = Math.round(+first + (column / Math.max(width - 1, 1)) * (last - first));
     show(event, `${rowName} ${row}, ${columnName} ${at.toLocaleString("en")}\n${about} of the mean`);
   });

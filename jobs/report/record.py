@@ -58,15 +58,16 @@ class Record:
 def read_record(run: Path) -> Record:
     """Memory: about 600 bytes a step, and the arrays."""
     undone: dict[int, tuple[int, int]] = {}
-    newest, layout = 0, None
+    newest, newest_generation, layout = 0, 0, None
     arrays: dict[str, dict[int, np.ndarray]] = {name: {} for name in (*SAMPLED, "own_seconds")}
 
     def pick(row: dict[str, Any]) -> bytes:
-        nonlocal newest, layout
-        step, generation = row["step"], row.get("generation", 0)
-        if step <= newest:
-            undone[generation] = (min(step, undone.get(generation, (step, 0))[0]), newest)
-        newest, layout = step, row.get("layout")
+        nonlocal newest, newest_generation, layout
+        step, generation = row["step"], row.get("generation", newest_generation)
+        # What a generation undoes later on is its own doing: it rolled a bad step back.
+        if step <= newest and generation > newest_generation:
+            undone[generation] = step, newest
+        newest, newest_generation, layout = step, generation, row.get("layout")
         is_sample = "expert_load" in row or "device_load" in row
         for name, held in arrays.items():
             held.pop(step, None)  # of a computation that was undone

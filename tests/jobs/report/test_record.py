@@ -16,7 +16,9 @@ def record_of(run: Path, *lines: dict[str, Any] | str) -> Record:
 
 
 def test_undone_steps_are_left_out_and_counted(tmp_path: Path) -> None:
-    """Generation 2 died before its first step: what it undid, 3 computed again; 4 went back further."""
+    """Generation 2 died before its first step: what it undid, 3 computed again; 4 went back further, and later rolled
+    a bad step back.
+    """
     record = record_of(
         tmp_path,
         *({"step": step, "generation": 1, "loss": 9, "expert_load": [[9, 9]]} for step in range(1, 8)),
@@ -26,6 +28,8 @@ def test_undone_steps_are_left_out_and_counted(tmp_path: Path) -> None:
         {"resumed_from": 2, "generation": 4},
         *({"step": step, "generation": 4, "loss": step} for step in range(3, 5)),
         {"step": 7, "generation": 1, "loss": 9},
+        {"resumed_from": 3, "generation": 4},
+        {"step": 4, "generation": 4, "loss": 4},
     )
     assert record.steps.tolist() == [1, 2, 3, 4]
     assert record.columns["loss"].tolist() == [9, 9, 3, 4]

@@ -133,7 +133,7 @@ def test_a_kill_is_told_and_marked(page: Element, killed: Path) -> None:
     (row,) = table(page.one(id="faults"))
     assert row[1:] == [
         str(last),
-        "all processes ended without a word, and were started again",
+        "all processes had ended, nobody was left to tell why, and were started again",
         "",
         "",
         str(last - back),
