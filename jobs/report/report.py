@@ -69,7 +69,7 @@ def render(run: Path, status: Status, samples: int) -> str:
         style=Markup((files / "page.css").read_text()),
         script=Markup(script),
         script_digest=b64encode(sha256(script.encode()).digest()).decode(),
-        name=run.resolve().name,
+        folder=run.resolve(),
         status=status,
         facts=_facts(record, events, status),
         model=_model(run),
