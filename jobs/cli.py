@@ -26,6 +26,7 @@ from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
 from moray.jobs.verbs.prepare import prepare
 from moray.jobs.verbs.pretrain import pretrain
+from moray.jobs.verbs.report import report
 from moray.jobs.verbs.say import complain
 from moray.jobs.verbs.status import status
 from moray.jobs.verbs.submit import submit
@@ -39,8 +40,10 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb
-    for verb in (doctor, prepare, pretrain, submit, status, generate, checkpoints, inspect, export, upcycle, demo)
-}
+    for verb in (
+        doctor, prepare, pretrain, submit, status, report, generate, checkpoints, inspect, export, upcycle, demo,
+    )
+}  # fmt: skip
 READ_THEIR_OWN_WORDS = ("pretrain", "submit")
 
 

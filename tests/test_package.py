@@ -35,7 +35,7 @@ def test_the_wheel_installs_nothing_but_moray(wheel: list[str]) -> None:
 def test_the_wheel_holds_every_module_preset_and_script(wheel: list[str]) -> None:
     found = {name.removeprefix("moray/") for name in wheel if name.startswith("moray/")}
     here = {f"{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    for kind in ("*.toml", "*.sh"):
+    for kind in ("*.toml", "*.sh", "page.*"):
         here |= {f"{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob(kind)}
     assert found == here | {"__init__.py", "__main__.py"}
 

@@ -1,0 +1,67 @@
+"""How a run's newest commit continues the beginnings of documents that it was not trained on."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moray import UserError
+from moray.data.blocks import BlockReader
+from moray.data.dataset import Dataset
+from moray.data.tokenizer import Tokenizer
+from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
+from moray.model import Decoder
+from moray.parallel.checkpoint.commits import list_commits
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 96
+READ_TOKENS = 1 << 16
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+
+
+class Sample(NamedTuple):
+    """What the model was given, what it wrote, and what the document itself goes on with."""
+
+    prompt: str
+    written: str
+    truth: str
+
+
+def draw_samples(run: Path, data: str, count: int) -> tuple[list[Sample], list[str]]:
+    """So many, always the same, and what there is to say of them: why there are none, or of a commit passed over."""
+    told: list[str] = []
+    if not count:
+        return [], ["left out, as --samples is 0"]
+    try:
+        dataset = Dataset.open(data)
+        for commit in list_commits(run / "checkpoints")[-1:]:
+            dataset.check_fingerprint(commit.manifest.metadata["data"]["fingerprint"])
+        decoder, tokenizer = load_run(run, told.append)
+        samples = [_continue(decoder, tokenizer, document) for document in islice(_documents(dataset), count)]
+        return samples, told if samples else [*told, "the validation split holds no document"]
+    except (UserError, OSError, ValueError, KeyError, RuntimeError, FloatingPointError, MemoryError) as error:
+        # A page about a run that cannot be loaded here (no memory, no data) is what one wants all the more.
+        return [], [*told, str(error) or type(error).__name__]
+
+
+def _continue(decoder: Decoder, tokenizer: Tokenizer, document: list[int]) -> Sample:
+    longest = decoder.config.max_seq_len
+    at = max(min(PROMPT_TOKENS, len(document) // 2, longest // 2), 1)
+    prompt, rest = document[:at], document[at:]
+    tokens = generate_tokens(decoder, prompt, min(NEW_TOKENS, longest - at), SAMPLING)
+    start = list(tokenizer.document_start)
+    shown = prompt[len(start) :] if prompt[: len(start)] == start else prompt
+    written = "".join(stream_text(tokenizer, tokens, shown))
+    return Sample(tokenizer.decode(shown), written, tokenizer.decode(rest))
+
+
+def _documents(dataset: Dataset) -> Iterator[list[int]]:
+    """The first tokens of documents of the validation split, in file order."""
+    split = dataset.splits["validation"]
+    reader = BlockReader(dataset, "validation", cache_bytes=0)
+    for shard in range(len(split)):
+        tokens, is_first = reader.read(shard, 0, READ_TOKENS)
+        starts = np.flatnonzero(is_first)
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            yield tokens[start : min(end, start + PROMPT_TOKENS + NEW_TOKENS)].tolist()
