@@ -2,13 +2,15 @@
 
     python benchmarks/dispatch.py [--workers 2] [--rounds 3] [--steps 5] [--preset demo-moe] [--traffic]
 
-Routers' choices are drawn: evenly, or with the first rank's experts three times as often as the others. All cases take
-turns, each time in processes of their own; a step is that of `workers.py`, stage 1, one thread a worker, and takes as
-long as its slowest rank's; ratios to sharding are medians over the rounds. `waited` is the share of a step in which a
+Routers' choices are drawn: evenly, or with the first rank's experts three times as often as the others, and then again
+with experts placed by that (layout.placement). All cases take turns, each time in processes of their own; a step is
+that of `workers.py`, stage 1, one thread a worker, and takes as long as its slowest rank's; ratios to sharding are
+medians over the rounds. `waited` is the share of a step in which a
 rank does nothing but wait for tokens to arrive or to come home: for the wire, and for ranks with more to do.
 
 --traffic: rows that travel to other ranks, a token and layer, forward, and bytes, both ways and passes: measured;
-counted by hand from the choices (a token once to each other rank that has an expert of it); and once for each expert.
+counted by hand from the choices (a token once to each other rank that has an expert of it, or with two levels to each
+other node); and once for each expert, as it was.
 """
 
 import argparse
@@ -31,12 +33,14 @@ from moray.cluster.host_memory import keep_freed_memory
 from moray.model import ModelConfig
 from moray.model.decoder import Decoder
 from moray.model.moe.router import Router, Routing
-from moray.parallel.dispatch import hops
+from moray.parallel.dispatch.wire import Pending, Wire
 from moray.parallel.gradients import ExpertLoad
 from moray.parallel.layout import Layout
+from moray.parallel.placement import adopt, moe_layers, planned
 
 WARM = 2
-SKEW = 3.0
+ROUTERS = {"even": (1.0, False), "skewed": (3.0, False), "skewed, placed": (3.0, True)}
+"""How often the first rank's experts are chosen, over the others; and whether experts are placed by that."""
 
 
 def layouts(workers: int) -> dict[str, Layout]:
@@ -69,15 +73,22 @@ class Drawn:
         return routing._replace(chosen_BTK=chosen_BTK, gates_BTK=routing.scores_BTE.gather(-1, chosen_BTK))
 
 
+def place(decoder: Decoder, odds_E: Tensor, ranks: int) -> None:
+    """As if experts had been moved: their weights are random anyway."""
+    slots = planned(odds_E.tolist(), list(range(len(odds_E))), ranks, groups=1)
+    adopt(decoder, dict.fromkeys(moe_layers(decoder), slots))
+
+
 class Waits:
     """Seconds in which this rank has waited for what travels to experts and back."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        hops._exchange, hops._gather = self._timed(hops._exchange), self._timed(hops._gather)
+        Wire.all_to_all = self._timed(Wire.all_to_all)  # type: ignore[method-assign]
+        Wire.all_gather = self._timed(Wire.all_gather)  # type: ignore[method-assign]
 
-    def _timed(self, exchange: Callable[..., hops.Pending]) -> Callable[..., hops.Pending]:
-        def begin(*arguments: Any) -> hops.Pending:
+    def _timed(self, exchange: Callable[..., Pending]) -> Callable[..., Pending]:
+        def begin(*arguments: Any) -> Pending:
             land = exchange(*arguments)
 
             def timed() -> Tensor:
@@ -91,17 +102,21 @@ class Waits:
         return begin
 
 
-def by_hand(chosen: list[Tensor], held: int) -> tuple[float, float]:
-    """Of this rank's tokens: other ranks that have experts of one, and its experts there; means over all layers."""
-    own = dist.get_rank()
+def by_hand(chosen: list[Tensor], held: int, layout: Layout) -> tuple[float, float, float]:
+    """Of this rank's tokens: other ranks that have experts of one; how often it goes to another node, if there are two;
+    its experts on other ranks. Means over all layers.
+    """
+    own, of_node = dist.get_rank(), max(layout.ep // 2, 1)
     tokens = [[expert // held for expert in experts] for chosen_NK in chosen for experts in chosen_NK.tolist()]
     ranks = sum(len(set(where) - {own}) for where in tokens)
     experts = sum(rank != own for where in tokens for rank in where)
-    return ranks / len(tokens), experts / len(tokens)
+    there = [[rank for rank in set(where) if rank // of_node != own // of_node] for where in tokens]
+    between = sum(bool(others) if layout.ep_nodes else len(others) for others in there)
+    return ranks / len(tokens), between / len(tokens), experts / len(tokens)
 
 
 def work(
-    rank: int, layout: Layout, skew: float, options: argparse.Namespace, store: str, begin: Any, pipe: Connection
+    rank: int, layout: Layout, router: str, options: argparse.Namespace, store: str, begin: Any, pipe: Connection
 ) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -110,9 +125,15 @@ def work(
     dist.init_process_group("gloo", store=dist.FileStore(store, options.workers), rank=rank, world_size=options.workers)
     held, share = config.n_experts // options.workers, options.batch // options.workers
     odds_E = torch.ones(config.n_experts)
-    odds_E[:held] = skew
+    odds_E[:held], is_placed = ROUTERS[router]
     drawn: list[Drawn] = []
     loads: list[ExpertLoad] = []
+
+    def prepare(decoder: Decoder) -> None:
+        drawn.append(Drawn(odds_E, decoder))
+        if is_placed and layout.ep > 1:
+            place(decoder, odds_E, options.workers)
+
     step = moray_step(
         config,
         layout,
@@ -120,7 +141,7 @@ def work(
         share,
         options.micro_batch,
         options.tokens,
-        prepare=lambda decoder: drawn.append(Drawn(odds_E, decoder)),
+        prepare=prepare,
         on_load=loads.append,
     )
     waits = Waits()
@@ -132,7 +153,7 @@ def work(
         step()
         load, tokens = loads[-1], options.workers * sum(len(chosen_NK) for chosen_NK in drawn[0].chosen)
         measured = load.rows_LP.sum().item() / tokens, load.bytes_LP.sum().item() / tokens
-        pipe.send((*measured, *by_hand(drawn[0].chosen, held)))
+        pipe.send((*measured, *by_hand(drawn[0].chosen, held, layout)))
     else:
         waits.seconds, seconds = 0.0, []
         for _ in range(options.steps):
@@ -143,7 +164,7 @@ def work(
     begin.wait()
 
 
-def measure(layout: Layout, skew: float, options: argparse.Namespace) -> list[Any]:
+def measure(layout: Layout, router: str, options: argparse.Namespace) -> list[Any]:
     """What each rank has found."""
     context = mp.get_context("fork")
     begin = context.Barrier(options.workers)
@@ -151,7 +172,7 @@ def measure(layout: Layout, skew: float, options: argparse.Namespace) -> list[An
         ends, processes = [], []
         for rank in range(options.workers):
             mine, theirs = context.Pipe()
-            arguments = (rank, layout, skew, options, str(Path(folder, "store")), begin, theirs)
+            arguments = (rank, layout, router, options, str(Path(folder, "store")), begin, theirs)
             processes.append(context.Process(target=work, args=arguments))
             processes[-1].start()
             theirs.close()
@@ -162,14 +183,18 @@ def measure(layout: Layout, skew: float, options: argparse.Namespace) -> list[An
     return found
 
 
-def tell_traffic(routers: dict[str, float], options: argparse.Namespace) -> None:
-    print("| router | layout | rows a token | by hand, once a rank | once an expert | bytes a token |")
-    print("|---|---|---|---|---|---|")
-    for router, skew in routers.items():
+def tell_traffic(options: argparse.Namespace) -> None:
+    print(
+        "| router | layout | rows a token | by hand: once a rank | between two nodes | once an expert | bytes a token |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for router in ("even", "skewed"):
         for name, layout in layouts(options.workers).items():
             if layout.ep > 1:
-                rows, sent, ranks, experts = map(statistics.mean, zip(*measure(layout, skew, options), strict=True))
-                print(f"| {router} | {name} | {rows:.3f} | {ranks:.3f} | {experts:.3f} | {sent:,.0f} |", flush=True)
+                means = map(statistics.mean, zip(*measure(layout, router, options), strict=True))
+                rows, sent, *counted = means
+                by_hand = " | ".join(f"{count:.3f}" for count in counted)
+                print(f"| {router} | {name} | {rows:.3f} | {by_hand} | {sent:,.0f} |", flush=True)
 
 
 def main() -> None:
@@ -184,15 +209,14 @@ def main() -> None:
     parser.add_argument("--traffic", action="store_true")
     options = parser.parse_args()
     print(f"{options.workers} workers, torch {torch.__version__}")
-    routers = {"even": 1.0, "skewed": SKEW}
     if options.traffic:
-        tell_traffic(routers, options)
+        tell_traffic(options)
         return
-    cases = [(router, name) for router in routers for name in layouts(options.workers)]
+    cases = [(router, name) for router in ROUTERS for name in layouts(options.workers)]
     found: dict[tuple[str, str], list[tuple[float, float]]] = {case: [] for case in cases}
     for _ in range(options.rounds):
         for router, name in cases:
-            of_ranks = measure(layouts(options.workers)[name], routers[router], options)
+            of_ranks = measure(layouts(options.workers)[name], router, options)
             seconds, waited = zip(*of_ranks, strict=True)
             found[router, name].append((max(seconds), statistics.mean(waited)))
     print("| router | layout | s a step | speed, of dp_shard | waited |\n|---|---|---|---|---|")

@@ -3,6 +3,8 @@
 # Shapes: B sequences of T tokens (whole ones), K experts per token, E experts, G routing groups: runs of `group_size`
 # neighbouring sequences, A = group_size * T * K assignments of a group.
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,13 @@ def capacity_of(moe: MoEConfig, tokens_G: Tensor) -> Tensor:
     """
     assert moe.capacity_factor is not None
     return (moe.capacity_factor * moe.top_k * tokens_G.double() / moe.n_experts).ceil().long()
+
+
+def most_of_expert(moe: MoEConfig, sequences: int, tokens: int) -> int:
+    """As many tokens of so many sequences as an expert can take: what it takes where none of them is padding."""
+    assert moe.capacity_factor is not None
+    of_group = moe.capacity_factor * moe.top_k * (moe.group_size * tokens) / moe.n_experts
+    return math.ceil(of_group) * (sequences // moe.group_size)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@
 # (tokens, or those that came from other ranks), A assignments of a row to an expert that are computed, in the order of
 # the rows; M the same ones, in the order of the experts.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from moray.model.recompute import cheap
 class Assigned:
     """Assignments of R rows to experts: whose each is, its expert, how much it counts, and where a row's own begin.
 
-    row_A, expert_A, starts_R1 (one more than rows: the last one's end): int64. most: as many there can be.
+    row_A, expert_A, starts_R1 (one more than rows: the last one's end): int64. Where a GPU would have to be asked how
+    many there are, those that are none stand at the end, behind that last one, with an expert that does not exist.
+    most: as many as there can be; most_of_expert: as many as one expert can have, if anything limits that.
     """
 
     row_A: Tensor
@@ -29,23 +31,52 @@ class Assigned:
     gate_A: Tensor
     starts_R1: Tensor
     most: int
+    most_of_expert: int | None = None
 
     @property
     def rows(self) -> int:
         return len(self.starts_R1) - 1
 
+    def of_ranks(self, ranks: int, row_A: Tensor, expert_A: Tensor, gate_A: Tensor, starts_R1: Tensor) -> "Assigned":
+        """Such of so many ranks, each of which may have as many as this one."""
+        limit = None if self.most_of_expert is None else self.most_of_expert * ranks
+        return Assigned(row_A, expert_A, gate_A, starts_R1, self.most * ranks, limit)
 
-def assigned(chosen_NK: Tensor, kept_NK: Tensor | None, gates_NK: Tensor) -> Assigned:
+
+def assigned(
+    chosen_NK: Tensor,
+    kept_NK: Tensor | None,
+    gates_NK: Tensor,
+    n_experts: int,
+    most_of_expert: int | None = None,
+) -> Assigned:
     """What a router has chosen. kept_NK (bool): False for assignments that are dropped; None keeps all."""
     n, k = chosen_NK.shape
+    index_A = torch.arange(n * k, device=chosen_NK.device)
     if kept_NK is None:
-        index_A = torch.arange(n * k, device=chosen_NK.device)
         starts_R1 = torch.arange(0, n * k + 1, k, device=chosen_NK.device)
-        return Assigned(index_A // k, chosen_NK.flatten(), gates_NK.flatten(), starts_R1, n * k)
-    # The only wait for the device here: how many there are.
-    index_A = kept_NK.flatten().nonzero().flatten()
-    expert_A, gate_A = (x.flatten().index_select(0, index_A) for x in (chosen_NK, gates_NK))
-    return Assigned(index_A // k, expert_A, gate_A, F.pad(kept_NK.sum(1).cumsum(0), (1, 0)), n * k)
+        return Assigned(index_A // k, chosen_NK.flatten(), gates_NK.flatten(), starts_R1, n * k, most_of_expert)
+    unknown_R1 = index_A.new_empty(n + 1)
+    every = Assigned(index_A // k, chosen_NK.flatten(), gates_NK.flatten(), unknown_R1, n * k, most_of_expert)
+    return kept(every, kept_NK.flatten(), n_experts)[0]
+
+
+def kept(every: Assigned, is_kept_A: Tensor, n_experts: int) -> tuple[Assigned, Tensor]:
+    """Those of the assignments that are kept, and which of all they are; of `every`, starts_R1 need not be right."""
+    counts_R = every.row_A.new_zeros(every.rows).scatter_add_(0, every.row_A, is_kept_A.long())
+    expert_A = every.expert_A
+    if may_wait(is_kept_A.device):
+        index_A = is_kept_A.nonzero().flatten()
+    else:
+        index_A, expert_A = (~is_kept_A).argsort(stable=True), torch.where(is_kept_A, expert_A, n_experts)
+    row_A, expert_A, gate_A = (x.index_select(0, index_A) for x in (every.row_A, expert_A, every.gate_A))
+    starts_R1 = F.pad(counts_R.cumsum(0), (1, 0))
+    return replace(every, row_A=row_A, expert_A=expert_A, gate_A=gate_A, starts_R1=starts_R1), index_A
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether asking a device for a number costs nothing: a GPU would run out of work meanwhile."""
+    return device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -61,8 +92,8 @@ class Order:
 
 
 def by_expert(assigned: Assigned, n_experts: int) -> Order:
-    order_M = assigned.expert_A.argsort(stable=True)
-    return Order(order_M, assigned.row_A[order_M], invert(order_M), counted(assigned.expert_A, n_experts))
+    order_M, counts_E1 = assigned.expert_A.argsort(stable=True), counted(assigned.expert_A, n_experts + 1)
+    return Order(order_M, assigned.row_A[order_M], invert(order_M), counts_E1[:-1])
 
 
 def counted(index_A: Tensor, n: int) -> Tensor:
@@ -85,6 +116,12 @@ def summed(rows_MD: Tensor, place_A: Tensor, starts_R1: Tensor, gate_A: Tensor |
     gate_A = None if gate_A is None else gate_A.to(rows_MD.dtype)
     total: Tensor = torch.embedding_bag(rows_MD, place_A, starts_R1, False, 0, False, gate_A, True)[0]
     return total
+
+
+def of_gates(x_M: Tensor, place_A: Tensor, starts_R1: Tensor) -> Tensor:
+    """A number of each row in the order of the experts, in the order of the assignments; 0 of those that are none."""
+    x_A = x_M.index_select(0, place_A)
+    return torch.where(torch.arange(len(x_A), device=x_A.device) < starts_R1[-1], x_A, 0)
 
 
 def combine_gradients(grad_MD: Tensor, rows_MD: Tensor, gate_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,15 +154,15 @@ class Combine(torch.autograd.Function):
     def forward(
         ctx: Any, rows_MD: Tensor, gate_A: Tensor, order_M: Tensor, row_M: Tensor, place_A: Tensor, starts_R1: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(rows_MD, gate_A, order_M, row_M, place_A)
+        ctx.save_for_backward(rows_MD, gate_A, order_M, row_M, place_A, starts_R1)
         return summed(rows_MD, place_A, starts_R1, gate_A)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows_MD, gate_A, order_M, row_M, place_A = ctx.saved_tensors
+        rows_MD, gate_A, order_M, row_M, place_A, starts_R1 = ctx.saved_tensors
         grad_MD = grad_RD.index_select(0, row_M)
         grad_MD, of_gate_M = combine_gradients(grad_MD, rows_MD, gate_A.index_select(0, order_M))
-        return grad_MD, of_gate_M.index_select(0, place_A), None, None, None, None
+        return grad_MD, of_gates(of_gate_M, place_A, starts_R1), None, None, None, None
 
 
 @dataclass(frozen=True)

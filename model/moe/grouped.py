@@ -13,7 +13,8 @@ from moray.model.moe.threads import multiply
 
 
 def grouped_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """x w^T of each expert and its rows. Shapes: [M, I], [E, O, I], counts [E] (int64, summing to M) -> [M, O].
+    """x w^T of each expert and its rows. Shapes: [M, I], [E, O, I], counts [E] (int64) -> [M, O]. What is behind their
+    sum is anything.
 
     An expert without rows still takes part: its gradient is zero, not missing.
     """
@@ -61,7 +62,8 @@ class _Loop(torch.autograd.Function):
 
 def _runs(counts_E: Tensor, a_MX: Tensor, b_EXY: Tensor, c_MY: Tensor) -> Any:
     """Each expert's rows of the first, its matrix of the second, its rows of the third."""
-    # What nobody knows of fake tensors is taken to be even.
-    counts = [len(a_MX) // len(counts_E)] * len(counts_E) if is_fake(counts_E) else counts_E.tolist()
-    counts[-1] += len(a_MX) - sum(counts)
-    return zip(a_MX.split(counts), b_EXY.unbind(), c_MY.split(counts), strict=True)
+    # What nobody knows of fake tensors is taken to be even. Rows behind the last expert's are no one's.
+    even, rest = divmod(len(a_MX), len(counts_E))
+    counts = [even + rest, *[even] * (len(counts_E) - 1)] if is_fake(counts_E) else counts_E.tolist()
+    counts.append(len(a_MX) - sum(counts))
+    return zip(a_MX.split(counts)[:-1], b_EXY.unbind(), c_MY.split(counts)[:-1], strict=True)

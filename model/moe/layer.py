@@ -13,7 +13,7 @@ from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
 from moray.model.feedforward import FeedForward
 from moray.model.moe.balance import Statistics, statistics_of
-from moray.model.moe.capacity import capacity_of, within_capacity
+from moray.model.moe.capacity import capacity_of, most_of_expert, within_capacity
 from moray.model.moe.dispatch import LocalDispatcher, assigned
 from moray.model.moe.experts import Experts
 from moray.model.moe.router import Router, Routing
@@ -52,28 +52,31 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
         routing = self.router(x_BTD, self.keys(context))
-        kept_BTK, statistics = routing.drawn_BTK, None
+        kept_BTK, statistics, limit = routing.drawn_BTK, None, None
         if self.training:
             self._check_groups(len(x_BTD))
             if self.moe.capacity_factor is not None:
                 kept_BTK = once(partial(self._within_capacity, routing, context.documents.valid_BT))
+                limit = most_of_expert(self.moe, *context.documents.valid_BT.shape)
             valid_BT = self.dispatcher.own(context.documents.valid_BT)
             statistics = statistics_of(routing, valid_BT, self.moe)
             once(partial(self._count, statistics.counts_GE, routing.z_BT1.detach(), valid_BT))
             statistics = statistics.total(self.dispatcher.total)
-        sent = self.send(x_BTD, routing.chosen_BTK, kept_BTK, routing.gates_BTK)
+        sent = self.send(x_BTD, routing.chosen_BTK, kept_BTK, routing.gates_BTK, limit)
         # What needs no token of others is computed while they travel.
         shared_BTD = None if self.shared is None else self._shared(self.shared, x_BTD, context)
         out_BTD = self.through_experts(sent).view_as(x_BTD)
         return out_BTD if shared_BTD is None else out_BTD + shared_BTD, statistics
 
-    def send(self, x_BTD: Tensor, chosen_BTK: Tensor, kept_BTK: Tensor | None, gates_BTK: Tensor) -> Any:
-        """Tokens leave for their experts; returns what `through_experts` wants."""
+    def send(
+        self, x_BTD: Tensor, chosen_BTK: Tensor, kept_BTK: Tensor | None, gates_BTK: Tensor, limit: int | None
+    ) -> Any:
+        """Tokens leave for their experts, which have at most `limit` of them; returns what `through_experts` wants."""
         kept_NK = None if kept_BTK is None else kept_BTK.flatten(0, 1)
         place_NK = chosen_BTK.flatten(0, 1)
         if self.slots_E is not None:
             place_NK = self.slots_E[place_NK]
-        assignments = assigned(place_NK, kept_NK, gates_BTK.flatten(0, 1))
+        assignments = assigned(place_NK, kept_NK, gates_BTK.flatten(0, 1), self.moe.n_experts, limit)
         return self.dispatcher.send(x_BTD.flatten(0, 1), assignments, self.moe.n_experts)
 
     def through_experts(self, sent: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moray.model.moe.dispatch import Assigned
-from moray.parallel.dispatch.hops import Pending, Traffic
+from moray.parallel.dispatch.wire import Pending, Wire
 
 
 class DeepEP:
@@ -23,8 +23,8 @@ class DeepEP:
     many rows.
     """
 
-    def __init__(self, assigned: Assigned, held: int, group: dist.ProcessGroup, traffic: Traffic) -> None:
-        self._group, self._experts, self._traffic = group, held * group.size(), traffic
+    def __init__(self, assigned: Assigned, held: int, wire: Wire) -> None:
+        self._group, self._experts, self._traffic = wire.group, held * wire.ranks, wire.traffic
         self._rows, self._k = assigned.rows, assigned.most // assigned.rows
         begins_A = assigned.starts_R1.index_select(0, assigned.row_A)
         self._place_A = assigned.row_A * self._k + torch.arange(len(begins_A), device=begins_A.device) - begins_A

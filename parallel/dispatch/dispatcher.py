@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moray.model.moe.dispatch import Assigned, LocalDispatcher
 from moray.model.recompute import once
-from moray.parallel.dispatch.hops import Traffic
 from moray.parallel.dispatch.kinds import HOPS, Kind
 from moray.parallel.dispatch.route import Arrive, Combine, Route, Start
+from moray.parallel.dispatch.wire import Traffic, Wire
 from moray.parallel.tensor import TokenSlices
 
 
@@ -48,17 +48,18 @@ class ExpertDispatcher(SequenceSlice):
         then within one. partials: the dtype in which parts of a token's sum travel.
         """
         super().__init__(tokens)
-        self._groups, self._hop, self._partials, self._traffic = groups, HOPS[kind], partials, Traffic()
+        self._hop, self._partials, self._traffic = HOPS[kind], partials, Traffic()
+        self._wires = [Wire(group, self._traffic) for group in groups]
         self._place, self._devices = 0, 1
-        for group in groups:
-            self._place = self._place * group.size() + group.rank()
-            self._devices *= group.size()
+        for wire in self._wires:
+            self._place = self._place * wire.ranks + wire.rank
+            self._devices *= wire.ranks
 
     def send(self, x_ND: Tensor, assigned: Assigned, n_experts: int) -> tuple[Tensor, Route]:
         hops, held = [], n_experts
-        for group in self._groups:
-            held //= group.size()
-            hops.append(partial(self._hop, held=held, group=group, traffic=self._traffic))
+        for wire in self._wires:
+            held //= wire.ranks
+            hops.append(partial(self._hop, held=held, wire=wire))
         # What goes where was found with the first pass over a layer, if there is a second one.
         route = once(lambda: Route(assigned, hops, self._partials, held))
         ticket: Tensor = Start.apply(x_ND, assigned.gate_A, route)

@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 
 from moray import UserError
+from moray.parallel.dispatch.bounded import all_to_all
 from moray.parallel.dispatch.deepep import DeepEP
-from moray.parallel.dispatch.hops import AllGather, AllToAll, Hop
+from moray.parallel.dispatch.hops import AllGather, Hop
 
 Kind = Literal["alltoall", "allgather", "deepep"]
-HOPS: dict[Kind, Callable[..., Hop]] = {"alltoall": AllToAll, "allgather": AllGather, "deepep": DeepEP}
+HOPS: dict[Kind, Callable[..., Hop]] = {"alltoall": all_to_all, "allgather": AllGather, "deepep": DeepEP}
 
 
 def check_kind(kind: Kind, device_type: str, dtype: torch.dtype) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moray.model.moe.dispatch import Assigned, Order, by_expert, combine_gradients, summed
-from moray.parallel.dispatch.hops import Hop, Pending
+from moray.model.moe.dispatch import Assigned, Order, by_expert, combine_gradients, of_gates, summed
+from moray.parallel.dispatch.hops import Hop
+from moray.parallel.dispatch.wire import Pending
 
 MakeHop = Callable[[Assigned], Hop]
 
@@ -68,7 +69,8 @@ class Route:
 
     def leave_gates(self, x_M: Tensor) -> None:
         """A number for each of the rows is on its way, too."""
-        x_A = x_M.index_select(0, self.order.place_A)
+        assigned, order = self._here()
+        x_A = of_gates(x_M, order.place_A, assigned.starts_R1)
         for hop in self._hops[:0:-1]:
             x_A = hop.scalars_back(x_A)()
         self._gates.append(self._hops[0].scalars_back(x_A))

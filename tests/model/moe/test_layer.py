@@ -127,7 +127,7 @@ def test_dispatch_sorts_by_expert_and_combine_brings_back() -> None:
     chosen = torch.tensor([[2, 0], [0, 3], [2, 3]])
     gates = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
     dispatcher = LocalDispatcher()
-    sent = dispatcher.send(x, assigned(chosen, None, gates), 4)
+    sent = dispatcher.send(x, assigned(chosen, None, gates, 4), 4)
     rows, counts = dispatcher.receive(sent)
     assert rows[:, 0].tolist() == [1, 2, 1, 3, 2, 3], "in the order of experts, and of tokens within an expert"
     assert counts.tolist() == [2, 0, 2, 2]
@@ -143,7 +143,7 @@ def test_dispatch_sends_no_dropped_row() -> None:
     kept = torch.tensor([[True, True], [False, False], [False, True]])
     gates = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
     dispatcher = LocalDispatcher()
-    sent = dispatcher.send(x, assigned(chosen, kept, gates), 4)
+    sent = dispatcher.send(x, assigned(chosen, kept, gates, 4), 4)
     rows, counts = dispatcher.receive(sent)
     assert rows[:, 0].tolist() == [1, 1, 3]
     assert counts.tolist() == [1, 0, 1, 1]

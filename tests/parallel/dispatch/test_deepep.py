@@ -17,8 +17,9 @@ from torch import Tensor
 
 from moray import UserError
 from moray.model.moe.dispatch import assigned
-from moray.parallel.dispatch.hops import AllToAll, Traffic
+from moray.parallel.dispatch.hops import AllToAll
 from moray.parallel.dispatch.kinds import check_kind
+from moray.parallel.dispatch.wire import Traffic, Wire
 
 TOKENS, WIDTH, EXPERTS, K = 12, 8, 8, 3
 
@@ -98,10 +99,10 @@ def both_hops() -> list[tuple[Tensor, ...]]:
     x_ND = torch.randn(TOKENS, WIDTH, generator=generator)
     chosen_NK = torch.rand(TOKENS, EXPERTS, generator=generator).topk(K).indices
     kept_NK, gates_NK = torch.rand(2, TOKENS, K, generator=generator).unbind()
-    assignments = assigned(chosen_NK, kept_NK > 0.2, gates_NK)
+    assignments = assigned(chosen_NK, kept_NK > 0.2, gates_NK, EXPERTS)
     found = []
     for kind in (AllToAll, DeepEP):
-        hop = kind(assignments, EXPERTS // group.size(), group, Traffic())
+        hop = kind(assignments, EXPERTS // group.size(), Wire(group, Traffic()))
         landing = hop.there(x_ND)
         arrived, x_QD = hop.arrived(), landing()
         again_QD = hop.there(2 * x_ND)()
