@@ -79,9 +79,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "bias_update_rate": 0.01,
     },
 }
-ROUTERS["the same, and a step of groups' own"] = {
-    **ROUTERS["DeepSeek-V3: sigmoid, 2 of 4 groups, bias"],
-    "device_bias_update_rate": 0.01,
+V3 = ROUTERS["DeepSeek-V3: sigmoid, 2 of 4 groups, bias"]
+ROUTERS["the same, at the paper's rate of 0.001"] = {**V3, "bias_update_rate": 0.001}
+ROUTERS["the same, and groups' own step of 0.003"] = {
+    **V3,
+    "bias_update_rate": 0.001,
+    "device_bias_update_rate": 0.003,
 }
 
 

@@ -1,8 +1,10 @@
 """Experts placed anew by the loads that were measured: between steps, at the steps whose state is committed."""
 
+import torch
+
 from moray.jobs.training.begin import Training
 from moray.jobs.training.optimizer import training_state
-from moray.parallel.gradients import ExpertLoad
+from moray.parallel.gradients import ExpertLoad, world_sum
 from moray.parallel.placement import WORTH, adopt, busiest, moe_layers, move, placement_of, planned, sources
 
 
@@ -31,12 +33,13 @@ def place_experts(training: Training) -> None:
         if would_be > WORTH * was:
             continue
         mine = [tensor for key, tensor in state.items() if key.split(".", 1)[1].startswith(f"{name}.experts.")]
-        moved = sum(move(tensor, sources(slot_E, new_E), training.copy) for tensor in mine)
+        came = sum(move(tensor, sources(slot_E, new_E), training.copy) for tensor in mine)
         placement[name] = new_E
-        found.append((was, would_be, moved))
+        found.append((was, would_be, came))
     if not found:
         return
     adopt(training.decoder, placement)
     before, after, moved = zip(*found, strict=True)
-    told = {"layers": len(found), "of": len(load_LE), "before": max(before), "after": max(after), "bytes": sum(moved)}
-    training.note("placed", step=training.step, **told)
+    told = {"layers": len(found), "of": len(load_LE), "before": max(before), "after": max(after)}
+    of_all = world_sum(torch.tensor(sum(moved), dtype=torch.float64))
+    training.note("placed", step=training.step, **told, bytes=int(of_all))
