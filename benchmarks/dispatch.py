@@ -111,7 +111,7 @@ def by_hand(chosen: list[Tensor], held: int, layout: Layout) -> tuple[float, flo
     ranks = sum(len(set(where) - {own}) for where in tokens)
     experts = sum(rank != own for where in tokens for rank in where)
     there = [[rank for rank in set(where) if rank // of_node != own // of_node] for where in tokens]
-    between = sum(bool(others) if layout.ep_nodes else len(others) for others in there)
+    between = sum(bool(others) if layout.ep_nodes > 1 else len(others) for others in there)
     return ranks / len(tokens), between / len(tokens), experts / len(tokens)
 
 

@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from moray import UserError
 from moray.model import ModelConfig
 from moray.parallel.dispatch.kinds import Kind
-from moray.parallel.nodes import hops, nodes_spanned
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,15 @@ class Layout(BaseModel):
     """Ranks that share each matrix product and each sequence's tokens (tensor and sequence parallel)."""
     ep: int = 1
     """Ranks that share each MoE layer's experts, to which tokens travel."""
-    ep_nodes: int | None = Field(None, ge=1)
+    ep_nodes: int = Field(1, ge=1)
     """Nodes over which these ranks are spread, as many on each: a token travels once to each node, and goes on from
-    there. By default what the ranks find; 1: straight to each rank."""
+    there. 1: straight to each rank."""
     dispatcher: Kind = "alltoall"
     """How tokens travel. alltoall: once to each rank that has experts of theirs. allgather: to all ranks, which wait
     for no sizes: for small groups. deepep: by DeepEP's kernels, on GPUs that have the package."""
     placement: Literal["fixed", "balanced"] = "fixed"
     """Which rank has which experts. fixed: runs of neighbours, or what the commit says that a run goes on from.
-    balanced: planned anew from their loads at every commit, and moved there where that evens out the ranks."""
+    balanced: planned anew from their loads every checkpoint.every steps, and moved where that evens out the ranks."""
     wire: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype in which sums over a rank's experts travel; they are formed in float32 either way. auto: bfloat16 on GPUs
     whose products are, else float32."""
@@ -98,7 +97,7 @@ class Layout(BaseModel):
         ranks, the better. Copies become fewer where their number does not fit.
         """
         for tp, ep in sorted(((tp, ep) for tp in _divisors(self.tp) for ep in _divisors(self.ep)), reverse=True):
-            nodes = math.gcd(self.ep_nodes, ep) if self.ep_nodes else None
+            nodes = math.gcd(self.ep_nodes, ep)
             for world_size in range(slots // tp * tp, 0, -tp):
                 dp = world_size // tp
                 copies = math.gcd(self.dp_replicate, dp)
@@ -165,9 +164,11 @@ class Layout(BaseModel):
                 "layout.placement=balanced places experts on the ranks that share them, and with layout.ep=1 none do; "
                 "use ep > 1, or placement=fixed"
             )
-        if self.dispatcher == "deepep" and self.ep_nodes is not None:
+        if self.dispatcher == "deepep" and self.ep_nodes > 1:
             raise UserError(f"layout.ep_nodes={self.ep_nodes}: deepep finds nodes by itself; leave ep_nodes out")
-        if self.ep % (self.ep_nodes or 1):
+        if self.dispatcher == "deepep" and self.wire == "float32":
+            raise UserError("layout.wire=float32: deepep's kernels take bf16 alone; use wire=auto, or alltoall")
+        if self.ep % self.ep_nodes:
             raise UserError(
                 f"layout.ep_nodes={self.ep_nodes} must divide layout.ep={self.ep}: each node has as many of its ranks"
             )
@@ -200,7 +201,6 @@ class Layout(BaseModel):
         if dist.get_world_size() != self.world_size:
             raise UserError(f"{self} needs {self.world_size} ranks; the process group has {dist.get_world_size()}")
         build = _MeshBuilder(device_type)
-        nodes = 1 if self.dispatcher == "deepep" else self.ep_nodes or nodes_spanned(self.ep)
         dense = (self.dp_replicate, self.shard, self.tp)
         sparse = (self.dp_replicate, self.shard * self.tp // self.ep, self.ep)
         flat = (self.dp_replicate, self.shard * self.tp)
@@ -209,7 +209,7 @@ class Layout(BaseModel):
             build.mesh(sparse, ("dp_replicate", "efsdp", "ep")),
             build.mesh(flat, ("dp_replicate", "dp_shard_tp")) if self.tp > 1 else None,
             self,
-            tuple(build.group(cuts) for cuts in hops(self.world_size, self.ep, nodes)),
+            tuple(build.group(cuts) for cuts in hops(self.world_size, self.ep, self.ep_nodes)),
         )
 
     def __str__(self) -> str:
@@ -242,6 +242,17 @@ class _MeshBuilder:
         own = next(group for members, group in self._groups.items() if self._rank in members and [*members] in cuts)
         assert own
         return own
+
+
+def hops(world_size: int, ep: int, nodes: int) -> list[list[list[int]]]:
+    """How the world is cut into groups of ranks, once for each hop that a token takes to its experts' rank: straight
+    there; over several nodes first to the rank at the same place of their node, and then within it.
+    """
+    firsts, within = range(0, world_size, ep), ep // nodes
+    if nodes == 1 or within == 1:
+        return [[list(range(first, first + ep)) for first in firsts]]
+    between = [list(range(first + i, first + ep, within)) for first in firsts for i in range(within)]
+    return [between, [list(range(first, first + within)) for first in range(0, world_size, within)]]
 
 
 def _beside(groups: int, peers: int, experts: int) -> list[int]:

@@ -110,16 +110,21 @@ def sources(before_E: Sequence[int], after_E: Sequence[int]) -> list[int]:
     return found
 
 
+def held_by(tensor: Tensor, group: dist.ProcessGroup) -> list[Chunk]:
+    """The part of a tensor that each rank of the group holds. Collective."""
+    chunks: list[Chunk] = [((), ())] * group.size()
+    dist.all_gather_object(chunks, held_chunk(tensor), group=group)
+    return chunks
+
+
 @torch.no_grad()
-def move(tensor: Tensor, source_S: Sequence[int], group: dist.ProcessGroup) -> int:
-    """Row s of a tensor that is spread over the group's ranks becomes what row source_S[s] was; returns the bytes that
-    came to this rank. Collective.
+def move(tensor: Tensor, source_S: Sequence[int], chunks: Sequence[Chunk], group: dist.ProcessGroup) -> int:
+    """Row s of a tensor that the group's ranks hold in such chunks becomes what row source_S[s] was; returns the bytes
+    that came to this rank. Collective.
 
     Ranks may share rows by columns: those with the same ones exchange them.
     """
     mine, rank = local(tensor), group.rank()
-    chunks: list[Chunk] = [((), ())] * group.size()
-    dist.all_gather_object(chunks, held_chunk(tensor), group=group)
     runs = [range(begins[0], begins[0] + sizes[0]) for begins, sizes in chunks]
     columns = [(begins[1:], sizes[1:]) for begins, sizes in chunks]
 

@@ -285,7 +285,7 @@ def go_on_from(training: Training, step: int, metadata: dict[str, Any]) -> None:
     training.step, training.position = step, metadata["data"]["position"]
     training.applied = [(loss, norm) for loss, norm in metadata.get("applied", [])]
     adopt(training.decoder, metadata.get("placement", {}))
-    loads = metadata.get("expert_load")
+    loads = metadata.get("expert_load") if training.layout.placement == "balanced" else None
     training.expert_load = None if loads is None else torch.tensor(loads, dtype=torch.float64)
 
 

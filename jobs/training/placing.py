@@ -1,11 +1,14 @@
 """Experts placed anew by the loads that were measured: between steps, at the steps whose state is committed."""
 
+from collections.abc import Hashable
+
 import torch
 
 from moray.jobs.training.begin import Training
 from moray.jobs.training.optimizer import training_state
+from moray.parallel.chunks import Chunk
 from moray.parallel.gradients import ExpertLoad, world_sum
-from moray.parallel.placement import WORTH, adopt, busiest, moe_layers, move, placement_of, planned, sources
+from moray.parallel.placement import WORTH, adopt, busiest, held_by, moe_layers, move, placement_of, planned, sources
 
 
 def note_load(training: Training, load: ExpertLoad | None) -> None:
@@ -21,19 +24,27 @@ def place_experts(training: Training) -> None:
     """
     if training.expert_load is None:
         return
+    training.context.enter("moving experts")
     load_LE, training.expert_load = training.expert_load.tolist(), None
     devices, moe = training.layout.ep, training.config.model.moe
     assert moe
     placement, found = placement_of(training.decoder), []
+    # FSDP gives up here what it may still hold gathered since a validation, which would not move.
     state = training_state(training.decoder, training.optimizer)
+    chunks: dict[Hashable, list[Chunk]] = {}
     for name, load_E in zip(moe_layers(training.decoder), load_LE, strict=True):
         slot_E = placement.get(name, list(range(len(load_E))))
         new_E = planned(load_E, slot_E, devices, moe.n_groups)
         was, would_be = busiest(load_E, slot_E, devices), busiest(load_E, new_E, devices)
         if would_be > WORTH * was:
             continue
-        mine = [tensor for key, tensor in state.items() if key.split(".", 1)[1].startswith(f"{name}.experts.")]
-        came = sum(move(tensor, sources(slot_E, new_E), training.copy) for tensor in mine)
+        came = 0
+        for tensor in (x for key, x in state.items() if key.split(".", 1)[1].startswith(f"{name}.experts.")):
+            cut = tensor.shape, getattr(tensor, "placements", None)
+            if cut not in chunks:  # most are cut alike
+                chunks[cut] = held_by(tensor, training.copy)
+            came += move(tensor, sources(slot_E, new_E), chunks[cut], training.copy)
+        training.pulse.again()
         placement[name] = new_E
         found.append((was, would_be, came))
     if not found:

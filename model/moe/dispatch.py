@@ -1,6 +1,6 @@
 """Moving tokens to their experts and back, on one device: a sort by expert, and sums over each token's experts.
 
-`parallel.expert` has dispatchers with the same methods for tokens and experts that are spread over ranks.
+`parallel.dispatch` has dispatchers with the same methods for tokens and experts that are spread over ranks.
 """
 
 # Shapes: B sequences, T tokens of each on this rank, N = B * T, D model width, E experts, K experts per token, R rows
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from moray.model.recompute import cheap
 
+TAIL = 256
+
 
 @dataclass(frozen=True)
 class Assigned:
     """Assignments of R rows to experts: whose each is, its expert, how much it counts, and where a row's own begin.
 
-    row_A, expert_A, starts_R1 (one more than rows: the last one's end): int64. Where a GPU would have to be asked how
-    many there are, those that are none stand at the end, behind that last one, with an expert that does not exist.
-    most: as many as there can be; most_of_expert: as many as one expert can have, if anything limits that.
+    row_A, expert_A, starts_R1 (one more than rows: the last one's end): int64. most: as many as there can be;
+    most_of_expert: as many as one expert can have, if anything limits that. Then a GPU need not be asked how many there
+    are: those that are none stand at the end, behind the last row's, with an expert that does not exist.
     """
 
     row_A: Tensor
@@ -64,11 +66,12 @@ def assigned(
 def kept(every: Assigned, is_kept_A: Tensor, n_experts: int) -> tuple[Assigned, Tensor]:
     """Those of the assignments that are kept, and which of all they are; of `every`, starts_R1 need not be right."""
     counts_R = every.row_A.new_zeros(every.rows).scatter_add_(0, every.row_A, is_kept_A.long())
-    expert_A = every.expert_A
-    if may_wait(is_kept_A.device):
+    expert_A, limit = every.expert_A, every.most_of_expert
+    if limit is None or may_wait(is_kept_A.device):
         index_A = is_kept_A.nonzero().flatten()
     else:
-        index_A, expert_A = (~is_kept_A).argsort(stable=True), torch.where(is_kept_A, expert_A, n_experts)
+        index_A = (~is_kept_A).argsort(stable=True)[: n_experts * limit]
+        expert_A = torch.where(is_kept_A, expert_A, n_experts)
     row_A, expert_A, gate_A = (x.index_select(0, index_A) for x in (every.row_A, expert_A, every.gate_A))
     starts_R1 = F.pad(counts_R.cumsum(0), (1, 0))
     return replace(every, row_A=row_A, expert_A=expert_A, gate_A=gate_A, starts_R1=starts_R1), index_A
@@ -113,9 +116,15 @@ def summed(rows_MD: Tensor, place_A: Tensor, starts_R1: Tensor, gate_A: Tensor |
 
     Sums of bf16 are formed in fp32; gates are rounded to the rows' dtype.
     """
+    rows = len(starts_R1) - 1
     gate_A = None if gate_A is None else gate_A.to(rows_MD.dtype)
-    total: Tensor = torch.embedding_bag(rows_MD, place_A, starts_R1, False, 0, False, gate_A, True)[0]
-    return total
+    if not may_wait(place_A.device):
+        # What is none makes sums of its own, which are thrown away: short ones, as a GPU forms each in one thread.
+        ends = torch.arange(TAIL, len(place_A) + TAIL, TAIL, device=place_A.device)
+        starts_R1 = torch.cat((starts_R1, (starts_R1[-1] + ends).clamp(max=len(place_A))))
+    # The last offset is that of one more sum: as the end of the last one, CUDA's kernel does not know it.
+    total: Tensor = torch.embedding_bag(rows_MD, place_A, starts_R1, False, 0, False, gate_A, False)[0]
+    return total[:rows]
 
 
 def of_gates(x_M: Tensor, place_A: Tensor, starts_R1: Tensor) -> Tensor:
@@ -126,8 +135,7 @@ def of_gates(x_M: Tensor, place_A: Tensor, starts_R1: Tensor) -> Tensor:
 
 def combine_gradients(grad_MD: Tensor, rows_MD: Tensor, gate_M: Tensor) -> tuple[Tensor, Tensor]:
     """Of an expert's rows, and of their gates: what `summed` with gates does to each. Writes over grad_MD."""
-    accurate = torch.promote_types(grad_MD.dtype, gate_M.dtype)
-    of_gate_M = (grad_MD.to(accurate) * rows_MD).sum(-1)
+    of_gate_M = (grad_MD * rows_MD).sum(-1, dtype=torch.promote_types(grad_MD.dtype, gate_M.dtype))
     return grad_MD.mul_(gate_M[:, None].to(grad_MD.dtype)), of_gate_M
 
 

@@ -18,8 +18,8 @@ def all_to_all(assigned: Assigned, held: int, wire: Wire) -> Hop:
 
 
 class Bounded(AllToAll):
-    """Each rank has room for as many rows from each other one as its experts may take of them; the rest of it travels
-    empty.
+    """Each rank has room for as many rows from each other one as its experts may take of them; what is left of it is
+    filled with any.
     """
 
     def __init__(self, assigned: Assigned, held: int, wire: Wire) -> None:

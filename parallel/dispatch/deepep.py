@@ -20,16 +20,19 @@ from moray.parallel.dispatch.wire import Pending, Wire
 
 class DeepEP:
     """Assignments travel with the rows, and scalars with the sums, for its kernels know no other way. All ranks have as
-    many rows.
+    many rows. Traffic counts a rank's own ones, too, for they come back among the others.
     """
 
     def __init__(self, assigned: Assigned, held: int, wire: Wire) -> None:
         self._group, self._experts, self._traffic = wire.group, held * wire.ranks, wire.traffic
         self._rows, self._k = assigned.rows, assigned.most // assigned.rows
         begins_A = assigned.starts_R1.index_select(0, assigned.row_A)
-        self._place_A = assigned.row_A * self._k + torch.arange(len(begins_A), device=begins_A.device) - begins_A
+        number_A = torch.arange(len(begins_A), device=begins_A.device)
+        # What is no assignment has a place behind all others.
+        place_A, nowhere = assigned.row_A * self._k + number_A - begins_A, self._rows * self._k
+        self._place_A = torch.where(number_A < assigned.starts_R1[-1], place_A, nowhere)
         self._expert_RK = self._table(assigned.expert_A, -1)
-        self._gate_RK = self._table(assigned.gate_A.detach().float(), 0)
+        self._gate_RK = self._table(assigned.gate_A.float(), 0)
         self._handle: Any = None
         self._arriving: tuple[Tensor, Tensor] | None = None
         self._place_U: Tensor | None = None
@@ -82,13 +85,13 @@ class DeepEP:
 
         def land() -> Tensor:
             assert self._home_RK is not None
-            return self._home_RK.flatten().index_select(0, self._place_A)
+            return F.pad(self._home_RK.flatten(), (0, 1)).index_select(0, self._place_A)
 
         return land
 
     def _table(self, x_A: Tensor, otherwise: int) -> Tensor:
-        table_X = x_A.new_full((self._rows * self._k,), otherwise)
-        return table_X.index_copy(0, self._place_A, x_A).view(self._rows, self._k)
+        table_X = x_A.new_full((self._rows * self._k + 1,), otherwise)
+        return table_X.index_copy(0, self._place_A, x_A)[:-1].view(self._rows, self._k)
 
 
 @cache

@@ -4,6 +4,7 @@
 # D model width.
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,8 @@ class ExpertDispatcher(SequenceSlice):
             held //= wire.ranks
             hops.append(partial(self._hop, held=held, wire=wire))
         # What goes where was found with the first pass over a layer, if there is a second one.
-        route = once(lambda: Route(assigned, hops, self._partials, held))
+        found = replace(assigned, gate_A=assigned.gate_A.detach())
+        route = once(lambda: Route(found, hops, self._partials, held))
         ticket: Tensor = Start.apply(x_ND, assigned.gate_A, route)
         return ticket, route
 

@@ -48,9 +48,9 @@ class AllToAll:
         # What can be found without them, while they travel. There may be as many rows as assignments.
         row_A = torch.empty_like(row_A).scatter_(0, begins_A.cumsum(0) - 1, row_A)
         words_A2 = words_of(assigned, self._order_A, begins_A, held)
-        (self._sent_P, self._words_sent_P), (self._received_P, self._words_received_P) = (
-            counts_P2.t().tolist() for counts_P2 in torch.stack((sent_P2, sizes())).unbind()
-        )
+        (self._sent_P, self._words_sent_P), (self._received_P, self._words_received_P) = torch.stack(
+            (sent_P2, sizes())
+        ).mT.tolist()
         self._words = wire.all_to_all(words_A2[: sum(self._words_sent_P)], self._words_received_P, self._words_sent_P)
         self._row_S = row_A[: sum(self._sent_P)]
         self._place_S = self._row_S.argsort(stable=True)
@@ -83,7 +83,7 @@ class AllGather:
 
     def __init__(self, assigned: Assigned, held: int, wire: Wire) -> None:
         self._wire, self._assigned, self._held = wire, assigned, held
-        expert_A, row_A, gate_A = assigned.expert_A, assigned.row_A, assigned.gate_A.detach()
+        expert_A, row_A, gate_A = assigned.expert_A, assigned.row_A, assigned.gate_A
         integers = INTEGERS[gate_A.dtype]
         words_A3 = torch.stack((expert_A.to(integers), row_A.to(integers), gate_A.view(integers)), 1)
         # As many words from each rank as there can be, the rest for no one's expert.
@@ -135,7 +135,7 @@ def words_of(assigned: Assigned, order_A: Tensor, begins_A: Tensor, held: int) -
     """What a rank must know of each assignment, in this order, [A, 2]: its expert there and whether a row begins, and
     the bits of its gate.
     """
-    gate_A = assigned.gate_A.detach()[order_A]
+    gate_A = assigned.gate_A[order_A]
     integers = INTEGERS[gate_A.dtype]
     return torch.stack(((assigned.expert_A[order_A] % held * 2 + begins_A).to(integers), gate_A.view(integers)), 1)
 

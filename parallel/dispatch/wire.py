@@ -48,8 +48,11 @@ class Wire:
 
 
 def _landing(found: Tensor, work: dist.Work) -> Pending:
+    under_way = [work]  # which holds what is sent until it has arrived
+
     def land() -> Tensor:
-        work.wait()  # which holds what is sent until then
+        while under_way:
+            under_way.pop().wait()
         return found
 
     return land

@@ -426,6 +426,19 @@ def test_a_loss_that_is_never_finite_ends_in_one_line(
     assert all("pass_over" in fault["traceback"] for fault in faults)
 
 
+def test_rows_tell_what_experts_and_devices_got(untouched: Path) -> None:
+    """8 experts on two devices, of two choices a token; two such groups. At 200 steps or fewer each row has loads."""
+    for row in read_metrics(untouched):
+        (load,), (devices,), (sent,) = row["expert_load"], row["device_load"], row["rows_sent"]
+        assert sum(load) == 2 * 8 * 64, "each of 8 sequences of 64 tokens"
+        assert devices == [sum(load[:4]), sum(load[4:])]
+        assert row["device_balance"] == [pytest.approx(max(devices) / 512, rel=1e-5)]
+        assert all(0 < rows <= 8 * 64 / 2 for rows in sent), "a token travels at most once, to the other device"
+        # Tokens and gradients of sums, 32 numbers each, and as much back for what the other one got.
+        assert all(bytes_in >= 4 * 32 * 2 * sum(sent) for bytes_in in row["bytes_sent"])
+        assert row["router_z"][0] > 0
+
+
 @pytest.fixture(scope="module")
 def placed(ray_cluster: str, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("placed") / "run"
@@ -474,3 +487,15 @@ def test_a_kill_changes_nothing_in_where_experts_move(
     ours, theirs = (list_commits(folder / "checkpoints")[-1].manifest.metadata for folder in (run, placed))
     assert ours["placement"] == theirs["placement"]
     assert ours["expert_load"] == theirs["expert_load"]
+
+
+def test_a_run_that_goes_on_with_fixed_experts_moves_none(ray_cluster: str, dataset: Path, tmp_path: Path) -> None:
+    """Though its commit has counted their tokens since they were placed."""
+    run = tmp_path / "run"
+    balanced = {"checkpoint__every": STEPS - 1, "layout__placement": "balanced"}
+    assert pretrain(config(dataset, run, **balanced), Console(quiet=True), StopAt(4)) == 75
+    (commit,) = list_commits(run / "checkpoints")
+    assert commit.step < STEPS - 1
+    assert commit.manifest.metadata["expert_load"]
+    assert pretrain(config(dataset, run, checkpoint__every=STEPS - 1), Console(quiet=True)) == 0
+    assert [event for event in read_events(run / "events.jsonl") if event["kind"] == "placed"] == []

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 from pool import Pool
 
-from moray.parallel.layout import Layout
+from moray.parallel.layout import Layout, hops
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,19 @@ def test_dimensions_of_the_same_ranks_share_a_process_group(pool: Pool) -> None:
     lone = pool.run(groups, 2, Layout(dp_shard=2, tp=1))[0]
     assert lone["tp"] == lone["ep"] == lone["dp_replicate"]
     assert lone["tp"][1] == [0]
+
+
+def test_over_two_nodes_the_first_hop_is_to_the_same_place_of_each() -> None:
+    assert hops(8, 4, 1) == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
+    between, within = hops(8, 4, 2)
+    assert sorted(between) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert within == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert hops(4, 4, 4) == [[[0, 1, 2, 3]]], "one rank a node: there is no link within"
+
+
+def sizes(layout: Layout) -> list[int]:
+    return [group.size() for group in layout.meshes("cpu").hops]
+
+
+def test_the_layout_may_say_it(pool: Pool) -> None:
+    assert pool.run(sizes, 4, Layout(dp_shard=4, ep=4, ep_nodes=2)) == [[2, 2]] * 4

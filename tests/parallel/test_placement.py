@@ -17,7 +17,17 @@ from moray.model import Decoder, ModelConfig, initialise
 from moray.model.sharded import local
 from moray.parallel.gradients import MicroBatch, accumulate_gradients, update_routing_bias
 from moray.parallel.layout import Layout
-from moray.parallel.placement import adopt, busiest, moe_layers, move, packed, placement_of, planned, sources
+from moray.parallel.placement import (
+    adopt,
+    busiest,
+    held_by,
+    moe_layers,
+    move,
+    packed,
+    placement_of,
+    planned,
+    sources,
+)
 from moray.parallel.reduction import Reduction
 from moray.parallel.shard import build_decoder, initialise_shards
 
@@ -75,9 +85,9 @@ def moved_and_gathered(layout: Layout, optimizer: str) -> tuple[bool, int]:
                 continue
             local(tensor).copy_(torch.rand_like(local(tensor)) + dist.get_rank())
             before = tensor.full_tensor()
-            came += move(tensor, sources(order, new_E), meshes.copy)
+            came += move(tensor, sources(order, new_E), held_by(tensor, meshes.copy), meshes.copy)
             is_right &= torch.equal(tensor.full_tensor(), before.flip(0))
-            move(tensor, sources(new_E, order), meshes.copy)
+            move(tensor, sources(new_E, order), held_by(tensor, meshes.copy), meshes.copy)
             is_right &= torch.equal(tensor.full_tensor(), before)
     return is_right, came
 
@@ -146,7 +156,7 @@ def steps(config: ModelConfig, layout: Layout, moves: bool) -> dict[str, Any]:
             for name in moe_layers(decoder):
                 for key, tensor in training_state(decoder, optimizer).items():
                     if f"{name}.experts." in key:
-                        move(tensor, sources(order, new_E), meshes.copy)
+                        move(tensor, sources(order, new_E), held_by(tensor, meshes.copy), meshes.copy)
             adopt(decoder, dict.fromkeys(moe_layers(decoder), new_E))
     assert load
     return {"losses": losses, "devices": load.devices_LP, "tokens": load.tokens_LE}

@@ -247,6 +247,7 @@ ON_4 = {"cluster__launcher": "ray", "cluster__workers": "4"}
         ({"layout__ep": "4", "layout__ep_nodes": "3"}, "layout.ep_nodes=3 must divide layout.ep=4"),
         ({"layout__ep": "4", "layout__ep_nodes": "0"}, "layout.ep_nodes=0"),
         ({"layout__ep": "4", "layout__ep_nodes": "2", "layout__dispatcher": "deepep"}, "deepep finds nodes by itself"),
+        ({"layout__ep": "4", "layout__wire": "float32", "layout__dispatcher": "deepep"}, "deepep's kernels take bf16"),
         ({"layout__dispatcher": "mpi"}, "layout.dispatcher=mpi"),
         ({"layout__placement": "balanced"}, "layout.placement=balanced places experts on the ranks that share them"),
         (

@@ -21,7 +21,7 @@ from moray.jobs.config.load import flatten, load_config
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig
 from moray.jobs.runs import tracking
-from moray.jobs.runs.tracking import tracked
+from moray.jobs.runs.tracking import numbers, tracked
 from moray.jobs.training.metrics import MetricsLog, read_metrics
 
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="pip install wandb")
@@ -121,6 +121,18 @@ def test_a_resume_goes_on_with_the_same_curves_and_shows_no_step_twice(tmp_path:
     expected = [(step, pytest.approx(step + by / 10)) for step, by in zip(range(1, 9), computed, strict=True)]
     assert shown(name, run) == expected
     assert not (run / "events.jsonl").exists(), "no tracker has failed"
+
+
+def test_numbers_a_layer_have_names_of_their_own() -> None:
+    row = {
+        "step": 3,
+        "loss": 1.5,
+        "expert_balance": [1.25, 2],
+        "rows_sent": [[3, 4]],
+        "positions": [0, 8],
+        "layout": "ep=2",
+    }
+    assert numbers(row) == {"loss": 1.5, "expert_balance/0": 1.25, "expert_balance/1": 2}
 
 
 def test_a_tracker_that_comes_later_gets_all_steps(tmp_path: Path) -> None:

@@ -37,17 +37,19 @@ def as_on_a_gpu(*arguments: Any) -> tuple[dict[str, Tensor], list[float]]:
 
 @pytest.mark.parametrize("layout", [FOUR, TWO_LEVELS, GATHERED], ids=str)
 @pytest.mark.parametrize("factor", [0.25, 0.5, 4.0])
-def test_it_computes_what_one_process_does(pool: Pool, layout: Layout, factor: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_computes_what_one_process_does(pool: Pool, dtype: torch.dtype, layout: Layout, factor: float) -> None:
+    """In fp64, too, as whose sums CPUs end the last row like CUDA's kernel: with all that stands behind it."""
     config = CONFIG.but(moe={"capacity_factor": factor})
-    found = pool.run(as_on_a_gpu, 4, config, layout, torch.float32, torch.float32)
-    total: dict[str, Tensor] = {}
+    found = pool.run(as_on_a_gpu, 4, config, layout, dtype, dtype)
+    total: dict[str, Any] = {}
     for rank, (of_rank, _) in enumerate(found):
-        expected = computed(layer_of(config, torch.float32), rank, torch.float32)
+        expected = computed(layer_of(config, dtype), rank, dtype)
         for name in ("out", "x", "router.linear.weight"):
             torch.testing.assert_close(of_rank[name], expected[name], rtol=1e-4, atol=1e-4)
         for name, gradient in expected.items():
             if name.startswith("experts"):
-                total[name] = total.get(name, torch.zeros(())) + gradient
+                total[name] = total.get(name, 0) + gradient
     for name, gradient in total.items():
         parts = [of_rank[name] for of_rank, _ in found]
         torch.testing.assert_close(torch.cat(parts), gradient, rtol=1e-4, atol=1e-4)
@@ -64,7 +66,7 @@ def waits_on_a_gpu(config: ModelConfig, layout: Layout) -> str:
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    groups = [dist.new_group([0, 2]), dist.new_group([0, 1])] if layout.ep_nodes else [dist.group.WORLD]
+    groups = [dist.new_group([0, 2]), dist.new_group([0, 1])] if layout.ep_nodes > 1 else [dist.group.WORLD]
     meshes = Layout(dp_shard=4).meshes("cpu")
     with torch.device("meta"):
         layer = MoE(config, 0)
@@ -95,3 +97,23 @@ def test_no_host_waits_for_a_gpu(pool: Pool, layout: Layout) -> None:
 def test_the_same_would_tell_of_a_wait(pool: Pool) -> None:
     """Without capacity, sizes are asked for: the one wait of a layer."""
     assert "DataDependentOutputException" in pool.run(waits_on_a_gpu, 4, CONFIG, FOUR)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_one_device_what_is_dropped_touches_no_row(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that no expert computes hold anything, here NaN."""
+    found = []
+    for has_to_ask in (True, False):
+        monkeypatch.setattr(dispatch, "may_wait", lambda _, can=has_to_ask: can)
+        layer = layer_of(CONFIG.but(moe={"capacity_factor": 0.25}), dtype)
+        made = layer.experts.forward
+
+        def experts(rows_MD: Tensor, counts_E: Tensor, made: Any = made) -> Tensor:
+            out_MD = made(rows_MD, counts_E)
+            behind = torch.arange(len(out_MD)) >= counts_E.sum()
+            return out_MD.masked_fill(behind[:, None], torch.nan)
+
+        layer.experts.forward = experts  # type: ignore[method-assign]
+        found.append(computed(layer, 0, dtype))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
