@@ -107,7 +107,7 @@ def table(report: dict[str, Any]) -> str:
     for task in report["tasks"]:
         for name, metric in task["metrics"].items():
             error = metric["standard_error"]
-            numbers = (f"{metric['value']:.4f}", "" if error is None else f"{error:.4f}")
+            numbers = (_shown(metric["value"]), "" if error is None else _shown(error))
             rows.append((Path(task["file"]).name, task["kind"], str(task["n"]), name, *numbers))
     cuts = [f"{Path(task['file']).name}: {_cut(task)}" for task in report["tasks"] if task["cut"]]
     return "\n".join([*_aligned(rows), *cuts])
@@ -120,6 +120,10 @@ def _cut(task: dict[str, Any]) -> str:
         else "with a context cut at its beginning"
     )
     return f"{task['cut']} of {task['n']} items {how}"
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if value < 1000 else f"{value:.4g}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

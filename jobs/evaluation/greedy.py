@@ -34,7 +34,7 @@ def _continue_batch(model: Model, prompts: list[np.ndarray], new: int) -> list[l
     written: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for n in range(1, new + 1):
-        logits_BV = decoder.logits(x_BTD[:, -1]).float()
+        logits_BV = decoder.logits(x_BTD[:, -1])
         if not (highest := logits_BV.amax()).isfinite():
             raise FloatingPointError(f"logits reach {highest}: the model's weights are damaged, or training diverged")
         token_B = logits_BV.argmax(-1)

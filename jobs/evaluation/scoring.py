@@ -100,8 +100,8 @@ def _score_batch(model: Model, batch: list[Scored]) -> Iterator[Score]:
 
 
 def _of_targets(decoder: Decoder, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets' log-probabilities, in fp32, and whether each is the likeliest token."""
-    logits_NV = decoder.logits(x_ND).float()
+    """The targets' log-probabilities, and whether each is the likeliest token."""
+    logits_NV = decoder.logits(x_ND)
     logp_N = logits_NV.gather(-1, target_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
     return logp_N, logits_NV.argmax(-1) == target_N
 
