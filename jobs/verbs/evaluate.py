@@ -20,7 +20,7 @@ def evaluate(
     out: Path | None = None,
     items: bool = False,
 ) -> int:
-    """Say how good a model is at choosing, at predicting text and at answering, by task files.
+    """Say how good a model is at choosing, at foretelling text and at answering.
 
     Args:
         model: A run (its newest commit), a commit or a Hugging Face folder.
