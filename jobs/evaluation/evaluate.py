@@ -54,6 +54,8 @@ class Asked:
             raise UserError(f"shots={self.shots} must be 0 or more")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit={self.limit} must be at least 1")
+        if self.batch_tokens < 1:
+            raise UserError(f"batch_tokens={self.batch_tokens} must be at least 1, and is best some thousands")
 
 
 def evaluate(source: Path, asked: Asked, on_refused: Callable[[str], None]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moray import UserError
 from moray.data.tokenizer import Tokenizer
 from moray.model import Decoder
 
@@ -29,10 +28,6 @@ class Model:
     decoder: Decoder
     tokenizer: Tokenizer
     batch_tokens: int
-
-    def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise UserError(f"batch_tokens={self.batch_tokens} must be at least 1, and is best some thousands")
 
     @property
     def longest(self) -> int:
@@ -57,10 +52,11 @@ class Score(NamedTuple):
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of sequences of about the same length, the longest first: what memory cannot hold fails at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    while order:
-        rows = max(batch_tokens // max(lengths[order[0]], 1), 1)
-        yield order[:rows]
-        order = order[rows:]
+    start = 0
+    while start < len(order):
+        rows = max(batch_tokens // lengths[order[start]], 1)
+        yield order[start : start + rows]
+        start += rows
 
 
 @torch.inference_mode()

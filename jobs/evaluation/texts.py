@@ -1,7 +1,6 @@
 """Texts: how many bits each byte costs, or whether the model foretells the last word."""
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,10 +59,11 @@ def foretell(model: Model, task: Task) -> list[dict[str, Any]]:
 
 def _parted(item: Text, examples: str) -> Continuation:
     """All but the last word, and that with the white space before it."""
-    found = re.fullmatch(r"(.*\S)(\s+\S+)\s*", item.text, re.DOTALL)
-    if found is None:
+    whole, words = item.text.rstrip(), item.text.split()
+    if len(words) < 2:
         raise UserError(f"{item.place}: text={item.text[:80]!r} must have two words for the last one to be foretold")
-    return Continuation(item.place, examples + found[1], found[2])
+    before = whole[: -len(words[-1])].rstrip()
+    return Continuation(item.place, examples + before, whole[len(before) :])
 
 
 def word_metrics(results: Sequence[dict[str, Any]]) -> dict[str, Metric]:
