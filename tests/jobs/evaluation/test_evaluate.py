@@ -10,6 +10,7 @@ import pytest
 from tiny import tiny
 
 from moray.jobs.cli import dispatch
+from moray.jobs.evaluation.scoring import Score
 from moray.parallel.checkpoint.commits import list_commits
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
@@ -102,6 +103,18 @@ def test_of_equal_choices_the_first_is_chosen(moray: Moray, run: Path, tmp_path:
     (found,) = json.loads((tmp_path / "found.json").read_text())["tasks"]
     assert [(each["chosen"], each["chosen_per_byte"]) for each in found["items"]] == [(0, 0), (0, 0)]
     assert found["metrics"]["acc"]["value"] == 0.5
+
+
+def test_the_likeliest_per_byte_by_hand(
+    moray: Moray, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """-3.3 over 3 bytes is less than -3.6 over 6; of their characters, 3 and 2, it would be more."""
+    scores = [Score(-3.3, False), Score(-3.6, False)]
+    monkeypatch.setattr("moray.jobs.evaluation.choices.score", lambda model, sequences: scores)
+    task = task_of(tmp_path / "choices.jsonl", [{"query": "a", "choices": ["abc", "漢漢"], "gold": 1}])
+    assert moray("evaluate", run, "--tasks", task, "--out", tmp_path / "found.json").code == 0
+    (found,) = json.loads((tmp_path / "found.json").read_text())["tasks"]
+    assert {name: metric["value"] for name, metric in found["metrics"].items()} == {"acc": 0, "acc_per_byte": 1}
 
 
 @pytest.mark.parametrize(
