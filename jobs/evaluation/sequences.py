@@ -35,11 +35,13 @@ def continuations(model: Model, texts: Sequence[Continuation]) -> list[tuple[Sco
 
     Both texts are tokenized as one, as the model saw them in training. The context is what that has in common with
     the tokens of `before` alone; all behind it is scored, so where a token reaches over the border it is scored whole.
+    White space that `before` ends in is always scored, as in lm-eval: some choices join it to their first token, others
+    leave it alone, and their scores would not compare.
     A context that is too long loses its beginning, BOS too.
     Raises UserError, naming the place, where `after` has no tokens, or more than the model's longest sequence.
     """
     start = model.tokenizer.prompt_start
-    befores = encode(model, (each.before for each in texts), start)
+    befores = encode(model, (each.before.rstrip() for each in texts), start)
     wholes = encode(model, (each.before + each.after for each in texts), start)
     return [_continuation(model, *each) for each in zip(texts, befores, wholes, strict=True)]
 

@@ -89,7 +89,7 @@ class Theirs:
         return logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
     def log_likelihood(self, before: str, after: str) -> tuple[float, bool]:
-        context, whole = self.ids(before), self.ids(before + after)
+        context, whole = self.ids(before.rstrip()), self.ids(before + after)
         common = 0
         while common < min(len(context), len(whole)) and context[common] == whole[common]:
             common += 1

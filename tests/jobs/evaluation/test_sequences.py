@@ -49,6 +49,12 @@ def test_a_token_that_reaches_over_the_border_is_scored_whole(model: Model) -> N
     assert scored(model, "The wha", "le") == ("The", " whale")
 
 
+def test_white_space_before_is_scored_whether_a_token_joins_it_or_not(model: Model) -> None:
+    """Else one choice would pay for the space, and another would be given it."""
+    assert scored(model, "The ", "Xe") == ("The", " Xe")
+    assert scored(model, "The\n", "Xe") == ("The", "\nXe")
+
+
 def test_a_context_that_merges_whole_leaves_bos_alone(model: Model) -> None:
     assert len(model.tokenizer.encode("The")) == 1
     assert scored(model, "Th", "e") == ("<|endoftext|>", "The")
