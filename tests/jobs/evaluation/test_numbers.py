@@ -10,7 +10,10 @@ from moray.jobs.evaluation.numbers import are_equal, number_behind_hashes, numbe
     [
         ("6 * 12 = 72\n#### 72", "72"),
         ("#### -1,234", "-1,234"),
-        ("#### -1,234" + " so it is, and so on" * 20, "-1,234"),  # verl#7274: beyond 300 characters, with its sign
+        (
+            "#### -1,234" + " so it is, and so on" * 20,
+            "-1,234",
+        ),
         ("#### $18.50 in all", "18.50"),
         ("#### 72.", "72"),
         ("#### 70 or rather 72", "72"),

@@ -48,6 +48,7 @@ def alone(model: Model, sequence: Scored) -> tuple[float, bool]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_score_does_not_depend_on_batch_mates_or_padding(name: str, tokenizer: Tokenizer) -> None:
+    """Megatron-LM#4168, verl#6280: a batch's shape changed routing. OpenRLHF#1332: the ragged tail was left out."""
     model = model_of(CONFIGS[name], tokenizer, batch_tokens=40)
     lengths = (3, 12, 2, 12, 7, 16, 5)  # the last batch is ragged, and one batch is all of one length
     sequences = [Scored(tokens, min(4, len(tokens) - 1)) for tokens in random_tokens(model.decoder.config, *lengths)]
@@ -59,6 +60,7 @@ def test_a_score_does_not_depend_on_batch_mates_or_padding(name: str, tokenizer:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prompts_go_on_in_a_batch_as_they_do_alone(name: str, tokenizer: Tokenizer) -> None:
+    """trlx#508, OpenRLHF#217: padding on the left moved positions, learned ones too."""
     model = model_of(CONFIGS[name], tokenizer, batch_tokens=48)
     prompts, new = random_tokens(model.decoder.config, 5, 3, 9, 5, 1), 6
     expected = []

@@ -42,7 +42,7 @@ def refusal(model: Model, before: str, after: str) -> str:
 
 
 def test_a_token_that_reaches_over_the_border_is_scored_whole(model: Model) -> None:
-    """In one piece there is a token " whale"; in two, a lone space would end the context, as in no training text."""
+    """lattice#1545, trl#2209: in two pieces a lone space would end the context, as in no training text."""
     assert len(model.tokenizer.encode(" whale")) == 1
     assert scored(model, "The ", "whale") == ("The", " whale")
     assert scored(model, "The", " whale") == ("The", " whale")
@@ -91,6 +91,7 @@ def test_a_continuation_of_no_tokens_is_refused(model: Model) -> None:
 
 
 def test_a_special_token_that_is_written_in_a_text_is_text(model: Model) -> None:
+    """transformers#29279: it became a control token."""
     (ids,) = encode(model, ["The<|endoftext|> whale"], ())
     assert model.tokenizer.eos_id not in ids.tolist()
     assert model.tokenizer.decode(ids.tolist()) == "The<|endoftext|> whale"
