@@ -21,6 +21,7 @@ from moray.jobs.options import bind
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
 from moray.jobs.verbs.doctor import doctor
+from moray.jobs.verbs.evaluate import evaluate
 from moray.jobs.verbs.export import export
 from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
@@ -41,7 +42,8 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb
     for verb in (
-        doctor, prepare, pretrain, submit, status, report, generate, checkpoints, inspect, export, upcycle, demo,
+        doctor, prepare, pretrain, submit, status, report, generate, evaluate, checkpoints, inspect, export, upcycle,
+        demo,
     )
 }  # fmt: skip
 READ_THEIR_OWN_WORDS = ("pretrain", "submit")

@@ -81,10 +81,24 @@ class Decoder(nn.Module):
         padding before a document is not counted.
         documents_BT: document of each token (-1: padding), as ids or as Documents; attention stays within a document.
         """
+        return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT, cache))
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What `logits` reads, [B, T, D]: for callers who need the logits of a few of the tokens only."""
         x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache, None)
-        logits_BTV = F.linear(self.vocabulary.tokens.gather(x_BTD), *self._head())
+        return self.vocabulary.tokens.gather(x_BTD)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the next token behind any tokens that `hidden` gives, [..., D] -> [..., V]."""
+        logits = F.linear(x, *self._head())
         cap = self.config.final_softcap
-        return soft_cap(logits_BTV, cap) if cap else logits_BTV
+        return soft_cap(logits, cap) if cap else logits
 
     def loss(
         self,

@@ -27,6 +27,22 @@ def read_json_lines(file: io.BufferedReader, rules: Rules) -> Iterator[Item]:
     yield from _line_items(_lines(file, rules.max_record_bytes), rules)
 
 
+def read_values(file: io.BufferedReader, limit: int) -> Iterator[tuple[int, Any]]:
+    """The value of every line that is not blank, with the line's number.
+
+    Raises Damage, naming the line, for one that is not JSON or takes more than `limit` bytes.
+    """
+    for number, line in enumerate(_lines(file, limit), 1):
+        if line is None:
+            raise Damage(f"line {number}: a record of more than {limit:,} bytes")
+        if not line.strip(BLANK):
+            continue
+        try:
+            yield number, _parsed(line)
+        except BadRecord as error:
+            raise Damage(f"line {number}: {error}") from None
+
+
 def read_json(file: io.BufferedReader, rules: Rules) -> Iterator[Item]:
     """A document an element of an array, or a line, or, where the file is a single value, a document a file."""
     limit = rules.max_record_bytes

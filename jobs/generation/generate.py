@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moray import UserError
 from moray.data.tokenizer import Tokenizer, load_tokenizer
-from moray.jobs.models.weights import open_whole
+from moray.jobs.models.weights import Weights, open_whole
 from moray.model import Decoder, KVCache
 from moray.model.tensors import tensor_shapes, whole
 
@@ -47,7 +47,11 @@ def load_run(folder: Path, on_refused: Callable[[str], None]) -> tuple[Decoder, 
     A run's tokenizer starts a prompt as it did the documents that the model was trained on, whatever its own default.
     Says of each damaged commit that it passes over what is wrong with it. Raises UserError where none is whole.
     """
-    weights = open_whole(folder, on_refused)
+    return load(open_whole(folder, on_refused))
+
+
+def load(weights: Weights) -> tuple[Decoder, Tokenizer]:
+    """A model in one process, in fp32, on a GPU if there is one; its tokenizer."""
     with torch.device("meta"):
         decoder = Decoder(weights.config)
     decoder = decoder.to_empty(device="cuda" if torch.cuda.is_available() else "cpu").eval()

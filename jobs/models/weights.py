@@ -22,9 +22,10 @@ STRETCHES = ("max_seq_len", "position.theta", "position.scaling")
 class Weights:
     """config, any part of any tensor of it, and the folder that holds its tokenizer, if it has one.
 
-    is_commit: whether it was trained, or made, here, and is no Hugging Face folder.
+    path: the folder that they lie in. is_commit: whether it was trained, or made, here: no Hugging Face folder.
     """
 
+    path: Path
     config: ModelConfig
     read: Read
     tokenizer: Path
@@ -67,8 +68,8 @@ def open_weights(path: Path) -> Weights:
     """
     config = config_of(path)
     if (path / MANIFEST).is_file():
-        return Weights(config, CommitWeights(read_commit(path)).read, tokenizer_of(path), is_commit=True)
-    return Weights(config, HFWeights(path, config).read, path, is_commit=False)
+        return Weights(path, config, CommitWeights(read_commit(path)).read, tokenizer_of(path), is_commit=True)
+    return Weights(path, config, HFWeights(path, config).read, path, is_commit=False)
 
 
 def open_whole(folder: Path, on_refused: Callable[[str], None]) -> Weights:

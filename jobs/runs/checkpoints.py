@@ -35,7 +35,8 @@ def show_checkpoints(run: Path, check: bool, console: Console) -> int:
         problems = verify(commit) if check else []
         wrong += problems
         manifest = commit.manifest
-        layout = [f"{name}={degree}" for name, degree in manifest.metadata.get("layout", {}).items() if degree > 1]
+        stated = manifest.metadata.get("layout", {}).items()
+        layout = [f"{name}={degree}" for name, degree in stated if isinstance(degree, int) and degree > 1]
         table.add_row(
             str(commit.step),
             datetime.fromisoformat(manifest.created).astimezone().strftime("%Y-%m-%d %H:%M"),

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 import zstandard
 
 from moray import UserError
+from moray.data.reading.json_files import read_values
+from moray.data.reading.records import Damage
 
 Read = Callable[..., Any]
 
@@ -168,3 +171,23 @@ def test_a_record_beyond_any_size_costs_itself_alone(tmp_path: Path, read: Read,
     outcome = read(tmp_path / name, max_document_bytes=1024)
     assert list(outcome.texts.values()) == ["a", "b"]
     assert [line.rpartition(": ")[2] for line in outcome.lost("too long")] == ["a record of more than 4,096 bytes"] * 2
+
+
+def test_the_values_of_lines_come_with_their_numbers() -> None:
+    lines = b'\xef\xbb\xbf{"a": 1}\n\n[2]\n'
+    assert list(read_values(io.BufferedReader(io.BytesIO(lines)), 100)) == [(1, {"a": 1}), (3, [2])]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b'{"a"\n', r"line 2: not JSON"),
+        (b'"\xff"\n', "line 2: not UTF-8"),
+        (b"1" * 200, "line 2: a record of more than"),
+    ],
+)
+def test_a_line_without_a_value_is_damage(line: bytes, why: str) -> None:
+    values = read_values(io.BufferedReader(io.BytesIO(b"{}\n" + line)), 100)  # type: ignore[arg-type]
+    assert next(values) == (1, {})
+    with pytest.raises(Damage, match=why):
+        next(values)

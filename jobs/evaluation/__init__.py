@@ -1,0 +1,1 @@
+"""How good a model is: at choosing, at predicting text, at answering."""
