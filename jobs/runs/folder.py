@@ -22,6 +22,7 @@ from moray.jobs.runs.files import partial_path, replace_file
 from moray.model import ModelConfig
 from moray.model.accounting.cost import training_state_bytes
 from moray.parallel.checkpoint.commits import Commit, list_commits, verify
+from moray.parallel.layout import Layout
 
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
 _FIXED = ("seed", "global_batch", "seq_len")
@@ -147,7 +148,8 @@ def _deciding_bits(train: dict[str, Any], layout: dict[str, Any]) -> dict[str, A
     """What train.exact is exact for."""
     settings = {"train.exact": train.get("exact", False), "train.micro_batch": train["micro_batch"]}
     settings["train.recompute"] = train.get("recompute", "none")
-    return settings | {f"layout.{name}": layout[name] for name in ("tp", "ep")}
+    deciding = ("tp", "ep", "ep_nodes", "dispatcher", "placement", "wire")  # of which older commits have two
+    return settings | {f"layout.{name}": layout.get(name, Layout.model_fields[name].default) for name in deciding}
 
 
 @contextmanager

@@ -50,6 +50,7 @@ def commit(config: RunConfig, step: int = 8, position: int = 32) -> Commit:
         ({"layout__tp": "2", "cluster__workers": "2"}, "layout.tp=2 (there: 1)"),
         ({"train__exact": "false"}, "train.exact=False (there: True)"),
         ({"train__recompute": "selective"}, "train.recompute=selective (there: none)"),
+        ({"layout__dispatcher": "allgather"}, "layout.dispatcher=allgather (there: alltoall)"),
     ],
 )
 def test_a_run_in_exact_mode_keeps_what_its_bits_depend_on(
