@@ -116,7 +116,7 @@ def _meaning_of(name: str) -> str | None:
 def _look_at(folder: Path, question_id: str) -> FolderFacts:
     if not folder.is_dir():
         return FolderFacts(is_there=False)
-    probe = folder / f"{MARK}{question_id}-{socket.gethostname()}"
+    probe = folder / f"{MARK}{question_id}-{socket.gethostname()}-{os.getpid()}"
     is_writable, has_locks, problem, index = False, False, None, None
     try:
         if (folder / "index.json").is_file():

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pool import Pool
 
 import moray.jobs.doctor.meeting as meeting_module
-from moray.jobs.doctor.facts import Question, look
+from moray.jobs.doctor.facts import Question, _look_at, look
 from moray.jobs.doctor.meeting import MAX_ROUNDS, meet, rounds
 
 CPU = torch.device("cpu")
@@ -61,6 +61,16 @@ def test_what_a_killed_doctor_left_is_removed_once_it_is_old(moray: Callable[...
     os.utime(old, (time.time() - 7200,) * 2)
     assert moray("doctor", "--run-dir", tmp_path).code == 0
     assert [*tmp_path.iterdir()] == [of_another]
+
+
+def looks(folder: str) -> list[bool]:
+    return [_look_at(Path(folder), "ab").is_writable for _ in range(300)]
+
+
+def test_processes_of_one_host_that_look_at_a_folder_at_once_do_not_disturb_each_other(
+    pool: Pool, tmp_path: Path
+) -> None:
+    assert pool.run(looks, 2, str(tmp_path)) == [[True] * 300] * 2
 
 
 def meet_with_own_folder(run: list[str], data: str) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def add_devices(run: Path, layers: int, experts: int, devices: int) -> dict[int,
         }
         if row["step"] % KEPT_EVERY == 0:
             made |= {"expert_load": load.tolist(), "device_load": of_devices.tolist()}
+        for name in ("expert_load", "device_load"):
+            row.pop(name, None)  # a short run has them in every row
         row |= made
         written[row["step"]] = made
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
