@@ -1,6 +1,6 @@
 """Expert parallelism beside sharding alone, at equal work: step time, what is waited for, and what travels.
 
-    python benchmarks/dispatch.py [--workers 2] [--rounds 3] [--steps 5] [--preset demo-moe] [--traffic]
+    python benchmarks/dispatch.py [--workers 2] [--rounds 3] [--steps 6] [--preset demo-moe] [--traffic]
 
 Routers' choices are drawn: evenly, or with the first rank's experts three times as often as the others, and then again
 with experts placed by that (layout.placement). All cases take turns, each time in processes of their own; a step is
@@ -14,20 +14,17 @@ other node); and once for each expert, as it was.
 """
 
 import argparse
-import multiprocessing as mp
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from workers import moray_step
+from workers import moray_step, on_ranks, parser_of
 
 from moray.cluster.host_memory import keep_freed_memory
 from moray.model import ModelConfig
@@ -164,25 +161,6 @@ def work(
     begin.wait()
 
 
-def measure(layout: Layout, router: str, options: argparse.Namespace) -> list[Any]:
-    """What each rank has found."""
-    context = mp.get_context("fork")
-    begin = context.Barrier(options.workers)
-    with tempfile.TemporaryDirectory() as folder:
-        ends, processes = [], []
-        for rank in range(options.workers):
-            mine, theirs = context.Pipe()
-            arguments = (rank, layout, router, options, str(Path(folder, "store")), begin, theirs)
-            processes.append(context.Process(target=work, args=arguments))
-            processes[-1].start()
-            theirs.close()
-            ends.append(mine)
-        found = [end.recv() for end in ends]
-        for process in processes:
-            process.join()
-    return found
-
-
 def tell_traffic(options: argparse.Namespace) -> None:
     print(
         "| router | layout | rows a token | by hand: once a rank | between two nodes | once an expert | bytes a token |"
@@ -191,21 +169,16 @@ def tell_traffic(options: argparse.Namespace) -> None:
     for router in ("even", "skewed"):
         for name, layout in layouts(options.workers).items():
             if layout.ep > 1:
-                means = map(statistics.mean, zip(*measure(layout, router, options), strict=True))
+                means = map(
+                    statistics.mean, zip(*on_ranks(work, options.workers, layout, router, options), strict=True)
+                )
                 rows, sent, *counted = means
                 by_hand = " | ".join(f"{count:.3f}" for count in counted)
                 print(f"| {router} | {name} | {rows:.3f} | {by_hand} | {sent:,.0f} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--preset", default="demo-moe")
-    parser.add_argument("--batch", type=int, default=16, help="sequences of a step, of all workers")
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser = parser_of(__doc__)
     parser.add_argument("--traffic", action="store_true")
     options = parser.parse_args()
     print(f"{options.workers} workers, torch {torch.__version__}")
@@ -216,7 +189,7 @@ def main() -> None:
     found: dict[tuple[str, str], list[tuple[float, float]]] = {case: [] for case in cases}
     for _ in range(options.rounds):
         for router, name in cases:
-            of_ranks = measure(layouts(options.workers)[name], router, options)
+            of_ranks = on_ranks(work, options.workers, layouts(options.workers)[name], router, options)
             seconds, waited = zip(*of_ranks, strict=True)
             found[router, name].append((max(seconds), statistics.mean(waited)))
     print("| router | layout | s a step | speed, of dp_shard | waited |\n|---|---|---|---|---|")

@@ -157,23 +157,28 @@ def work(rank: int, name: str, options: argparse.Namespace, store: str, begin: A
     begin.wait()  # nobody goes while others compute
 
 
-def measure(name: str, options: argparse.Namespace) -> list[Any]:
-    """Each rank's seconds a step, or with --split where they go."""
+def on_ranks(work: Callable[..., None], workers: int, *arguments: Any) -> list[Any]:
+    """What `work(rank, *arguments, store, begin, pipe)` sends, on as many processes, in the order of the ranks."""
     context = mp.get_context("fork")
-    begin = context.Barrier(options.workers)
+    begin = context.Barrier(workers)
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
-        for rank in range(options.workers):
+        for rank in range(workers):
             mine, theirs = context.Pipe()
-            arguments = (rank, name, options, str(Path(folder, "store")), begin, theirs)
-            processes.append(context.Process(target=work, args=arguments))
-            processes[-1].start()
+            process = context.Process(target=work, args=(rank, *arguments, str(Path(folder, "store")), begin, theirs))
+            process.start()
             theirs.close()
+            processes.append(process)
             ends.append(mine)
         found = [end.recv() for end in ends]
         for process in processes:
             process.join()
     return found
+
+
+def measure(name: str, options: argparse.Namespace) -> list[Any]:
+    """Each rank's seconds a step, or with --split where they go."""
+    return on_ranks(work, options.workers, name, options)
 
 
 def rate(seconds: list[float], options: argparse.Namespace) -> float:
@@ -196,8 +201,9 @@ def tell_split(names: list[str], options: argparse.Namespace) -> None:
             print(f"| {name} | {step:.2f} | {shares} | {sent / 1e6:,.0f} | {least / 1e6:,.0f} |", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Of how many workers compute how many steps of what."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
@@ -205,6 +211,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences of a step, of all workers")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains one of these words")
     parser.add_argument("--give-back", action="store_true", help="freed memory goes back to the system, as by default")
     parser.add_argument("--split", action="store_true", help="where a step's time goes, and the bytes that travel")

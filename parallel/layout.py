@@ -247,6 +247,7 @@ class _MeshBuilder:
 def hops(world_size: int, ep: int, nodes: int) -> list[list[list[int]]]:
     """How the world is cut into groups of ranks, once for each hop that a token takes to its experts' rank: straight
     there; over several nodes first to the rank at the same place of their node, and then within it.
+    Source: DeepSeek-V3, section 3.2.2.
     """
     firsts, within = range(0, world_size, ep), ep // nodes
     if nodes == 1 or within == 1:

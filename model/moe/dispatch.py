@@ -17,6 +17,7 @@ from torch import Tensor
 from moray.model.recompute import cheap
 
 TAIL = 256
+"""Most places in a sum of those that are none."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Order:
 
 
 def by_expert(assigned: Assigned, n_experts: int) -> Order:
+    """Rows keep their order within an expert, as the sort is stable; what is no assignment is last, and not counted."""
     order_M, counts_E1 = assigned.expert_A.argsort(stable=True), counted(assigned.expert_A, n_experts + 1)
     return Order(order_M, assigned.row_A[order_M], invert(order_M), counts_E1[:-1])
 

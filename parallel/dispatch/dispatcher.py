@@ -61,8 +61,8 @@ class ExpertDispatcher(SequenceSlice):
         for wire in self._wires:
             held //= wire.ranks
             hops.append(partial(self._hop, held=held, wire=wire))
-        # What goes where was found with the first pass over a layer, if there is a second one.
         found = replace(assigned, gate_A=assigned.gate_A.detach())
+        # What goes where was found with the first pass over a layer, if there is a second one.
         route = once(lambda: Route(found, hops, self._partials, held))
         ticket: Tensor = Start.apply(x_ND, assigned.gate_A, route)
         return ticket, route
