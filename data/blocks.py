@@ -6,7 +6,7 @@ import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -18,17 +18,20 @@ from moray.data.index import Extent, Sample, Shard
 CACHE_BYTES = 256 << 20
 RETRY_S = 0.5
 
+FIRST = 128
+"""Flag of a document's first token, beside those that `shards` writes."""
+
 
 @dataclass(frozen=True)
 class Block:
-    """The tokens of some whole documents, and a flag on each document's first token."""
+    """The tokens of some whole documents, and the flags of each."""
 
     tokens: np.ndarray  # uint16 or uint32 [tokens]
-    first: np.ndarray  # bool [tokens]
+    flags: np.ndarray  # uint8 [tokens]
 
     @cached_property
     def nbytes(self) -> int:
-        return self.tokens.nbytes + self.first.nbytes
+        return self.tokens.nbytes + self.flags.nbytes
 
 
 class BlockReader:
@@ -47,7 +50,7 @@ class BlockReader:
         self._lock = threading.Lock()
 
     def read(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) of a shard, cut at its end, and whether each begins a document; int64 and bool.
+        """Tokens [start, stop) of a shard, cut at its end, and their flags; int64 and uint8.
 
         Raises UserError naming shard, sample and byte where the file is not what the index says.
         """
@@ -55,13 +58,13 @@ class BlockReader:
         stop = min(stop, int(starts[-1]))
         first_block = int(np.searchsorted(starts, start, side="right")) - 1
         last_block = int(np.searchsorted(starts, stop, side="left")) - 1
-        tokens, first = [], []
+        tokens, flags = [], []
         for number in range(first_block, last_block + 1):
             block = self._block(shard, number)
             part = slice(max(start - int(starts[number]), 0), stop - int(starts[number]))
             tokens.append(block.tokens[part])
-            first.append(block.first[part])
-        return np.concatenate(tokens).astype(np.int64), np.concatenate(first)
+            flags.append(block.flags[part])
+        return np.concatenate(tokens).astype(np.int64), np.concatenate(flags)
 
     def _block(self, shard: int, number: int) -> Block:
         with self._lock:
@@ -83,21 +86,21 @@ class BlockReader:
             return self._load(shard, sample)
 
     def _load(self, shard: Shard, sample: Sample) -> Block:
-        tokens_npy, ends_npy = (self._member(shard, sample, extent) for extent in (sample.tokens, sample.ends))
-        if zlib.crc32(ends_npy, zlib.crc32(tokens_npy)) != sample.crc32:
+        parts = [sample.tokens, sample.ends, *([sample.mask] if sample.mask else [])]
+        members = [self._member(shard, sample, extent) for extent in parts]
+        if reduce(lambda crc, npy: zlib.crc32(npy, crc), members, 0) != sample.crc32:
             raise self._damage(shard, sample, sample.tokens.offset, "the checksum differs from the index")
         try:
-            tokens, ends = (
-                np.lib.format.read_array(io.BytesIO(npy), allow_pickle=False) for npy in (tokens_npy, ends_npy)
-            )
+            arrays = [np.lib.format.read_array(io.BytesIO(npy), allow_pickle=False) for npy in members]
         except ValueError as error:
             raise self._damage(shard, sample, sample.tokens.offset, f"no array of numbers ({error})") from None
-        if (tokens.shape, ends.shape) != ((sample.n_tokens,), (sample.n_documents,)):
+        shapes = [(sample.n_tokens,), (sample.n_documents,), (sample.n_tokens,)]
+        if [array.shape for array in arrays] != shapes[: len(arrays)]:
             raise self._damage(shard, sample, sample.tokens.offset, "arrays of other shapes than the index says")
-        first = np.zeros(len(tokens), dtype=bool)
-        first[0] = True
-        first[ends[:-1]] = True
-        return Block(tokens, first)
+        tokens, ends, flags = arrays if sample.mask else (*arrays, np.zeros(len(arrays[0]), np.uint8))
+        flags[0] |= FIRST
+        flags[ends[:-1]] |= FIRST
+        return Block(tokens, flags)
 
     def _member(self, shard: Shard, sample: Sample, extent: Extent) -> bytes:
         try:

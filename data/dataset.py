@@ -2,7 +2,7 @@
 
     folder/index.json               written last; without it the folder is not a dataset
     folder/train.shards.npy, train.samples.npy, validation. ...     the index's arrays
-    folder/tokenizer.json, tokenizer_config.json
+    folder/tokenizer.json, tokenizer_config.json, chat_template.jinja
     folder/train-00000.tar, validation-00000.tar, ...
 
 A sample is a block of whole documents; the tokens of a shard are those of its samples, one after another.
@@ -30,9 +30,10 @@ from moray.data.index import (
     SHARD,
     VERSION,
     Extent,
+    Kind,
     Sample,
     Split,
-    array_names,
+    arrays_of,
     digest_of,
     fingerprint_of,
     shard_name,
@@ -54,6 +55,7 @@ class Dataset:
     pad_id: int
     splits: Mapping[str, Split]
     arrays: Mapping[str, str]
+    kind: Kind = "text"
 
     @classmethod
     def open(cls, folder: str | Path) -> "Dataset":
@@ -80,8 +82,8 @@ class Dataset:
             raise UserError(f"{folder}/{INDEX} names {odd[0]!r}, which is no file of its own folder")
         try:
             splits = _parse_version_1(folder, index) if version == 1 else _open_arrays(folder, fs, root, index)
-            arrays = index.get("arrays", {})
-            return cls(folder, index["fingerprint"], index["vocab_size"], index["pad_id"], splits, arrays)
+            identity = index["fingerprint"], index["vocab_size"], index["pad_id"]
+            return cls(folder, *identity, splits, index.get("arrays", {}), index.get("kind", "text"))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}/{INDEX} is no index of version {version} ({error!r}); {_REMEDY}") from None
 
@@ -151,13 +153,14 @@ def _open_arrays(folder: str, fs: AbstractFileSystem, root: str, index: dict[str
         raise UserError(f"{folder}/{INDEX} is damaged: its content does not match its digest; {_REMEDY}")
     splits = {}
     for name in index["splits"]:
-        shards, samples = (
-            _array(f"{folder}/{file}", fs, f"{root}/{file}", dtype)
-            for file, dtype in zip(array_names(name), (SHARD, SAMPLE), strict=True)
-        )
-        if len(samples) != (shards["end"][-1] if len(shards) else 0):
-            raise UserError(f"{folder}/{array_names(name)[1]} is damaged: it has {len(samples)} samples; {_REMEDY}")
-        splits[name] = Split(name, shards, samples)
+        files = arrays_of(name, index.get("kind", "text"))
+        arrays = [_array(f"{folder}/{file}", fs, f"{root}/{file}", dtype) for file, dtype in files.items()]
+        shards, *others = arrays
+        there = shards["end"][-1] if len(shards) else 0, shards["n_documents"].sum()
+        for file, array, expected in zip(list(files)[1:], others, there, strict=False):
+            if len(array) != expected:
+                raise UserError(f"{folder}/{file} is damaged: it has {len(array)} records; {_REMEDY}")
+        splits[name] = Split(name, *arrays)
     return splits
 
 

@@ -2,6 +2,7 @@
 
     SPLIT.shards.npy     a record a shard
     SPLIT.samples.npy    a record a sample, shard after shard
+    SPLIT.lengths.npy    the tokens of each document, shard after shard, but for plain text: rows are packed by them
     index.json           the digests of these arrays, the fingerprint of the data, and what a model must know of them
 
 Names are not stored: shard 3 of `train` is `train-00003.tar`, and its sample 5 has the key `train-00003-000005`.
@@ -14,15 +15,22 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 INDEX = "index.json"
-VERSION = 2
+VERSION = 3
+
+Kind = Literal["text", "chat", "preference", "prompts"]
+"""What a dataset's documents are: texts; dialogues; pairs of dialogues, the chosen one first; prompts that await an
+answer. All but texts are whole to whoever reads them, and have flags.
+"""
 
 _LENGTHS = "ends_length ends_offset json_length json_offset n_documents n_tokens tokens_length tokens_offset"
 SAMPLE = np.dtype([("crc32", "<u4"), *((name, "<i8") for name in _LENGTHS.split())])
+FLAGGED_SAMPLE = np.dtype([*SAMPLE.descr, ("mask_length", "<i8"), ("mask_offset", "<i8")])
+LENGTH = np.dtype("<u4")
 SHARD = np.dtype([("size", "<i8"), ("sha256", "S64"), ("n_tokens", "<i8"), ("n_documents", "<i8"), ("end", "<i8")])
 """`end` is the number of samples in this shard and all before it."""
 
@@ -37,7 +45,10 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A block of whole documents inside a shard. The crc32 is of the tokens member, continued over the ends member."""
+    """A block of whole documents inside a shard.
+
+    The crc32 is of the tokens member, continued over the ends member and, if there is one, the mask member.
+    """
 
     key: str
     n_tokens: int
@@ -46,12 +57,14 @@ class Sample:
     ends: Extent
     json: Extent
     crc32: int
+    mask: Extent | None = None
 
     @property
     def record(self) -> tuple[int, ...]:
-        """What SAMPLE describes."""
+        """What SAMPLE, or FLAGGED_SAMPLE, describes."""
         ends, names, tokens = ((part.length, part.offset) for part in (self.ends, self.json, self.tokens))
-        return (self.crc32, *ends, *names, self.n_documents, self.n_tokens, *tokens)
+        mask = (self.mask.length, self.mask.offset) if self.mask else ()
+        return (self.crc32, *ends, *names, self.n_documents, self.n_tokens, *tokens, *mask)
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Shard:
     sha256: str
     n_tokens: int
     n_documents: int
-    records: np.ndarray  # SAMPLE [samples]
+    records: np.ndarray  # SAMPLE or FLAGGED_SAMPLE [samples]
 
     @property
     def starts(self) -> np.ndarray:
@@ -71,8 +84,10 @@ class Shard:
         return np.concatenate([[0], np.cumsum(self.records["n_tokens"])])
 
     def sample(self, number: int) -> Sample:
-        row = dict(zip(SAMPLE.names or (), self.records[number].tolist(), strict=True))
-        extents = {part: Extent(row[f"{part}_offset"], row[f"{part}_length"]) for part in ("tokens", "ends", "json")}
+        names = self.records.dtype.names or ()
+        row = dict(zip(names, self.records[number].tolist(), strict=True))
+        parts = ("tokens", "ends", "json", *(("mask",) if "mask_offset" in names else ()))
+        extents = {part: Extent(row[f"{part}_offset"], row[f"{part}_length"]) for part in parts}
         key = sample_key(self.name, number)
         return Sample(key, row["n_tokens"], row["n_documents"], **extents, crc32=row["crc32"])
 
@@ -83,7 +98,8 @@ class Split:
 
     name: str
     shards: np.ndarray  # SHARD [shards]
-    samples: np.ndarray  # SAMPLE [samples]
+    samples: np.ndarray  # SAMPLE or FLAGGED_SAMPLE [samples]
+    all_lengths: np.ndarray | None = None  # LENGTH [documents]; None: of plain text
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -96,6 +112,12 @@ class Split:
         size, sha256, n_tokens, n_documents, end = self.shards[number].tolist()
         name = shard_name(self.name, number)
         return Shard(name, size, sha256.decode(), n_tokens, n_documents, self.samples[first:end])
+
+    def lengths(self, number: int) -> np.ndarray:
+        """The tokens of each document of a shard, int64 [documents]; not of plain text, where nobody asks."""
+        assert self.all_lengths is not None
+        end = int(self.shards["n_documents"][: number + 1].sum())
+        return self.all_lengths[end - int(self.shards["n_documents"][number]) : end].astype(np.int64)
 
     @property
     def n_tokens(self) -> int:
@@ -117,7 +139,7 @@ class GrowingArray:
     def __len__(self) -> int:
         return self._length
 
-    def append(self, record: tuple[Any, ...]) -> None:
+    def append(self, record: Any) -> None:
         self._file.write(np.array([record], self._dtype).tobytes())
         self._length += 1
 
@@ -148,23 +170,27 @@ def sample_key(shard: str, number: int) -> str:
     return f"{shard.removesuffix('.tar')}-{number:06d}"
 
 
-def array_names(split: str) -> tuple[str, str]:
-    """The files of a split's shards and samples."""
-    return f"{split}.shards.npy", f"{split}.samples.npy"
+def arrays_of(split: str, kind: Kind) -> dict[str, np.dtype]:
+    """The files of a split's index, and what they hold: shards, samples and, but for text, lengths."""
+    shards, samples, lengths = (f"{split}.{name}.npy" for name in ("shards", "samples", "lengths"))
+    if kind == "text":
+        return {shards: SHARD, samples: SAMPLE}
+    return {shards: SHARD, samples: FLAGGED_SAMPLE, lengths: LENGTH}
 
 
-def write_index(folder: Path, vocab_size: int, pad_id: int, splits: Mapping[str, Split]) -> str:
+def write_index(folder: Path, vocab_size: int, pad_id: int, splits: Mapping[str, Split], kind: Kind = "text") -> str:
     """Writes `index.json` atomically, beside the arrays that are there, and returns the fingerprint."""
     tokenizer_sha256 = _sha256(folder / "tokenizer.json")
     fingerprint = fingerprint_of(vocab_size, pad_id, tokenizer_sha256, splits)
     index = {
         "version": VERSION,
+        "kind": kind,
         "fingerprint": fingerprint,
         "vocab_size": vocab_size,
         "pad_id": pad_id,
         "tokenizer_sha256": tokenizer_sha256,
         "splits": list(splits),
-        "arrays": {name: _sha256(folder / name) for split in splits for name in array_names(split)},
+        "arrays": {name: _sha256(folder / name) for split in splits for name in arrays_of(split, kind)},
     }
     partial = folder / (INDEX + ".partial")
     with open(partial, "w") as file:
@@ -188,7 +214,8 @@ def digest_of(index: Mapping[str, Any]) -> str:
 def fingerprint_of(vocab_size: int, pad_id: int, tokenizer_sha256: str, splits: Mapping[str, Split]) -> str:
     """What tells datasets apart: through the shards' digests it covers every byte of the data, wherever it lies.
 
-    It is the sha256 of the index as version 1 wrote it, whichever version holds it: runs remember it.
+    It is the sha256 of the index as version 1 wrote it, whichever version holds it: runs remember it. Masks are in the
+    shards' digests.
     """
     sha256 = hashlib.sha256(f'{{"pad_id":{pad_id},"splits":{{'.encode())
     for count, name in enumerate(sorted(splits)):
@@ -208,7 +235,7 @@ _SAMPLE_AS_VERSION_1 = (
 
 
 def _as_version_1(shard: Shard) -> str:
-    records = enumerate(shard.records.tolist())
+    records = enumerate(shard.records[list(SAMPLE.names or ())].tolist())
     samples = ",".join(
         _SAMPLE_AS_VERSION_1.format(*record, key=sample_key(shard.name, number)) for number, record in records
     )

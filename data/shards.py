@@ -5,6 +5,9 @@ A sample is a block of whole documents of about 64K tokens, in three members of 
     KEY.tokens.npy  uint16 or uint32 [tokens]     the documents' tokens, one after another
     KEY.ends.npy    int64 [documents]             where each ends (exclusive) within the block
     KEY.json        {"documents": [key, ...]}     which they are
+    KEY.mask.npy    uint8 [tokens]                but for plain text: TRAINED and USER_TURN of each token
+
+Beside the keys of prompts stand their `references`, any JSON.
 """
 
 import hashlib
@@ -15,14 +18,20 @@ import tarfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from webdataset.writer import TarWriter
 
-from moray.data.index import SAMPLE, SHARD, Extent, GrowingArray, Sample, Split, array_names, sample_key, shard_name
+from moray.data.index import Extent, GrowingArray, Kind, Sample, Split, arrays_of, sample_key, shard_name
 
 BLOCK_TOKENS = 1 << 16
 SHARD_TOKENS = 16 << 20
+
+TRAINED = 1
+"""Flag of a token that is a target: of an answer, or its end."""
+USER_TURN = 2
+"""Flag of the first token of a user's turn, where a dialogue that is too long may begin."""
 
 
 class ShardFile:
@@ -91,27 +100,54 @@ class SplitWriter:
     """
 
     def __init__(
-        self, folder: Path, split: str, block_tokens: int = BLOCK_TOKENS, shard_tokens: int = SHARD_TOKENS
+        self,
+        folder: Path,
+        split: str,
+        block_tokens: int = BLOCK_TOKENS,
+        shard_tokens: int = SHARD_TOKENS,
+        kind: Kind = "text",
     ) -> None:
         self._folder, self._split = folder, split
         self._block_tokens, self._shard_tokens = block_tokens, shard_tokens
         self._shard: ShardFile | None = None
         self._keys: list[str] = []
         self._block: list[np.ndarray] = []
+        self._flags: list[np.ndarray] = []
+        self._references: list[Any] = []
         self._n_block = 0
-        shards, samples = array_names(split)
-        self._shards, self._samples = GrowingArray(folder / shards, SHARD), GrowingArray(folder / samples, SAMPLE)
+        arrays = [GrowingArray(folder / name, dtype) for name, dtype in arrays_of(split, kind).items()]
+        self._shards, self._samples = arrays[:2]
+        self._lengths = None if kind == "text" else arrays[2]
+        self._has_references = kind == "prompts"
         self._n_tokens = self._n_documents = self._n_samples = 0  # of the shard
         self.highest_id = 0  # of all tokens so far
 
-    def add(self, key: str, tokens: np.ndarray) -> None:
-        """Appends a document, start and EOS included, in the dtype to be stored."""
+    def add(
+        self,
+        key: str,
+        tokens: np.ndarray,
+        flags: np.ndarray | None = None,
+        *,
+        reference: Any = None,
+        together: bool = False,
+    ) -> None:
+        """Appends a document, start and end included, in the dtype to be stored.
+
+        flags (uint8, [tokens]): of all kinds but text. reference: what a prompt's answer is compared with.
+        together: in the block of the document before it.
+        """
         self.highest_id = max(self.highest_id, int(tokens.max()))
-        if self._block and self._n_block + len(tokens) > self._block_tokens:
+        if self._block and not together and self._n_block + len(tokens) > self._block_tokens:
             self._end_block()
         self._n_block += len(tokens)
         self._keys.append(key)
         self._block.append(tokens)
+        if flags is not None:
+            self._flags.append(flags)
+        if self._has_references:
+            self._references.append(reference)
+        if self._lengths is not None:
+            self._lengths.append(len(tokens))
 
     def finish(self) -> Split:
         """Writes what is left and describes all of it."""
@@ -119,12 +155,13 @@ class SplitWriter:
             self._end_block()
         if self._shard:
             self._end_shard(self._shard)
-        return Split(self._split, self._shards.finish(), self._samples.finish())
+        lengths = self._lengths.finish() if self._lengths is not None else None
+        return Split(self._split, self._shards.finish(), self._samples.finish(), lengths)
 
     def close(self) -> None:
         """Lets go of the open files, if writing was given up."""
-        for file in (self._shard, self._shards, self._samples):
-            if file:
+        for file in (self._shard, self._shards, self._samples, self._lengths):
+            if file is not None:  # an array without a record counts as false
                 file.close()
 
     def _end_block(self) -> None:
@@ -136,8 +173,10 @@ class SplitWriter:
         if self._shard is None:
             self._shard = ShardFile(self._folder / name)
         tokens_npy, ends_npy = _npy(tokens), _npy(ends)
-        names = json.dumps({"documents": self._keys}).encode()
-        members = {"tokens.npy": tokens_npy, "ends.npy": ends_npy, "json": names}
+        mask_npy = _npy(np.concatenate(self._flags)) if self._flags else b""
+        names = {"documents": self._keys} | ({"references": self._references} if self._has_references else {})
+        members = {"tokens.npy": tokens_npy, "ends.npy": ends_npy, "json": json.dumps(names).encode()}
+        members |= {"mask.npy": mask_npy} if mask_npy else {}
         key = sample_key(name, self._n_samples)
         extents = self._shard.add(key, members)
         sample = Sample(
@@ -147,12 +186,13 @@ class SplitWriter:
             tokens=extents["tokens.npy"],
             ends=extents["ends.npy"],
             json=extents["json"],
-            crc32=zlib.crc32(ends_npy, zlib.crc32(tokens_npy)),
+            crc32=zlib.crc32(mask_npy, zlib.crc32(ends_npy, zlib.crc32(tokens_npy))),
+            mask=extents.get("mask.npy"),
         )
         self._samples.append(sample.record)
         self._n_tokens, self._n_documents = self._n_tokens + len(tokens), self._n_documents + len(ends)
         self._n_samples += 1
-        self._keys, self._block, self._n_block = [], [], 0
+        self._keys, self._block, self._flags, self._references, self._n_block = [], [], [], [], 0
 
     def _end_shard(self, shard: ShardFile) -> None:
         sha256 = shard.finish().encode()

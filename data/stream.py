@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from moray import UserError
-from moray.data.blocks import CACHE_BYTES, BlockReader
+from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
-from moray.data.order import Order, sequence_counts
-
-IGNORE = -100  # torch's cross_entropy leaves such targets out
+from moray.data.order import Order
+from moray.data.rows import LongDialogues, Rows, padding, rows_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Batch:
     """This rank's lanes of global batch `step`; all tensors are int64 [B, T].
 
     A document's first token is never a target: documents do not predict each other. Every other token of a split is a
-    target exactly once an epoch.
+    target exactly once an epoch; of dialogues, those of answers and their ends.
     """
 
     tokens_BT: torch.Tensor
@@ -58,14 +57,14 @@ class Stream:
         lanes: Sequence[int],
         prefetch: int = 2,
         cache_bytes: int = CACHE_BYTES,
+        long_dialogues: LongDialogues = "cut",
     ) -> None:
         _check(dataset, split, seq_len, global_batch, lanes)
         self._lanes = np.asarray(lanes)
         self.seq_len, self.global_batch, self.seed, self.lanes = seq_len, global_batch, seed, lanes
         self._prefetch = prefetch
-        self._pad_id = dataset.pad_id
-        self._order = Order(_counts(dataset, split, seq_len), seed)
-        self._reader = BlockReader(dataset, split, cache_bytes)
+        self._rows = rows_of(dataset, split, seq_len, cache_bytes, long_dialogues)
+        self._order = Order(self._rows.counts, seed)
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -75,11 +74,8 @@ class Stream:
         """This rank's lanes of global batch n: a pure function of n."""
         first = n * self.global_batch
         places = self._order.locate(first + self._lanes)
-        rows = [
-            _row(self._reader, shard, sequence, self.seq_len, self._pad_id)
-            for shard, sequence in zip(places.shards.tolist(), places.sequences.tolist(), strict=True)
-        ]
-        return _stack(rows, first, n)
+        where = zip(places.shards.tolist(), places.sequences.tolist(), strict=True)
+        return _stack([self._rows.row(shard, number) for shard, number in where], first, n)
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """Batches start, start + 1, …, read ahead by a thread that lives as long as the iterator.
@@ -120,59 +116,40 @@ class Stream:
 
 
 def evaluation_batches(
-    dataset: Dataset, split: str, *, seq_len: int, global_batch: int, lanes: Sequence[int]
+    dataset: Dataset,
+    split: str,
+    *,
+    seq_len: int,
+    global_batch: int,
+    lanes: Sequence[int],
+    long_dialogues: LongDialogues = "cut",
 ) -> Iterator[Batch]:
     """The whole split once, in file order: equally many batches for every rank; lanes beyond the end are all masked.
 
     Raises UserError as `Stream` does.
     """
     _check(dataset, split, seq_len, global_batch, lanes)
-    return _evaluation_batches(dataset, split, seq_len, global_batch, lanes)
+    rows = rows_of(dataset, split, seq_len, 0 if dataset.kind == "text" else CACHE_BYTES, long_dialogues)
+    return _evaluation_batches(rows, padding(seq_len, dataset.pad_id), global_batch, lanes)
 
 
-def _evaluation_batches(
-    dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: Sequence[int]
-) -> Iterator[Batch]:
-    reader = BlockReader(dataset, split, cache_bytes=0)
-    ends = np.cumsum(_counts(dataset, split, seq_len))
+def _evaluation_batches(all_rows: Rows, empty: np.ndarray, global_batch: int, lanes: Sequence[int]) -> Iterator[Batch]:
+    ends = np.cumsum(all_rows.counts)
     for step, first in enumerate(range(0, int(ends[-1]), global_batch)):
         rows = []
         for position in (first + lane for lane in lanes):
             if position < ends[-1]:
                 shard = int(np.searchsorted(ends, position, side="right"))
                 sequence = position - (int(ends[shard - 1]) if shard else 0)
-                rows.append(_row(reader, shard, sequence, seq_len, dataset.pad_id))
+                rows.append(all_rows.row(shard, sequence))
             else:
-                rows.append(_padding(seq_len, dataset.pad_id))
+                rows.append(empty)
         yield _stack(rows, first, step)
-
-
-# A row is the four int64 arrays [T] of a lane: tokens, targets, positions, documents.
-def _row(reader: BlockReader, shard: int, sequence: int, seq_len: int, pad_id: int) -> np.ndarray:
-    tokens, first = reader.read(shard, sequence * seq_len, (sequence + 1) * seq_len + 1)
-    n = len(tokens) - 1  # less than seq_len only at the end of a shard
-    row = _padding(seq_len, pad_id)
-    row[0, :n] = tokens[:-1]
-    row[1, :n] = np.where(first[1:], IGNORE, tokens[1:])
-    begins = first[:-1].copy()
-    begins[0] = False  # the row's first document is number 0, whether or not it begins here
-    offsets = np.arange(n)
-    row[2, :n] = offsets - np.maximum.accumulate(np.where(begins, offsets, 0))
-    row[3, :n] = np.cumsum(begins)
-    return row
-
-
-def _padding(seq_len: int, pad_id: int) -> np.ndarray:
-    return np.repeat(np.array([[pad_id], [IGNORE], [0], [-1]], np.int64), seq_len, axis=1)
 
 
 def _stack(rows: list[np.ndarray], first: int, step: int) -> Batch:
     tokens_BT, targets_BT, positions_BT, documents_BT = torch.from_numpy(np.stack(rows, axis=1))
     return Batch(tokens_BT, targets_BT, positions_BT, documents_BT, first, step)
-
-
-def _counts(dataset: Dataset, split: str, seq_len: int) -> np.ndarray:
-    return sequence_counts(dataset.splits[split].shards["n_tokens"], seq_len)
 
 
 def _check(dataset: Dataset, split: str, seq_len: int, global_batch: int, lanes: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moray import UserError
-from moray.data.blocks import BlockReader
+from moray.data.blocks import FIRST, BlockReader
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import Tokenizer
 from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
@@ -61,7 +61,7 @@ def _documents(dataset: Dataset) -> Iterator[list[int]]:
     split = dataset.splits["validation"]
     reader = BlockReader(dataset, "validation", cache_bytes=0)
     for shard in range(len(split)):
-        tokens, is_first = reader.read(shard, 0, READ_TOKENS)
-        starts = np.flatnonzero(is_first)
+        tokens, flags = reader.read(shard, 0, READ_TOKENS)
+        starts = np.flatnonzero(flags & FIRST)
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             yield tokens[start : min(end, start + PROMPT_TOKENS + NEW_TOKENS)].tolist()

@@ -1,0 +1,164 @@
+"""What a row of a batch holds: a piece of the text, cut anywhere, or whole dialogues that fill it best."""
+
+# Shapes: T tokens of a row (seq_len).
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+
+from moray import UserError
+from moray.data.blocks import FIRST, BlockReader
+from moray.data.dataset import Dataset
+from moray.data.order import sequence_counts
+from moray.data.packing import Packing, pack
+from moray.data.shards import TRAINED, USER_TURN
+
+IGNORE = -100  # torch's cross_entropy leaves such targets out
+
+LongDialogues = Literal["cut", "drop"]
+"""What becomes of a dialogue that is longer than a row: it loses its first turns, or is left out."""
+
+
+class Rows(Protocol):
+    """The rows of a split. counts: int64 [shards], how many each shard makes."""
+
+    counts: np.ndarray
+
+    def row(self, shard: int, number: int) -> np.ndarray:
+        """The row's tokens, targets, positions and documents, int64 [4, T]."""
+
+
+def rows_of(dataset: Dataset, split: str, seq_len: int, cache_bytes: int, long_dialogues: LongDialogues) -> Rows:
+    """The rows that a model learns from. Raises UserError for a kind that is learnt from in another way."""
+    reader = BlockReader(dataset, split, cache_bytes)
+    if dataset.kind == "text":
+        return TextRows(dataset, split, seq_len, reader)
+    if dataset.kind == "chat":
+        return DialogueRows(dataset, split, seq_len, reader, long_dialogues)
+    raise UserError(f"data.path={dataset.folder} holds {dataset.kind}, which have no next token to learn from")
+
+
+class TextRows:
+    """T tokens after T tokens of a shard: every token after its first is a target once, but for documents' first."""
+
+    def __init__(self, dataset: Dataset, split: str, seq_len: int, reader: BlockReader) -> None:
+        self.counts = sequence_counts(dataset.splits[split].shards["n_tokens"], seq_len)
+        self._seq_len, self._pad_id, self._reader = seq_len, dataset.pad_id, reader
+
+    def row(self, shard: int, number: int) -> np.ndarray:
+        tokens, flags = self._reader.read(shard, number * self._seq_len, (number + 1) * self._seq_len + 1)
+        first = flags & FIRST > 0
+        n = len(tokens) - 1  # less than seq_len only at the end of a shard
+        row = padding(self._seq_len, self._pad_id)
+        row[0, :n] = tokens[:-1]
+        row[1, :n] = np.where(first[1:], IGNORE, tokens[1:])
+        begins = first[:-1].copy()
+        begins[0] = False  # the row's first document is number 0, whether or not it begins here
+        offsets = np.arange(n)
+        row[2, :n] = offsets - np.maximum.accumulate(np.where(begins, offsets, 0))
+        row[3, :n] = np.cumsum(begins)
+        return row
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What packing a split came to: dialogues in rows, with fewer turns or left out as too long; tokens of them all."""
+
+    n_rows: int
+    n_dialogues: int
+    n_cut: int
+    n_left_out: int
+    n_tokens: int
+    seq_len: int
+
+    def __str__(self) -> str:
+        filled = self.n_tokens / (self.n_rows * self.seq_len)
+        return (
+            f"{self.n_dialogues:,} dialogues in {self.n_rows:,} rows of {self.seq_len} tokens, {filled:.1%} filled; "
+            f"{self.n_cut:,} without their first turns and {self.n_left_out:,} left out as too long"
+        )
+
+
+class DialogueRows:
+    """Whole dialogues, packed shard by shard, which do not see each other; targets are the tokens that are TRAINED.
+
+    A dialogue of more than T tokens loses whole turns from the left, to the first user's turn from which the rest fits
+    behind its beginning (BOS, system prompt); or, as one that cannot, it is left out. Each row has a target.
+    Memory: 16 bytes a dialogue. Opening reads of the tokens only the dialogues that are too long.
+    Raises UserError where no dialogue fits.
+    """
+
+    def __init__(
+        self, dataset: Dataset, split: str, seq_len: int, reader: BlockReader, long_dialogues: LongDialogues
+    ) -> None:
+        self._split, self._reader = dataset.splits[split], reader
+        self._seq_len, self._pad_id = seq_len, dataset.pad_id
+        self._begins = lru_cache(maxsize=8)(self._begins_of)
+        self._cuts: list[dict[int, np.ndarray]] = []
+        self._packings: list[Packing] = []
+        n_left_out = n_tokens = shortest = 0
+        for shard in range(len(self._split)):
+            lengths = self._split.lengths(shard)
+            too_long = np.flatnonzero(lengths > seq_len).tolist()
+            cuts = {document: self._cut(shard, document) for document in too_long if long_dialogues == "cut"}
+            cuts = {document: kept for document, kept in cuts.items() if kept is not None}
+            self._cuts.append(cuts)
+            for document, kept in cuts.items():
+                lengths[document] = len(kept)
+            fitting = np.flatnonzero(lengths <= seq_len)
+            packing = pack(lengths[fitting], seq_len)
+            self._packings.append(packing._replace(documents=fitting[packing.documents]))
+            n_left_out += len(lengths) - len(fitting)
+            n_tokens += int(lengths[fitting].sum())
+            shortest = min(shortest or int(lengths.min()), int(lengths.min()))
+        self.counts = np.array([len(packing.ends) for packing in self._packings], np.int64)
+        if not self.counts.sum():
+            raise UserError(
+                f"train.seq_len={seq_len} is under every dialogue of the {split} split of data.path={dataset.folder}, "
+                f"whose shortest has {shortest} tokens; raise it"
+            )
+        n_dialogues = sum(len(packing.documents) for packing in self._packings)
+        n_cut = sum(map(len, self._cuts))
+        self.fill = Fill(int(self.counts.sum()), n_dialogues, n_cut, n_left_out, n_tokens, seq_len)
+
+    def row(self, shard: int, number: int) -> np.ndarray:
+        row, at = padding(self._seq_len, self._pad_id), 0
+        for count, document in enumerate(self._packings[shard].row(number).tolist()):
+            tokens, flags = self._dialogue(shard, document)
+            here = slice(at, at + len(tokens))
+            row[0, here] = tokens
+            row[1, at : here.stop - 1] = np.where(flags[1:] & TRAINED, tokens[1:], IGNORE)
+            row[2, here] = np.arange(len(tokens))
+            row[3, here] = count
+            at = here.stop
+        return row
+
+    def _begins_of(self, shard: int) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self._split.lengths(shard))])
+
+    def _whole(self, shard: int, document: int) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = self._begins(shard)[document : document + 2].tolist()
+        return self._reader.read(shard, start, stop)
+
+    def _dialogue(self, shard: int, document: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, flags = self._whole(shard, document)
+        kept = self._cuts[shard].get(document)
+        return (tokens, flags) if kept is None else (tokens[kept], flags[kept])
+
+    def _cut(self, shard: int, document: int) -> np.ndarray | None:
+        """Which tokens stay of one that is too long; None: it cannot be cut."""
+        _, flags = self._whole(shard, document)
+        turns = np.flatnonzero(flags & USER_TURN)
+        for turn in turns[1:].tolist():
+            kept = np.concatenate([np.arange(turns[0]), np.arange(turn, len(flags))])
+            if len(kept) <= self._seq_len:
+                # The first token is no target: nothing stands before it.
+                return kept if (flags[kept[1:]] & TRAINED).any() else None
+        return None
+
+
+def padding(seq_len: int, pad_id: int) -> np.ndarray:
+    """A row without a document."""
+    return np.repeat(np.array([[pad_id], [IGNORE], [0], [-1]], np.int64), seq_len, axis=1)
