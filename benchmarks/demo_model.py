@@ -6,7 +6,8 @@ from torch import Tensor
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import ModelConfig, Randomness
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.model.objective import MicroBatch
+from moray.parallel.gradients import accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction
 from moray.parallel.shard import build_decoder, initialise_shards

@@ -29,7 +29,8 @@ from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.model.objective import MicroBatch
+from moray.parallel.gradients import accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
 

@@ -23,8 +23,9 @@ from moray.cluster.host_memory import keep_freed_memory
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
+from moray.model.objective import MicroBatch
 from moray.model.recompute import Recompute
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.parallel.gradients import accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
 

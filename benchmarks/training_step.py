@@ -28,8 +28,9 @@ from moray.jobs.training.metrics import matmul_peak
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
 from moray.model.accounting.cost import forward_flops
+from moray.model.objective import MicroBatch
 from moray.parallel.compiled import compile_layers
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.parallel.gradients import accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.shard import build_decoder, initialise_shards
 

@@ -30,7 +30,8 @@ from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
 from moray.model.decoder import Decoder
-from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
+from moray.model.objective import MicroBatch
+from moray.parallel.gradients import accumulate_gradients, clip_gradients, update_routing_bias
 from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards

@@ -102,8 +102,8 @@ class DialogueRows:
         for shard in range(len(self._split)):
             lengths = self._split.lengths(shard)
             too_long = np.flatnonzero(lengths > seq_len).tolist()
-            cuts = {document: self._cut(shard, document) for document in too_long if long_dialogues == "cut"}
-            cuts = {document: kept for document, kept in cuts.items() if kept is not None}
+            tried = ((document, self._cut(shard, document)) for document in too_long if long_dialogues == "cut")
+            cuts = {document: kept for document, kept in tried if kept is not None}
             self._cuts.append(cuts)
             for document, kept in cuts.items():
                 lengths[document] = len(kept)

@@ -23,7 +23,8 @@ from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.optimizer import build_optimizer
 from moray.jobs.training.pretrain import pretrain
 from moray.model import Decoder, initialise
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.model.objective import MicroBatch
+from moray.parallel.gradients import accumulate_gradients
 
 PROMPT = "def read("
 SECONDS = 300.0

@@ -4,17 +4,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moray.model import Documents, Randomness
-from moray.model.decoder import IGNORED, Decoder
+from moray.model.decoder import Decoder
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.layer import MoE
+from moray.model.objective import NextToken, Objective, Piece
 from moray.model.sharded import local
 from moray.parallel.exact import exact_squares
 from moray.parallel.reduction import Reduction
@@ -22,107 +22,75 @@ from moray.parallel.witness import Witness
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Tensors [B, T] of one forward pass on the model's device, and what the host must know of them.
-
-    flops: what it asks of the model, where somebody wants to know of the global batch's.
-    """
-
-    tokens_BT: Tensor
-    targets_BT: Tensor
-    positions_BT: Tensor
-    documents: Documents
-    n_targets: int
-    randomness: Randomness | None = None
-    flops: float = 0.0
-
-    @classmethod
-    def of(
-        cls,
-        tokens_BT: Tensor,
-        targets_BT: Tensor,
-        positions_BT: Tensor,
-        documents_BT: Tensor,
-        device: torch.device,
-        randomness: Randomness | None = None,
-        flops: float = 0.0,
-    ) -> Self:
-        """From tensors on the CPU: what is counted here costs no wait for the device later."""
-        return cls(
-            tokens_BT.to(device, non_blocking=True),
-            targets_BT.to(device, non_blocking=True),
-            positions_BT.to(device, non_blocking=True),
-            Documents.of(documents_BT, device),
-            int((targets_BT != IGNORED).sum()),
-            randomness,
-            flops,
-        )
-
-
-@dataclass(frozen=True)
 class GlobalLosses:
-    """Of one global batch: cross-entropy and output z-loss per valid token, auxiliary loss per routing group.
+    """Of one global batch. values: each of the objective's sums by its count, under its name.
 
-    tokens: the valid ones. flops: what its micro-batches said that they ask for. own_M4 (fp64): what this rank itself
-    computed for each of its M micro-batches: the sums of cross-entropy, z-loss and auxiliary loss, and its witness's
-    checksum of the gradient, or 0.
+    tokens: those that teach. flops: what its micro-batches said that they ask for. own_MX (fp64): what this rank itself
+    computed for each of its M micro-batches: the X - 1 sums, and its witness's checksum of the gradient, or 0.
     """
 
-    cross_entropy: float
-    z: float
-    auxiliary: float
+    values: dict[str, float]
     tokens: int
     flops: float
-    own_M4: Tensor
+    own_MX: Tensor
+
+    @property
+    def loss(self) -> float:
+        """The loss proper, without what is added to it."""
+        return next(iter(self.values.values()))
 
 
 def accumulate_gradients(
     decoder: Decoder,
-    micro_batches: Sequence[MicroBatch],
+    micro_batches: Sequence[Piece],
     reduction: Reduction | None = None,
     witness: Witness | None = None,
-    of: Sequence[MicroBatch] | None = None,
+    of: Sequence[Piece] | None = None,
+    objective: Objective[Any] | None = None,
 ) -> GlobalLosses:
     """Adds the gradient of the global batch's loss to every parameter, and returns that loss.
 
-    The loss is sum(cross-entropy + z) / (valid tokens of the global batch) + sum(auxiliary) / (its routing groups),
-    whatever ranks and micro-batches the batch is spread over; without a `reduction`, this process is alone. `of` are
-    this rank's micro-batches of the global batch, where these are not they. Collective.
+    The loss is the objective's (by default NextToken), whatever ranks and micro-batches the batch is spread over;
+    without a `reduction`, this process is alone. `of` are this rank's micro-batches of the global batch, where these
+    are not they. Collective.
     """
-    config, tp = decoder.config, reduction.tp if reduction else 1  # peers that hold the same sequences
-    held = [(batch.n_targets, len(batch.tokens_BT), batch.flops) for batch in of or micro_batches]
-    tokens, sequences, flops = (world_sum(torch.tensor(held, dtype=torch.float64).sum(0)) / tp).tolist()
+    learnt: Objective[Any] = objective or NextToken.of(decoder.config)
+    tp = reduction.tp if reduction else 1
+    # Tensor-parallel peers hold the same sequences.
+    held = [(batch.n_targets, batch.flops, *learnt.counts(batch)) for batch in of or micro_batches]
+    tokens, flops, *counts = (world_sum(torch.tensor(held, dtype=torch.float64).sum(0)) / tp).tolist()
     # A batch without a single target has loss 0, not 0/0.
-    group_size = config.moe.group_size if config.moe else 1
-    per_token, per_group = 1 / max(tokens, 1), group_size / sequences
+    weights = [1 / count if count else 1.0 for count in counts]
     own = []
     for i, batch in enumerate(micro_batches):
         if reduction:
             reduction.begin(is_last=i == len(micro_batches) - 1)
-        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents, batch.randomness)
-        loss = (losses.cross_entropy + losses.z) * per_token + losses.auxiliary * per_group
+        sums = learnt.sums(decoder, batch)
+        loss = torch.stack([total * weight for total, weight in zip(sums, weights, strict=True)]).sum()
         loss.backward()
         checksum = witness.take() if witness else torch.zeros_like(loss, dtype=torch.float64)
-        own.append(torch.stack([*(part.detach().double() for part in losses), checksum]))
+        own.append(torch.stack([*(part.detach().double() for part in sums), checksum]))
     if reduction:
         reduction.finish()
-    own_M4 = torch.stack(own)
-    cross_entropy, z, auxiliary = (total / tp for total in _world_totals(own_M4[:, :3]))
-    return GlobalLosses(cross_entropy * per_token, z * per_token, auxiliary * per_group, int(tokens), flops, own_M4)
+    own_MX = torch.stack(own)
+    totals = [total / tp for total in _world_totals(own_MX[:, :-1])]
+    values = {n: total * weight for n, total, weight in zip(learnt.names, totals, weights, strict=True)}
+    return GlobalLosses(values, int(tokens), flops, own_MX)
 
 
 @torch.no_grad()
-def evaluate(decoder: Decoder, micro_batches: Iterable[MicroBatch]) -> float:
-    """Mean cross-entropy per valid token of all ranks' micro-batches, which must be equally many. Collective."""
+def evaluate(
+    decoder: Decoder, micro_batches: Iterable[Piece], objective: Objective[Any] | None = None
+) -> dict[str, float]:
+    """The objective's sums by their counts over all ranks' micro-batches, which must be equally many. Collective."""
+    learnt: Objective[Any] = objective or NextToken.of(decoder.config)
     decoder.eval()
-    own = []
-    for batch in micro_batches:
-        losses = decoder.loss(batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents)
-        own.append([losses.cross_entropy.item(), batch.n_targets])
+    own = [[*(total.item() for total in learnt.sums(decoder, batch)), *learnt.counts(batch)] for batch in micro_batches]
     _forget_counts(decoder)  # what travelled here is no step's
-    # Tensor-parallel peers count the same tokens, above and below the line.
-    cross_entropy, tokens = _world_totals(torch.tensor(own, dtype=torch.float64).view(-1, 2))
-    return cross_entropy / max(tokens, 1)
+    n = len(learnt.names)
+    # Tensor-parallel peers count the same, above and below the line.
+    found = _world_totals(torch.tensor(own, dtype=torch.float64).view(-1, 2 * n))
+    return {name: found[i] / (found[n + i] or 1) for i, name in enumerate(learnt.names)}
 
 
 def world_sum(values: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ from moray.model.moe import experts
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.grouped import grouped_linear, grouped_mm_linear
 from moray.model.moe.layer import MoE
+from moray.model.objective import MicroBatch
 from moray.model.recompute import Recompute
 from moray.parallel.compiled import compile_layers
 from moray.parallel.exact import GradientTree
-from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients, update_routing_bias
+from moray.parallel.gradients import accumulate_gradients, clip_gradients, update_routing_bias
 from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards
@@ -183,7 +184,7 @@ def spread(
             MicroBatch.of(*(x[cut] for x in batch.values()), device, randomness(step, cut, device)) for cut in cuts
         ]
         optimizer.zero_grad()
-        losses.append(accumulate_gradients(decoder, micro_batches, reduction).cross_entropy)
+        losses.append(accumulate_gradients(decoder, micro_batches, reduction).loss)
         gradients = gradients or {name: full(p.grad) for name, p in decoder.named_parameters()}
         norms.append(clip_gradients(decoder.parameters(), MAX_NORM, exact=exact))
         optimizer.step()

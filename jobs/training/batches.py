@@ -10,7 +10,7 @@ from moray.data.stream import Batch, Stream
 from moray.jobs.config.sections import TrainSection
 from moray.jobs.training.begin import Training
 from moray.model import Randomness
-from moray.parallel.gradients import MicroBatch
+from moray.model.objective import MicroBatch
 
 
 def stream_of(dataset: Dataset, train: TrainSection, lanes: Sequence[int], cache_bytes: int = CACHE_BYTES) -> Stream:

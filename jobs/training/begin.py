@@ -30,6 +30,7 @@ from moray.jobs.training.recovery import make_room
 from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
+from moray.model.objective import NextToken, Objective
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import Commit
 from moray.parallel.checkpoint.generations import SEEN_WITHIN_S, sees_generation
@@ -92,6 +93,7 @@ class Training:
     lanes: list[int]
     work: Work
     peak_flops: float
+    objective: Objective[Any]
     witness: Witness | None
     reduction: Reduction
     snapshots: Snapshots | None
@@ -185,6 +187,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         lanes=lanes_of(config.train, layout, layout.dp_rank(context.rank)),
         work=Work.of(config.model),
         peak_flops=world_sum(torch.tensor(peak)).item(),
+        objective=NextToken.of(config.model),
         witness=Witness(decoder) if config.train.audit_every else None,
         reduction=GradientTree(decoder, meshes) if config.train.exact else Reduction(decoder, meshes, stage),
         snapshots=make_room(context, config, training_state(decoder, optimizer), on_event),

@@ -26,9 +26,9 @@ from moray.jobs.training.placing import note_load, place_experts
 from moray.jobs.training.recovery import forgotten_if_wrong
 from moray.jobs.training.schedule import learning_rate
 from moray.jobs.training.wrong_results import Computed, check_alike, compare, recomputed
+from moray.model.objective import MicroBatch
 from moray.parallel.checkpoint.generations import SupersededError, newest_generation
 from moray.parallel.gradients import (
-    MicroBatch,
     accumulate_gradients,
     clip_gradients,
     drop_gradients,
@@ -116,7 +116,7 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any] | None:
     config, decoder = training.config, training.decoder
     decoder.train()
     losses, norm = found = compute(training, batch)
-    if why := what_is_wrong(losses.cross_entropy, norm, training.applied, config.train.spike_sigmas):
+    if why := what_is_wrong(losses.loss, norm, training.applied, config.train.spike_sigmas):
         drop_gradients(decoder)
         check_alike(training, why, found, compute(training, batch))
         pass_over(training, batch, why)
@@ -127,12 +127,10 @@ def take_step(training: Training, batch: Batch) -> dict[str, Any] | None:
     training.optimizer.zero_grad()
     load = update_routing_bias(decoder)
     note_load(training, load)
-    skipped = training.note_applied(losses.cross_entropy, norm, batch.first + config.train.global_batch)
+    skipped = training.note_applied(losses.loss, norm, batch.first + config.train.global_batch)
     return {
         "step": training.step,
-        "loss": losses.cross_entropy,
-        "z_loss": losses.z,
-        "auxiliary_loss": losses.auxiliary,
+        **losses.values,
         "tokens": losses.tokens,
         "flops": losses.flops,
         "positions": [batch.first, training.position],
@@ -149,10 +147,12 @@ def compute(training: Training, batch: Batch) -> Computed:
     """The losses of a global batch, and the norm of its gradient, which is clipped then; audited when that is due."""
     pieces = micro_batches(training, batch, training.lanes)
     is_audited = is_due(training.step + 1, training.config.train.audit_every)
-    second_W4 = recomputed(training, batch, pieces, groups=1) if is_audited else None
-    losses = accumulate_gradients(training.decoder, pieces, training.reduction, training.witness)
-    if second_W4 is not None:
-        compare(training, batch, pieces, losses.own_M4, second_W4)
+    second_WX = recomputed(training, batch, pieces, groups=1) if is_audited else None
+    losses = accumulate_gradients(
+        training.decoder, pieces, training.reduction, training.witness, objective=training.objective
+    )
+    if second_WX is not None:
+        compare(training, batch, pieces, losses.own_MX, second_WX)
     max_norm, exact = training.config.optimizer.clip_norm, training.config.train.exact
     return losses, clip_gradients(training.decoder.parameters(), max_norm, exact=exact)
 
@@ -192,7 +192,7 @@ def validate(training: Training) -> dict[str, float]:
             if was_stopped := agree_to_leave(training.context, config) is not None:
                 return
 
-    loss = evaluate(training.decoder, pieces())
+    loss = evaluate(training.decoder, pieces(), training.objective)["loss"]
     if was_stopped:
         return {}
     if not math.isfinite(loss):

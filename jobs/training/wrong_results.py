@@ -4,7 +4,7 @@ A step with a bad value is computed once more by the same ranks, and every train
 each rank by the next group of data-parallel ranks whose results depend on each other, in the same place there.
 """
 
-# Shapes: W ranks, and for each the 4 numbers that GlobalLosses.own_M4 has of one of its micro-batches.
+# Shapes: W ranks, and for each the X numbers that GlobalLosses.own_MX has of one of its micro-batches.
 
 import math
 import socket
@@ -18,7 +18,8 @@ from moray.cluster.worker import WrongResultError
 from moray.data.stream import Batch
 from moray.jobs.training.batches import micro_batches, stream_of
 from moray.jobs.training.begin import Training, lanes_of
-from moray.parallel.gradients import GlobalLosses, MicroBatch, accumulate_gradients, drop_gradients
+from moray.model.objective import MicroBatch
+from moray.parallel.gradients import GlobalLosses, accumulate_gradients, drop_gradients
 
 TOLERANCE = 1e-3
 """Relative, on GPUs without audit_every, which asks for deterministic kernels: others add in any order."""
@@ -29,15 +30,15 @@ Computed = tuple[GlobalLosses, float]
 def check_alike(training: Training, why: str, first: Computed, second: Computed) -> None:
     """Raises WrongResultError, on all ranks, where a step that is bad was something else when computed again."""
     (one, norm), (other, other_norm) = first, second
-    if _agree(training, [one.cross_entropy, one.auxiliary, norm], [other.cross_entropy, other.auxiliary, other_norm]):
+    if _agree(training, [*one.values.values(), norm], [*other.values.values(), other_norm]):
         return
-    found = zip(*(_everyone(losses.own_M4.flatten()).tolist() for losses in (one, other)), strict=True)
+    found = zip(*(_everyone(losses.own_MX.flatten()).tolist() for losses in (one, other)), strict=True)
     suspects = [rank for rank, (mine, again) in enumerate(found) if not _agree(training, mine, again)]
-    _accuse(training, suspects, f"{why}; computed again, loss {other.cross_entropy}, gradient norm {other_norm}")
+    _accuse(training, suspects, f"{why}; computed again, loss {other.loss}, gradient norm {other_norm}")
 
 
 def recomputed(training: Training, batch: Batch, pieces: Sequence[MicroBatch], groups: int) -> Tensor:
-    """The audited micro-batch of every rank as the rank that lies so many groups before it computes it. Shape: [W, 4].
+    """The audited micro-batch of every rank as the rank that lies so many groups before it computes it. Shape: [W, X].
 
     To be called before the step itself, which stays bit for bit what it is without: gradients and counts are dropped.
     """
@@ -47,17 +48,19 @@ def recomputed(training: Training, batch: Batch, pieces: Sequence[MicroBatch], g
     lanes = lanes_of(train, layout, neighbour)[first : first + train.micro_batch]
     theirs = stream_of(training.dataset, train, lanes, cache_bytes=0).batch(batch.step)
     audited = micro_batches(training, theirs, lanes)
-    losses = accumulate_gradients(training.decoder, audited, training.reduction, training.witness, of=pieces)
+    losses = accumulate_gradients(
+        training.decoder, audited, training.reduction, training.witness, of=pieces, objective=training.objective
+    )
     drop_gradients(training.decoder)
-    return _everyone(losses.own_M4[0]).roll(groups * layout.span * layout.tp, 0)
+    return _everyone(losses.own_MX[0]).roll(groups * layout.span * layout.tp, 0)
 
 
-def compare(training: Training, batch: Batch, pieces: Sequence[MicroBatch], own_M4: Tensor, second_W4: Tensor) -> None:
+def compare(training: Training, batch: Batch, pieces: Sequence[MicroBatch], own_MX: Tensor, second_WX: Tensor) -> None:
     """What ranks themselves computed in a step with what others did; a third computation decides who is wrong.
 
     Raises WrongResultError on all ranks.
     """
-    own, second = _everyone(own_M4[_audited(training, pieces)]).tolist(), second_W4.tolist()
+    own, second = _everyone(own_MX[_audited(training, pieces)]).tolist(), second_WX.tolist()
     wrong = [rank for rank in range(len(own)) if not _agree(training, own[rank], second[rank])]
     if not wrong:
         return

@@ -10,8 +10,8 @@ from law1 import SEED, STEPS, check, global_batch, spread, truth
 from torch._dynamo.utils import counters
 
 from moray.model import Decoder, initialise
+from moray.model.objective import MicroBatch
 from moray.parallel.compiled import compile_layers
-from moray.parallel.gradients import MicroBatch
 from moray.parallel.layout import Layout
 
 pytestmark = [

@@ -14,9 +14,10 @@ from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
 from moray.model.accounting.cost import parameters_by_part
+from moray.model.objective import MicroBatch
 from moray.model.recompute import Recompute
 from moray.model.sharded import local
-from moray.parallel.gradients import MicroBatch, accumulate_gradients, clip_gradients
+from moray.parallel.gradients import accumulate_gradients, clip_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.memory import FP32_BYTES, rank_memory
 from moray.parallel.reduction import Reduction, Stage

@@ -10,8 +10,9 @@ from law1 import CPU, SEED, check, global_batch, spread, truth
 from pool import Pool
 
 from moray.model import ModelConfig
+from moray.model.objective import MicroBatch
 from moray.model.recompute import Recompute
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.parallel.gradients import accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards

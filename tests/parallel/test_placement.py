@@ -14,8 +14,9 @@ from pool import Pool
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import Decoder, ModelConfig, initialise
+from moray.model.objective import MicroBatch
 from moray.model.sharded import local
-from moray.parallel.gradients import MicroBatch, accumulate_gradients, update_routing_bias
+from moray.parallel.gradients import accumulate_gradients, update_routing_bias
 from moray.parallel.layout import Layout
 from moray.parallel.placement import (
     adopt,
@@ -124,7 +125,7 @@ def test_on_one_device_a_placement_changes_no_bit() -> None:
     assert placement_of(placed) == dict.fromkeys(moe_layers(placed), slots)
     batch = MicroBatch.of(*global_batch(0).values(), CPU)
     losses = [accumulate_gradients(decoder, [batch]) for decoder in (plain, placed)]
-    assert torch.equal(losses[0].own_M4, losses[1].own_M4)
+    assert torch.equal(losses[0].own_MX, losses[1].own_MX)
     gradients = [dict(decoder.named_parameters()) for decoder in (plain, placed)]
     for name, weight in gradients[0].items():
         other = gradients[1][name].grad
@@ -147,7 +148,7 @@ def steps(config: ModelConfig, layout: Layout, moves: bool) -> dict[str, Any]:
     lanes, losses, load = layout.lanes(layout.dp_rank(dist.get_rank()), 8), [], None
     for step in range(4):
         batch = MicroBatch.of(*(x[lanes] for x in global_batch(step).values()), CPU)
-        losses.append(accumulate_gradients(decoder, [batch], reduction).cross_entropy)
+        losses.append(accumulate_gradients(decoder, [batch], reduction).loss)
         optimizer.step()
         optimizer.zero_grad()
         load = update_routing_bias(decoder)

@@ -20,9 +20,10 @@ from moray.jobs.training.optimizer import (
     training_state,
 )
 from moray.model import Decoder, ModelConfig, initialise
+from moray.model.objective import MicroBatch
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import list_commits, read_tensors
-from moray.parallel.gradients import MicroBatch, accumulate_gradients
+from moray.parallel.gradients import accumulate_gradients
 from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction
 from moray.parallel.shard import build_decoder, initialise_shards
