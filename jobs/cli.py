@@ -23,6 +23,7 @@ from moray.jobs.verbs.demo import demo
 from moray.jobs.verbs.doctor import doctor
 from moray.jobs.verbs.evaluate import evaluate
 from moray.jobs.verbs.export import export
+from moray.jobs.verbs.finetune import finetune
 from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
 from moray.jobs.verbs.prepare import prepare
@@ -42,11 +43,12 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb
     for verb in (
-        doctor, prepare, pretrain, submit, status, report, generate, evaluate, checkpoints, inspect, export, upcycle,
-        demo,
+        doctor, prepare, pretrain, finetune, submit, status, report, generate, evaluate, checkpoints, inspect, export,
+        upcycle, demo,
     )
 }  # fmt: skip
-READ_THEIR_OWN_WORDS = ("pretrain", "submit")
+TRAIN = ("pretrain", "finetune")
+READ_THEIR_OWN_WORDS = (*TRAIN, "submit")
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -84,7 +86,7 @@ def _version() -> str:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["pretrain"]:
+    if sys.argv[1:2] and sys.argv[1] in TRAIN:
         hold_sigterm()
     try:
         code = dispatch(sys.argv[1:])

@@ -18,6 +18,7 @@ def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
     """The script, as tyro writes it. Raises UserError for a shell that it does not know."""
     from moray.jobs.config.load import settings
     from moray.jobs.config.run import RunConfig
+    from moray.jobs.config.starting import STARTS
     from moray.model.presets import PRESETS
 
     if shell not in SHELLS:
@@ -26,7 +27,7 @@ def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
     known |= {name: field.annotation for name, field in settings(RunConfig)}
     with redirect_stdout(StringIO()) as written, suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(
-            {**verbs, "pretrain": _options(known), "submit": _options(_of_targets())},
+            {**verbs, **dict.fromkeys(STARTS, _options(known)), "submit": _options(_of_targets())},
             prog="moray",
             args=["--tyro-print-completion", shell],
         )

@@ -1,5 +1,7 @@
 """A RunConfig out of words: command line over recipe over preset over default."""
 
+import math
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -11,6 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from moray import UserError
+from moray.data.blocks import CACHE_BYTES
+from moray.data.dataset import Dataset
+from moray.data.rows import rows_of
 from moray.jobs.config.nearest import nearest
 from moray.jobs.config.run import DEFAULT_PRESET, RunConfig
 from moray.jobs.config.sections import absolute
@@ -22,13 +27,17 @@ from moray.model.presets import preset_fields
 from moray.parallel.checkpoint.commits import list_commits
 
 
-def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
+def load_config(
+    recipe: str | None, overrides: Mapping[str, str], start: Mapping[str, object] | None = None
+) -> RunConfig:
     """The validated config of a recipe (a name or a .toml file) and `section.key` -> value pairs that override it.
 
+    start: what holds where neither says anything, as far as it is not everywhere the same (`starting`).
     Raises UserError of one line that names the setting, its value and what would be right.
     """
     sections: dict[str, Any] = {}
-    for name, value in [*flatten(read_recipe(recipe) if recipe else {}), *overrides.items()]:
+    stated = dict(flatten(read_recipe(recipe) if recipe else {}))
+    for name, value in _as_steps_or_epochs(dict(start or {}), stated, overrides).items():
         *path, key = check_name(name).split(".")
         section = sections
         for part in path:
@@ -43,13 +52,48 @@ def load_config(recipe: str | None, overrides: Mapping[str, str]) -> RunConfig:
     sections["model"] = merge(fields, model)
     if source:
         sections["weights_from"] = str(source[0])
-    try:
-        config = RunConfig.model_validate(sections)
-    except ValidationError as error:
-        raise UserError(in_one_line(error, RunConfig)) from None
+    config = _validated(sections)
     if source:
         check_changes(source[1], config.model)
     return config
+
+
+def _as_steps_or_epochs(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, the last layer's over those before, of which the last one that says how long a run is decides it.
+
+    A run's own record has both: the epochs, and the steps that they came to. Raises UserError where the last layer,
+    the command line, has.
+    """
+    steps, epochs = "train.steps", "train.epochs"
+    if {steps, epochs} <= layers[-1].keys():
+        said = f"train.steps={layers[-1][steps]} and train.epochs={layers[-1][epochs]}"
+        raise UserError(f"{said} both say how long the run is; leave one out")
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for one, other in ((steps, epochs), (epochs, steps)):
+            if one in layer and other not in layer:
+                merged.pop(other, None)
+        merged |= layer
+    return merged
+
+
+def _validated(sections: dict[str, Any]) -> RunConfig:
+    train = sections.get("train", {})
+    is_counted = train.get("epochs") is None or "steps" in train
+    try:
+        if is_counted:
+            return RunConfig.model_validate(sections)
+        endless = RunConfig.model_validate(sections | {"train": {**train, "steps": sys.maxsize}})
+        return RunConfig.model_validate(sections | {"train": {**train, "steps": steps_of_epochs(endless)}})
+    except ValidationError as error:
+        raise UserError(in_one_line(error, RunConfig)) from None
+
+
+def steps_of_epochs(config: RunConfig) -> int:
+    """The optimizer steps in which a run sees all its data train.epochs times. Opens the data; raises as that does."""
+    train, data = config.train, config.data
+    rows = rows_of(Dataset.open(data.path), "train", train.seq_len, CACHE_BYTES, data.long_dialogues)
+    return math.ceil((train.epochs or 1.0) * int(rows.counts.sum()) / train.global_batch)
 
 
 def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from moray import UserError
 from moray.cluster.launchers import Launcher
+from moray.data.rows import LongDialogues
 from moray.model.recompute import Recompute
 
 
@@ -25,11 +26,18 @@ AnyPath = Annotated[str, AfterValidator(absolute)]
 class DataSection(Section):
     path: AnyPath = ""
     """A folder made by `moray prepare`."""
+    long_dialogues: LongDialogues = "cut"
+    """What becomes of dialogues of more than train.seq_len tokens. cut: they lose whole turns, the first ones first,
+    as many as it takes; drop: they are left out."""
 
 
 class TrainSection(Section):
+    objective: Literal["pretrain", "sft"] = "pretrain"
+    """What is learnt. pretrain: the next token of texts; sft: the answers in dialogues (`moray finetune`)."""
     steps: int = Field(1000, ge=1)
     """Optimizer steps of the whole run; the learning rate's schedule ends here."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data, instead of steps: as many steps as that takes."""
     global_batch: int = Field(32, ge=1)
     """Sequences of one optimizer step, over all workers."""
     micro_batch: int = Field(8, ge=1)

@@ -26,6 +26,7 @@ from moray.parallel.layout import Layout
 
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
 _FIXED = ("seed", "global_batch", "seq_len")
+_FIXED_OF_DATA = {"train.objective": "pretrain", "data.long_dialogues": "cut"}
 _FIXED_OF_OPTIMIZER = {"kind": "adamw", "moments": "float32"}
 """And what they were before there was a choice."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -99,7 +100,7 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
             f"start from them in another run.dir, with model.from={now.run.dir}"
         )
     before = _deciding(ModelConfig.of(there["model"]), there, there.get("weights_from", ""))
-    asked = _deciding(now.model, now.model_dump(include={"train", "optimizer"}), now.weights_from)
+    asked = _deciding(now.model, now.model_dump(include={"train", "optimizer", "data"}), now.weights_from)
     if now.train.exact or there["train"].get("exact"):
         before |= _deciding_bits(there["train"], there["layout"])
         asked |= _deciding_bits(now.train.model_dump(), now.layout.model_dump())
@@ -140,6 +141,8 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _deciding(model: ModelConfig, sections: dict[str, Any], weights_from: str) -> dict[str, Any]:
     settings = {"model.from": weights_from, **dict(flatten(model.model_dump(), "model."))}
     settings |= {f"train.{name}": sections["train"][name] for name in _FIXED}
+    stated = dict(flatten({"train": sections["train"], "data": sections["data"]}))
+    settings |= {name: stated.get(name, default) for name, default in _FIXED_OF_DATA.items()}
     optimizer = _FIXED_OF_OPTIMIZER | sections["optimizer"]
     return settings | {f"optimizer.{name}": optimizer[name] for name in _FIXED_OF_OPTIMIZER}
 

@@ -7,14 +7,15 @@ import torch
 from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
 from moray.data.stream import Batch, Stream
-from moray.jobs.config.sections import TrainSection
+from moray.jobs.config.run import RunConfig
 from moray.jobs.training.begin import Training
 from moray.model import Randomness
 from moray.model.objective import MicroBatch
 
 
-def stream_of(dataset: Dataset, train: TrainSection, lanes: Sequence[int], cache_bytes: int = CACHE_BYTES) -> Stream:
+def stream_of(dataset: Dataset, config: RunConfig, lanes: Sequence[int], cache_bytes: int = CACHE_BYTES) -> Stream:
     """The training split, as a run with these settings reads it."""
+    train = config.train
     return Stream(
         dataset,
         "train",
@@ -23,6 +24,7 @@ def stream_of(dataset: Dataset, train: TrainSection, lanes: Sequence[int], cache
         seed=train.seed,
         lanes=lanes,
         cache_bytes=cache_bytes,
+        long_dialogues=config.data.long_dialogues,
     )
 
 

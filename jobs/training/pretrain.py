@@ -14,7 +14,9 @@ from moray.cluster.group import Hooks
 from moray.cluster.launch import launch
 from moray.cluster.launchers import own_rank
 from moray.cluster.worker import WorkerError
+from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
+from moray.data.rows import DialogueRows, rows_of
 from moray.data.tokenizer import same_vocabulary
 from moray.jobs.config.load import flatten
 from moray.jobs.config.run import RunConfig
@@ -27,6 +29,7 @@ from moray.jobs.runs.tracking import tracked
 from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.begin import checkpoints_of
 from moray.jobs.training.trainer import train
+from moray.model.config.moe import MoEConfig
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
 
 
@@ -63,11 +66,37 @@ def pretrain(config: RunConfig, console: Console | None = None, listener: Listen
 def check(config: RunConfig, tell: Callable[[str], None]) -> Dataset:
     """The dataset, and all that can be checked without workers and without the run's folder. Raises UserError."""
     dataset = Dataset.open(config.data.path)
+    check_kind(dataset, config, tell)
     if config.weights_from:
         check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
     dataset.check_vocabulary(config.model.vocab_size)
     check_trackers(config.run.trackers)
     return dataset
+
+
+def check_kind(dataset: Dataset, config: RunConfig, tell: Callable[[str], None]) -> None:
+    """Raises UserError where a run's objective has other data. Says how full rows of dialogues are."""
+    objective, verb = {"text": ("pretrain", "pretrain"), "chat": ("sft", "finetune")}.get(dataset.kind, ("", ""))
+    if objective != config.train.objective:
+        which = f"`moray {verb}` learns from" if verb else "no verb learns from yet"
+        raise UserError(
+            f"data.path={dataset.folder} is of kind {dataset.kind}, which {which}; train.objective="
+            f"{config.train.objective} wants kind {'text' if config.train.objective == 'pretrain' else 'chat'}"
+        )
+    for split in dataset.splits:
+        rows = rows_of(dataset, split, config.train.seq_len, CACHE_BYTES, config.data.long_dialogues)
+        if isinstance(rows, DialogueRows):
+            tell(f"{split}: {rows.fill}")
+    if dataset.kind == "chat" and config.model.moe:
+        tell(balance_kept(config.model.moe))
+
+
+def balance_kept(moe: MoEConfig) -> str:
+    """What of a router's balance goes on while a model is tuned."""
+    balancing = (name for name in MoEConfig.model_fields if name.endswith(("_loss", "_update_rate")))
+    names = [name for name in balancing if getattr(moe, name)]
+    kept = ", ".join(f"model.moe.{name}={getattr(moe, name)}" for name in names)
+    return f"routers are balanced as before: {kept}; 0 turns one off" if kept else "nothing balances the routers"
 
 
 def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[str], None]) -> None:

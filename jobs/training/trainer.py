@@ -53,7 +53,7 @@ def run_steps(training: Training) -> int:
     """The steps that are left, with all that comes between them; returns the exit code."""
     context, config, every = training.context, training.config, training.config.checkpoint.every
     first, started = training.step, time.perf_counter()
-    stream = stream_of(training.dataset, config.train, training.lanes)
+    stream = stream_of(training.dataset, config, training.lanes)
     leaving = agree_to_leave(context, config)
     log = None
     if training.is_first_rank:
@@ -181,6 +181,7 @@ def validate(training: Training) -> dict[str, float]:
         seq_len=config.train.seq_len,
         global_batch=config.train.global_batch,
         lanes=training.lanes,
+        long_dialogues=config.data.long_dialogues,
     )
     was_stopped = False
 
