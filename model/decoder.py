@@ -128,6 +128,16 @@ class Decoder(nn.Module):
         auxiliary = auxiliary_loss(statistics, moe) if moe and statistics else torch.zeros_like(z)
         return Losses(cross_entropy, z, auxiliary)
 
+    def likeliest(self, tokens_BT: Tensor, last_B: Tensor) -> Tensor:
+        """The likeliest token behind the one at `last_B` of each row, [B]; what stands behind that changes nothing."""
+        x_BTD = self.hidden(tokens_BT)
+        x_BD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B]
+        highest_B, index_B = self.logits(x_BD).float().max(-1)
+        is_best_B = highest_B == self.vocabulary.highest(highest_B.clone())
+        # Of equal ones the first, as argmax has it.
+        first_B = torch.where(is_best_B, -(index_B + self.vocabulary.start), -self.config.vocab_size)
+        return -self.vocabulary.highest(first_B)
+
     def _head(self) -> tuple[Tensor, Tensor | None]:
         """This rank's rows of the head's weight and bias."""
         return local(self.head.weight), None if self.head.bias is None else local(self.head.bias)

@@ -86,7 +86,7 @@ def evaluate(
     learnt: Objective[Any] = objective or NextToken.of(decoder.config)
     decoder.eval()
     own = [[*(total.item() for total in learnt.sums(decoder, batch)), *learnt.counts(batch)] for batch in micro_batches]
-    _forget_counts(decoder)  # what travelled here is no step's
+    forget_counts(decoder)  # what travelled here is no step's
     n = len(learnt.names)
     # Tensor-parallel peers count the same, above and below the line.
     found = _world_totals(torch.tensor(own, dtype=torch.float64).view(-1, 2 * n))
@@ -158,10 +158,11 @@ def _n_holders(gradient: Tensor) -> int:
 def drop_gradients(decoder: Decoder) -> None:
     """Undoes what passes forward and backward have left: gradients, and counts of routed tokens."""
     decoder.zero_grad()
-    _forget_counts(decoder)
+    forget_counts(decoder)
 
 
-def _forget_counts(decoder: Decoder) -> None:
+def forget_counts(decoder: Decoder) -> None:
+    """Undoes what a forward pass has counted."""
     for module in decoder.modules():
         if isinstance(module, MoE):
             module.forget_counts()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb as text_summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from moray.cluster.json_lines import NO_ROOM
@@ -29,9 +30,13 @@ class Board:
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._add(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one step, at once or once the disk has room. Raises OSError for anything else that goes wrong."""
+    def write(self, step: int, scalars: Mapping[str, float], texts: Mapping[str, str]) -> None:
+        """Appends one step, at once or once the disk has room. Raises OSError for anything else that goes wrong.
+
+        texts: Markdown.
+        """
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        values += [value for name, text in texts.items() for value in text_summary(name, text).value]
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def flush(self) -> None:

@@ -20,8 +20,8 @@ class Tracker(Protocol):
     step: int
     """The last one that it has."""
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Adds a step."""
+    def write(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
+        """Adds a step. texts: Markdown, for those that show it."""
 
     def undo(self, step: int) -> None:
         """A fault undid the steps above `step`. What was sent stays where it cannot be taken back: the steps are
@@ -66,8 +66,8 @@ class TensorBoard(Tracker):
 
         self.step, self._board = step, Board(self._folder, step + 1)
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._board.write(step, numbers)
+    def write(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
+        self._board.write(step, numbers, texts)
         self.step = step
 
     def undo(self, step: int) -> None:
@@ -94,7 +94,7 @@ class Wandb(Tracker):
         )
         self.id, self.step = self._run.id, step
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         self._run.log(dict(numbers), step=step)
         self.step = step
 
@@ -127,7 +127,7 @@ class Mlflow(Tracker):
         found = self._client.get_experiment_by_name(name)
         return found.experiment_id if found else self._client.create_experiment(name)
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         now = int(time.time() * 1000)
         points = [self._metric(name, value, now, step) for name, value in numbers.items()]
         self._client.log_batch(self.id, metrics=points)

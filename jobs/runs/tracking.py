@@ -140,7 +140,7 @@ def _send(tracker: Tracker, row: dict[str, Any]) -> None:
     if "resumed_from" in row:
         tracker.undo(row["resumed_from"])
     elif row.get("step", 0) > tracker.step:
-        tracker.write(row["step"], numbers(row))
+        tracker.write(row["step"], numbers(row), texts(row))
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -148,6 +148,19 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     alone = {name: x for name, x in row.items() if _is_number(x) and name != "step"}
     lists = {name: x for name, x in row.items() if isinstance(x, list) and name != "positions"}
     return alone | {f"{name}/{i}": x for name, xs in lists.items() for i, x in enumerate(xs) if _is_number(x)}
+
+
+def texts(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a model that is tuned answered, as Markdown; prompts and answers as they are."""
+    parts = {"asked": "prompt", "answered": "written", "expected": "expected"}
+    return {
+        f"answers/{i}": "\n\n".join(f"**{word}**\n\n{_verbatim(answer[name])}" for word, name in parts.items())
+        for i, answer in enumerate(row.get("answers", []))
+    }
+
+
+def _verbatim(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _is_number(x: Any) -> bool:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 Fields = dict[str, Any]
+SHOWN = 200
+"""Characters of an answer, and of what was asked."""
 
 
 def describe(kind: str, fields: Fields) -> str | None:
@@ -17,6 +19,11 @@ def _fault(of: Fields) -> str:
     if of.get("rank") is not None:
         return f"fault: rank {of['rank']} (pid {of['pid']}): {of['reason']}"
     return f"fault: node {of['node']}: {of['reason']}" if of.get("node") else f"fault: {of['reason']}"
+
+
+def _answered(of: Fields) -> str:
+    asked, answered = (" ".join(str(of.get(name, "?")).split()) for name in ("prompt", "written"))
+    return f"step {of.get('step')}: {asked[-SHOWN:]} -> {answered[:SHOWN]}"
 
 
 def _resize(of: Fields) -> str:
@@ -55,6 +62,7 @@ _REMEDIES = {
 }
 _NO_GPU = "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
 _WORDS: dict[str, str | Callable[[Fields], str | None]] = {
+    "answered": _answered,
     "begin": "computing in {dtype}",
     "commit_failed": "{error}; the next commit tries again",
     "commit_given_up": "removed the commits of steps {steps}: another attempt's, not of this history",

@@ -16,6 +16,7 @@ from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDE
 from moray.cluster.worker import WorkerContext
 from moray.data.stream import Batch, evaluation_batches
 from moray.jobs.config.run import RunConfig
+from moray.jobs.training.answers import answer_some
 from moray.jobs.training.bad_steps import STEADIER, pass_over, what_is_wrong
 from moray.jobs.training.batches import micro_batches, stream_of
 from moray.jobs.training.begin import Training, checkpoints_of, set_up
@@ -71,6 +72,8 @@ def run_steps(training: Training) -> int:
             if leaving is None and (last or is_due(training.step, config.train.eval_every)):
                 context.enter("validation")
                 row |= validate(training)
+                if config.train.objective == "sft":
+                    row |= answer_some(training)
                 leaving = agree_to_leave(context, config)
             if leaving == EXIT_SUPERSEDED:
                 break
@@ -87,6 +90,7 @@ def run_steps(training: Training) -> int:
                 commit(training, row, log)
             pace_s = (time.perf_counter() - started) / max(training.step - first, 1)
             left_s = (config.train.steps - training.step) * pace_s
+            row.pop("answers", None)  # too long for a heartbeat
             training.pulse.beat(row | {"left_s": left_s} if training.is_first_rank else {"step": training.step})
     context.enter("leaving")
     if training.snapshots:

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dialogues import make_dialogues
 
 from moray import UserError
 from moray.data.dataset import Dataset
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.stream import Stream, evaluation_batches
-from moray.tests.dialogues import make_dialogues
 
 CACHE = 1 << 20
 
