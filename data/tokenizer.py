@@ -92,7 +92,7 @@ class Tokenizer:
         """
         parts = [np.array(self.document_start, self.dtype)]
         for batch in _batches((piece, last) for text in texts for piece, last in _marked(self._cutter.pieces(text))):
-            for ids, (_, last) in zip(self._encode_plain([piece for piece, _ in batch]), batch, strict=True):
+            for ids, (_, last) in zip(self.encode_plain([piece for piece, _ in batch]), batch, strict=True):
                 parts.append(np.array(ids, self.dtype))
                 if last:
                     yield np.concatenate([*parts, np.array([self.eos_id], self.dtype)])
@@ -102,8 +102,8 @@ class Tokenizer:
     def _cutter(self) -> Cutter:
         return Cutter(self.backend)
 
-    def _encode_plain(self, texts: list[str]) -> Iterator[list[int]]:
-        """The ids of each text, special tokens in it being plain text."""
+    def encode_plain(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each text, special tokens in it being plain text, on all cores."""
         self.backend.encode_special_tokens = True
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
