@@ -1,0 +1,45 @@
+"""Prompts whose answers can be checked against a reference."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moray.data.chat import Turn
+from moray.data.reading.rules import Rules
+from moray.data.reading.turns import Unfit, asked, before, messages
+
+MARK = "####"
+"""Before the answer itself, in GSM8K."""
+REFERENCES = ("reference", "reference_answer", "ground_truth", "gold", "target", "solution", "label")
+ASKED = ("prompt", "question", "problem", "instruction", "query")
+
+
+def reference_of(record: Mapping[str, Any]) -> Any:
+    """What an answer is compared with; None: the record has no such. Of GSM8K's answers, what stands behind the last
+    mark, with its sign.
+    """
+    for name in REFERENCES:
+        if record.get(name) is not None:
+            return record[name]
+    judged = record.get("reward_model")  # verl's
+    if isinstance(judged, dict) and judged.get("ground_truth") is not None:
+        return judged["ground_truth"]
+    answer = record.get("answer")
+    return answer.rpartition(MARK)[2].strip() if isinstance(answer, str) and MARK in answer else None
+
+
+def prompts(record: Mapping[str, Any], _: Rules) -> Iterator[dict[str, Any] | Unfit] | None:
+    reference = reference_of(record)
+    reference = record.get("answer") if reference is None else reference
+    turns = _asked(record)
+    return None if reference is None or turns is None else iter([{"turns": turns, "reference": reference}])
+
+
+def _asked(record: Mapping[str, Any]) -> list[Turn] | None:
+    for field in ("messages", "conversations", "prompt"):
+        if isinstance(record.get(field), list):
+            said = messages(record[field], field)
+            return said if said[0].role == "system" else [*before(record), *said]
+    for field in ASKED:
+        if isinstance(record.get(field), str):
+            return asked(record, field, *(["input"] if field == "instruction" else []))
+    return None
