@@ -1,15 +1,16 @@
 """Shuffles and deduplicates a corpus of any size on disk: one keyed hash of the text does both.
 
 Documents are scattered into buckets by hash(seed, text) and each bucket is sorted by it. The hash being uniform, sorted
-order *is* a shuffle; equal texts meet as neighbours, and all but one are dropped. The result depends on the set of
-documents and the seed alone, never on the order they were read in. Memory: one bucket (64 MiB of text, or the largest
-document); disk: the text once, and one bucket more.
+order *is* a shuffle; equal texts meet as neighbours, of which all but one are dropped, or none. The result depends on
+the set of documents and the seed alone, never on the order they were read in. Memory: one bucket (64 MiB of text, or
+the largest document); disk: the text once, and one bucket more.
 """
 
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +35,7 @@ class Record:
 
 @dataclass(frozen=True)
 class ShuffledCorpus:
-    """The distinct documents in shuffled order, on disk; may be read any number of times."""
+    """The documents in shuffled order, on disk; may be read any number of times."""
 
     files: tuple[Path, ...]
     n_documents: int
@@ -69,24 +70,22 @@ def scatter(documents: Iterable[Document], folder: Path, seed: int) -> None:
 def _record(document: Document, salt: bytes) -> Record:
     key, text = document.key.encode("utf-8", "replace"), document.text.encode()
     digest = hashlib.blake2b(text, digest_size=16, key=salt).digest()
-    # Of the text too: files may give one id to all their documents, which a hash of keys could not split.
-    side = hashlib.blake2b(text, digest_size=8, key=hashlib.blake2b(key).digest()).digest()
+    if document.group is None:
+        # Of the text too: files may give one id to all their documents, which a hash of keys could not split.
+        side = hashlib.blake2b(text, digest_size=8, key=hashlib.blake2b(key).digest()).digest()
+    else:
+        side = hashlib.blake2b(document.group.encode(), digest_size=8).digest()
     return Record(digest, int.from_bytes(side, "little"), key, text)
 
 
-def sort(folder: Path) -> Iterator[ShuffledCorpus]:
-    """Sorts the buckets one after another, yielding what is done so far: the last one yielded is the whole."""
+def sort(folder: Path, *, keep_equal: bool = False) -> Iterator[ShuffledCorpus]:
+    """Sorts the buckets one after another, yielding what is done so far: the last one yielded is the whole.
+
+    keep_equal: equal texts all stay, and those of one key are told apart by `#2` and so on.
+    """
     done = ShuffledCorpus((), 0, 0, 0, ((1 << 64) - 1, 0))
     for path in _leaves(folder, depth=0):
-        distinct: dict[bytes, Record] = {}
-        n_read = 0
-        for record in _read(path):
-            n_read += 1
-            kept = distinct.setdefault(record.digest, record)
-            # Which copy stays must not depend on reading order, or the split would.
-            if (record.side, record.key) < (kept.side, kept.key):
-                distinct[record.digest] = record
-        records = [distinct[digest] for digest in sorted(distinct)]
+        n_read, records = _all(path) if keep_equal else _distinct(path)
         with open(path, "wb") as file:
             for record in records:
                 _write(file, record)
@@ -99,6 +98,29 @@ def sort(folder: Path) -> Iterator[ShuffledCorpus]:
             (min(low, *(record.side for record in records)), max(high, *(record.side for record in records))),
         )
         yield done
+
+
+def _distinct(path: Path) -> tuple[int, list[Record]]:
+    """How many records a bucket has, and those of different texts, sorted."""
+    distinct: dict[bytes, Record] = {}
+    n_read = 0
+    for record in _read(path):
+        n_read += 1
+        kept = distinct.setdefault(record.digest, record)
+        # Which copy stays must not depend on reading order, or the split would.
+        if (record.side, record.key) < (kept.side, kept.key):
+            distinct[record.digest] = record
+    return n_read, [distinct[digest] for digest in sorted(distinct)]
+
+
+def _all(path: Path) -> tuple[int, list[Record]]:
+    records = sorted(_read(path), key=lambda record: (record.digest, record.key))
+    named = []
+    for _, same in groupby(records, lambda record: (record.digest, record.key)):
+        first, *others = same
+        named.append(first)
+        named += [replace(other, key=b"%s#%d" % (other.key, n)) for n, other in enumerate(others, 2)]
+    return len(records), named
 
 
 def _leaves(folder: Path, depth: int) -> Iterator[Path]:

@@ -1,15 +1,19 @@
 """Reads sources into documents: find the files, try each, read them one after another, and account for every loss."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from moray import UserError
+from moray.data.index import Kind
 from moray.data.reading.account import Account
 from moray.data.reading.compression import decompressed
 from moray.data.reading.formats import Format
+from moray.data.reading.forms import examples, kinds_of
 from moray.data.reading.json_files import read_json, read_json_lines
 from moray.data.reading.parquet import read_parquet
 from moray.data.reading.records import BadRecord, Damage, Item, Loss, Reason, Record, damage_of
@@ -17,6 +21,7 @@ from moray.data.reading.rules import Rules
 from moray.data.reading.sources import Source, SourceFile, find
 from moray.data.reading.tar import read_tar
 from moray.data.reading.texts import cut, read_text
+from moray.data.reading.turns import Unfit
 
 BOM = b"\xef\xbb\xbf"
 _NOTHING_VISIBLE = re.compile("[\\s\u200b-\u200d\u2060\ufeff]*")
@@ -25,10 +30,14 @@ _READERS = {"text": read_text, "jsonl": read_json_lines, "json": read_json, "tar
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the key that names it. Keys may be equal: ids are the files' own."""
+    """A text and the key that names it. Keys may be equal: ids are the files' own.
+
+    Of other kinds than text, the text is JSON (`forms.Example`), and documents of a group are on one side of the split.
+    """
 
     key: str
     text: str
+    group: str | None = None
 
 
 def read_documents(sources: Sequence[str | Path], account: Account) -> Iterator[Document]:
@@ -43,6 +52,31 @@ def read_documents(sources: Sequence[str | Path], account: Account) -> Iterator[
     """
     usable = [_tried(source, account) for source in find(sources)]
     return (document for source in usable for document in _of_source(source, account))
+
+
+def found_kind(sources: Sequence[str | Path], rules: Rules) -> Kind:
+    """What kind of documents sources hold, by the fields of their first record.
+
+    Raises UserError where those fit several kinds.
+    """
+    file = next((file for source in find(sources) for file in source.files), None)
+    if file is None or file.format.kind == "text":
+        return "text"
+    try:
+        items = _items(file, replace(rules, kind="chat"))
+        first = next((item for item in items if isinstance(item, Record)), None)
+    except Exception as error:
+        if damage_of(error) is None:
+            raise
+        return "text"  # what is wrong with the file is said where it is read
+    record: Any = first and json.loads(b"".join(first.blocks))
+    kinds = kinds_of(record, rules.text_field)
+    if len(kinds) > 1:
+        raise UserError(
+            f"{file.path} may be of kind {' or '.join(kinds)}, by its fields {sorted(record)}; say which: --kind "
+            f"{kinds[0]}"
+        )
+    return kinds[0] if kinds else "text"
 
 
 def _tried(source: Source, account: Account) -> Source:
@@ -61,6 +95,8 @@ def _tried(source: Source, account: Account) -> Source:
 
 def _try(file: SourceFile, rules: Rules) -> None:
     """Raises Damage, or the format's own error, for a file that cannot be opened or whose first records are all bad."""
+    if rules.kind != "text" and file.format.kind == "text":
+        raise Damage(f"plain text, which holds no {rules.kind}; what does is .jsonl, .json, .parquet or a .tar of JSON")
     if file.format == Format("text"):
         return
     bad = None
@@ -113,6 +149,9 @@ def _documents(item: Item, account: Account) -> Iterator[Document]:
     if isinstance(item, Loss):
         account.note(item)
         return
+    if account.rules.kind != "text":
+        yield from _examples(item, account)
+        return
     limit = account.rules.max_document_bytes
     pieces = cut(item.blocks, limit)
     try:
@@ -127,6 +166,17 @@ def _documents(item: Item, account: Account) -> Iterator[Document]:
                 yield from _document(f"{item.name}#{number}", f"{item.place}, piece {number}", piece, account)
     except BadRecord as error:
         account.note(Loss(Reason.BAD, item.place, str(error)))
+
+
+def _examples(record: Record, account: Account) -> Iterator[Document]:
+    """The dialogues, pairs or prompts of a record; from the second on, their number is in their keys."""
+    value = json.loads(b"".join(record.blocks))
+    for number, example in enumerate(examples(value, account.rules.kind, account.rules), 1):
+        if isinstance(example, Unfit):
+            account.note(Loss(example.reason, record.place, example.why))
+        else:
+            key = record.name if number == 1 else f"{record.name}/{number}"
+            yield Document(key, json.dumps(example.content, ensure_ascii=False, sort_keys=True), example.group)
 
 
 def _document(key: str, place: str, raw: bytes, account: Account) -> Iterator[Document]:

@@ -26,6 +26,7 @@ class Example(NamedTuple):
 Reader = Callable[[Mapping[str, Any], Rules], Iterator[dict[str, Any] | Unfit] | None]
 """None: the record is of another form."""
 READERS: Mapping[Kind, Sequence[Reader]] = {
+    "text": (),
     "chat": (trees.dialogues, turns.dialogues),
     "preference": (trees.ranked_pairs, pairs.pairs),
     "prompts": (prompts.prompts,),
@@ -67,17 +68,14 @@ def _checked(content: dict[str, Any]) -> Example | Unfit:
     return Example(content, next(turn.text.strip() for turn in whole if turn.role == "user"))
 
 
-def kind_of(record: Any, text_field: str) -> Kind | None:
-    """What a record looks like; None: it may be several kinds, or none."""
+def kinds_of(record: Any, text_field: str) -> list[Kind]:
+    """What kinds a record may be, by its fields."""
     if not isinstance(record, dict):
-        return None
-    first, _, _ = text_field.partition(".")
-    if text_field in record or isinstance(record.get(first), dict) and "." in text_field:
-        return "text"
+        return []
+    first, dot, _ = text_field.partition(".")
+    if text_field in record or (dot and first in record):
+        return ["text"]
     if pairs.sides(record):
-        return "preference"
-    is_prompt = prompts.reference_of(record) is not None
-    is_chat = trees.is_tree(record) or turns.form_of(record) is not None
-    if is_prompt and is_chat:
-        return None
-    return "prompts" if is_prompt else "chat" if is_chat else None
+        return ["preference"]
+    found: list[Kind] = ["chat"] if trees.is_tree(record) or turns.form_of(record) else []
+    return [*found, "prompts"] if prompts.reference_of(record) is not None else found

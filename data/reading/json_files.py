@@ -133,7 +133,7 @@ def _item(raw: bytes | None, place: str, number: int | None, rules: Rules) -> It
         value = _parsed(raw)
     except BadRecord as error:
         return Loss(Reason.BAD, place, str(error))
-    return record_of(value, place, number, rules.text_field)
+    return record_of(value, place, number, rules)
 
 
 def _is_json(raw: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Parquet: a record a row."""
 
+import json
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -17,6 +18,9 @@ def read_parquet(file: IO[bytes], rules: Rules) -> Iterator[Item]:
     """A document a row, from the column of `rules`, named by column `id` if there is one, else by its row number."""
     # Pre-buffering would hold whole row groups.
     table = optional("pyarrow.parquet", "a .parquet file").ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    if rules.kind != "text":
+        yield from _rows(table)
+        return
     columns = [table.schema.column(n).path for n in range(len(table.schema))]
     field = rules.text_field
     if field not in columns:
@@ -35,6 +39,15 @@ def read_parquet(file: IO[bytes], rules: Rules) -> Iterator[Item]:
                 yield Record(place, name_of(name, number), (text,))
             else:
                 yield Loss(Reason.BAD, place, f"column {field!r} must hold text, not {type(text).__name__}")
+
+
+def _rows(table: Any) -> Iterator[Item]:
+    """Whole rows, as JSON."""
+    number = 0
+    for batch in table.iter_batches(MAX_BATCH_ROWS):
+        for row in batch.to_pylist():
+            number += 1
+            yield Record(f"row {number}", name_of(row.get("id"), number), (json.dumps(row, default=str).encode(),))
 
 
 def _batch_rows(metadata: Any, column: int) -> int:

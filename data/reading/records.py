@@ -1,5 +1,6 @@
 """What a reader of any format yields: a record with its place in the file, or what is lost there and why."""
 
+import json
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from enum import StrEnum
 from lzma import LZMAError
 from tarfile import TarError
 from typing import Any, TypeAlias
+
+from moray.data.reading.rules import Rules
 
 FIELDS_NAMED = 12
 MAX_ID = 200  # characters; an `id` above that is none
@@ -21,6 +24,9 @@ class Reason(StrEnum):
     EMPTY = "empty"
     LONG = "too long"
     CUT = "cut"
+    REFUSED = "refused by people"
+    ALIKE = "pairs of equal answers"
+    UNWRITTEN = "not written by the chat template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +77,15 @@ def damage_of(error: Exception) -> str | None:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def record_of(value: Any, place: str, number: int | None, field: str) -> Item:
-    """The string under `field` of a parsed record, named by its `id` or its number.
+def record_of(value: Any, place: str, number: int | None, rules: Rules) -> Item:
+    """The string under `text_field` of a parsed record, or all of it as JSON; named by its `id` or its number.
 
     Without a number it is all that its file holds, and may be something else: settings, an index, a description.
     """
-    unfit = Reason.UNREAD if number is None else Reason.BAD
+    field, unfit = rules.text_field, Reason.UNREAD if number is None else Reason.BAD
+    if rules.kind != "text":
+        name = "" if number is None else name_of(value.get("id") if isinstance(value, dict) else None, number)
+        return Record(place, name, (json.dumps(value).encode(),))
     if not isinstance(value, dict):
         return Loss(unfit, place, f"must be an object with a field {field!r}, not {type(value).__name__}")
     found, text = _at(value, field)

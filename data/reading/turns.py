@@ -1,5 +1,6 @@
 """Dialogues as people keep them: instructions, prompts, questions, lists of messages."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,9 +33,7 @@ def dialogues(record: Mapping[str, Any], rules: Rules) -> Iterator[dict[str, Any
     return None if form is None else _dialogues(form(record), rules)
 
 
-def _dialogues(
-    found: tuple[list[Turn], Sequence[str]], rules: Rules
-) -> Iterator[dict[str, Any] | Unfit]:
+def _dialogues(found: tuple[list[Turn], Sequence[str]], rules: Rules) -> Iterator[dict[str, Any] | Unfit]:
     asked, answers = found
     for answer in answers[:1] if rules.answers != "all" else answers:
         yield {"turns": [*asked, Turn("assistant", answer)]}
@@ -100,12 +99,14 @@ def asked(record: Mapping[str, Any], *fields: str) -> list[Turn]:
 
 
 def before(record: Mapping[str, Any]) -> list[Turn]:
-    """The system prompt, with the tools that a model may call, and turns that went before (LLaMA-Factory's `history`)."""
-    tools = record.get("tools")
-    tools = tools if isinstance(tools, str | None) else as_json(tools)
-    system = "\n\n".join(part for part in (string(record, "system").strip(), (tools or "").strip()) if part)
-    history = [Turn(role, text) for pair in record.get("history") or [] for role, text in zip(("user", "assistant"), pair)]  # type: ignore[arg-type]
-    return [*([Turn("system", system)] if system else []), *history]
+    """The system prompt, with the tools that a model may call, and the pairs of turns of LLaMA-Factory's `history`."""
+    tools = record.get("tools") or ""
+    parts = [string(record, "system").strip(), (tools if isinstance(tools, str) else as_json(tools)).strip()]
+    system = "\n\n".join(part for part in parts if part)
+    turns = [Turn("system", system)] if system else []
+    for asked, answered in record.get("history") or []:
+        turns += [Turn("user", asked), Turn("assistant", answered)]
+    return turns
 
 
 def as_json(value: Any) -> str:
@@ -138,7 +139,7 @@ def _prompt(answer: str, *fields: str) -> Form:
 
 
 def _spoken(record: Mapping[str, Any]) -> tuple[list[Turn], Sequence[str]]:
-    """`{"dialogue": [{"speaker", "text"}], "response"}`: whoever spoke last is answered, whatever the speakers' names."""
+    """`{"dialogue": [{"speaker", "text"}], "response"}`: whoever spoke last is answered, by any name."""
     said = record["dialogue"]
     if not isinstance(said, list) or not all(isinstance(each, dict) and "speaker" in each for each in said) or not said:
         raise Unfit(Reason.BAD, "field 'dialogue' must be a list of objects with speaker and text")

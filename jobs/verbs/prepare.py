@@ -1,5 +1,6 @@
 """`moray prepare`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +11,14 @@ def prepare(
     sources: tyro.conf.Positional[tuple[str, ...]] = ("stdlib",),
     *,
     out: Path,
+    kind: Literal["auto", "text", "chat", "preference", "prompts"] = "auto",
     vocab_size: int = 6400,
     tokenizer: Path | None = None,
     validation: float = 0.01,
     seed: int = 0,
     overwrite: bool = False,
+    answers: Literal["all", "best", "first"] = "all",
+    dedup: Literal["auto", "exact", "none"] = "auto",
     text_field: str = "text",
     max_document_bytes: int = 16 << 20,
     long_documents: Literal["cut", "drop"] = "cut",
@@ -26,20 +30,27 @@ def prepare(
     Args:
         sources: stdlib, or files (.txt .md .rst .py .jsonl .json .tar, with .gz .zst .bz2 .xz; .parquet) and folders.
         out: The folder to make.
+        kind: What the sources hold: text; chat (dialogues to learn the answers of); preference (pairs of answers, one
+            of them preferred); prompts (whose answers can be checked). auto: as the fields of the first record say.
         vocab_size: Entries of the byte-level BPE that is trained.
         tokenizer: A folder with an existing tokenizer to use instead.
-        validation: Share of the documents held out for validation, by hash of their key and text.
+        validation: Share of the documents held out for validation, by hash of their key and text; of dialogues, by
+            hash of the first thing that a user says, so that all answers to it are on one side.
         seed: Decides on the documents' order.
         overwrite: Replace a finished dataset in `out`.
+        answers: Which of several answers to one message become dialogues: all, the best, or the first.
+        dedup: What is kept of equal documents: exact, one of them; none, all. auto: of text one, of other kinds all.
         text_field: The field of JSON and parquet that holds the text; data.text is a field within a field.
         max_document_bytes: A longer document is cut or dropped.
         long_documents: What is done with one: cut (after a paragraph, a line or a word) or drop.
         max_bad: Bad records (not UTF-8, not JSON, without a text) that are left out before it is an error.
         on_damage: Stop at a damaged file, or skip the rest of it.
     """
+    from moray.data.reading.documents import found_kind
     from moray.data.reading.rules import Rules
     from moray.jobs.datasets.prepare import prepare as run
 
+    reading = Rules(text_field, max_document_bytes, long_documents, max_bad, on_damage, answers=answers)
     run(
         sources,
         out,
@@ -48,6 +59,7 @@ def prepare(
         validation=validation,
         seed=seed,
         overwrite=overwrite,
-        reading=Rules(text_field, max_document_bytes, long_documents, max_bad, on_damage),
+        reading=replace(reading, kind=found_kind(sources, reading) if kind == "auto" else kind),
+        dedup=dedup,
     )
     return 0
