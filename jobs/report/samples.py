@@ -5,18 +5,15 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from moray import UserError
-from moray.data.blocks import FIRST, BlockReader
 from moray.data.dataset import Dataset
+from moray.data.exchanges import documents, exchanges
 from moray.data.tokenizer import Tokenizer
 from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
 from moray.model import Decoder
 from moray.parallel.checkpoint.commits import list_commits
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96
-READ_TOKENS = 1 << 16
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
@@ -38,30 +35,29 @@ def draw_samples(run: Path, data: str, count: int) -> tuple[list[Sample], list[s
         for commit in list_commits(run / "checkpoints")[-1:]:
             dataset.check_fingerprint(commit.manifest.metadata["data"]["fingerprint"])
         decoder, tokenizer = load_run(run, told.append)
-        samples = [_continue(decoder, tokenizer, document) for document in islice(_documents(dataset), count)]
+        beginnings = islice(_beginnings(dataset, decoder.config.max_seq_len), count)
+        samples = [_continue(decoder, tokenizer, *beginning) for beginning in beginnings]
         return samples, told if samples else [*told, "the validation split holds no document"]
     except (UserError, OSError, ValueError, KeyError, RuntimeError, FloatingPointError, MemoryError) as error:
         # A page about a run that cannot be loaded here (no memory, no data) is what one wants all the more.
         return [], [*told, str(error) or type(error).__name__]
 
 
-def _continue(decoder: Decoder, tokenizer: Tokenizer, document: list[int]) -> Sample:
-    longest = decoder.config.max_seq_len
-    at = max(min(PROMPT_TOKENS, len(document) // 2, longest // 2), 1)
-    prompt, rest = document[:at], document[at:]
-    tokens = generate_tokens(decoder, prompt, min(NEW_TOKENS, longest - at), SAMPLING)
+def _continue(decoder: Decoder, tokenizer: Tokenizer, prompt: list[int], truth: list[int]) -> Sample:
+    tokens = generate_tokens(decoder, prompt, min(NEW_TOKENS, decoder.config.max_seq_len - len(prompt)), SAMPLING)
     start = list(tokenizer.document_start)
     shown = prompt[len(start) :] if prompt[: len(start)] == start else prompt
     written = "".join(stream_text(tokenizer, tokens, shown))
-    return Sample(tokenizer.decode(shown), written, tokenizer.decode(rest))
+    return Sample(tokenizer.decode(shown), written, tokenizer.decode(truth))
 
 
-def _documents(dataset: Dataset) -> Iterator[list[int]]:
-    """The first tokens of documents of the validation split, in file order."""
-    split = dataset.splits["validation"]
-    reader = BlockReader(dataset, "validation", cache_bytes=0)
-    for shard in range(len(split)):
-        tokens, flags = reader.read(shard, 0, READ_TOKENS)
-        starts = np.flatnonzero(flags & FIRST)
-        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-            yield tokens[start : min(end, start + PROMPT_TOKENS + NEW_TOKENS)].tolist()
+def _beginnings(dataset: Dataset, longest: int) -> Iterator[tuple[list[int], list[int]]]:
+    """What documents of the validation split begin with, or what is asked in them, and how they go on."""
+    if dataset.kind == "chat":
+        for prompt, answer in exchanges(dataset, "validation", longest - NEW_TOKENS):
+            yield prompt.tolist(), answer[:NEW_TOKENS].tolist()
+        return
+    for tokens, _ in documents(dataset, "validation"):
+        document = tokens[: PROMPT_TOKENS + NEW_TOKENS].tolist()
+        at = max(min(PROMPT_TOKENS, len(document) // 2, longest // 2), 1)
+        yield document[:at], document[at:]

@@ -106,12 +106,14 @@ def test_the_first_loss_is_what_transformers_computes_on_answers_alone(
     assert moray("export", base, "--out", tmp_path / "hf").code == 0
     (tmp_path / "hf" / "chat_template.jinja").write_bytes((chat / "chat_template.jinja").read_bytes())
     data = Dataset.open(chat)
-    n_rows = int(rows_of(data, "train", 128, 1 << 20, "cut").counts.sum())
-    changes = {"train__steps": 1, "train__global_batch": n_rows, "train__eval_every": 0, "optimizer__warmup_steps": 1}
-    outcome = moray(*words(base, chat, tmp_path / "run", **changes))
+    longest = max(int(lengths.max()) for lengths in map(data.splits["train"].lengths, range(len(data.splits["train"]))))
+    n_rows = int(rows_of(data, "train", longest, 1 << 20, "cut").counts.sum())
+    once = {"train__steps": 1, "train__eval_every": 0, "optimizer__warmup_steps": 1}
+    sizes = {"train__seq_len": longest, "train__global_batch": n_rows}
+    outcome = moray(*words(base, chat, tmp_path / "run", **once, **sizes))
     assert outcome.code == 0, outcome.err
-    assert f"{data.splits['train'].n_documents} dialogues in {n_rows} rows of 128 tokens" in outcome.err
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").double().eval()
+    assert f"{data.splits['train'].n_documents} dialogues in {n_rows} rows of {longest} tokens" in outcome.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     trained = documents(data, "train")
     total, count = 0.0, 0
