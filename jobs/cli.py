@@ -18,6 +18,7 @@ from moray.cluster.launchers import is_another_rank
 from moray.cluster.signals import hold_sigterm, leave_on_sigterm
 from moray.jobs.completion import SHELLS, completion
 from moray.jobs.options import bind
+from moray.jobs.verbs.chat import chat
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
 from moray.jobs.verbs.doctor import doctor
@@ -43,8 +44,8 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb
     for verb in (
-        doctor, prepare, pretrain, finetune, submit, status, report, generate, evaluate, checkpoints, inspect, export,
-        upcycle, demo,
+        doctor, prepare, pretrain, finetune, submit, status, report, generate, chat, evaluate, checkpoints, inspect,
+        export, upcycle, demo,
     )
 }  # fmt: skip
 TRAIN = ("pretrain", "finetune")

@@ -8,19 +8,15 @@ from typing import Any
 import torch
 from tokenizers import processors
 
-from moray.data.special_tokens import GENERATION_CONFIG
+from moray.data.chat import ChatML
+from moray.data.jinja_template import CHAT_TEMPLATE
+from moray.data.special_tokens import GENERATION_CONFIG, IM_START
 from moray.data.staging import staged_folder
+from moray.data.templates import stated_template
 from moray.data.tokenizer import Tokenizer, copy_tokenizer
 from moray.jobs.models.weights import open_whole
 from moray.model.hf import write_pretrained
 from moray.model.hf.choice import family_for
-
-CHATML = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""For a tokenizer without a chat template of its own. As in training, a document begins with BOS, if there is one."""
 
 
 def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]) -> str:
@@ -56,7 +52,9 @@ def _special_ids(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
 
 
 def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """Adds what AutoTokenizer and a chat server need and the tokenizer does not say, and how documents began."""
+    """Adds what AutoTokenizer and a chat server need and the tokenizer does not say: names of tokens, how documents
+    began, and ChatML where it has its marks and no template of its own.
+    """
     path = folder / "tokenizer_config.json"
     said = json.loads(path.read_text()) if path.is_file() else {}
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
@@ -65,9 +63,9 @@ def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) ->
         "model_max_length": max_seq_len,
         **{name: tokenizer.backend.id_to_token(token) for name, token in names.items() if token is not None},
     }
-    if not (folder / "chat_template.jinja").is_file():
-        missing["chat_template"] = CHATML
     _update_json(path, {name: value for name, value in missing.items() if said.get(name) is None})
+    if stated_template(folder) is None and tokenizer.backend.token_to_id(IM_START) is not None:
+        (folder / CHAT_TEMPLATE).write_text(ChatML(tokenizer, folder).jinja)
     if not tokenizer.prompt_start and tokenizer.bos_id is not None:
         bos = tokenizer.backend.id_to_token(tokenizer.bos_id)
         tokenizer.backend.post_processor = processors.TemplateProcessing(
