@@ -161,6 +161,9 @@ def test_in_a_terminal(run: Path) -> None:
         until(b"> ")
         # Again and again: one that comes before the line is waited for is answered with the next.
         until(b"> ", lambda: process.send_signal(signal.SIGINT))
+        os.write(ours, b"/help\n")
+        until(b"Ctrl-C ends an answer")
+        until(b"> ")
         os.write(ours, b"\x04")
         assert process.wait(20) == 0
     finally:
