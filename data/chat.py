@@ -89,7 +89,9 @@ class ChatML:
                 f"tokenizer={str(name)!r} has no chat template, and {IM_START} and {IM_END}, which dialogues are "
                 "written with then, are not tokens of it; take a tokenizer that has either"
             )
-        self._begin, self._end = begin, end
+        self._end = end
+        self._headers = {role: [begin, *tokenizer.encode(f"{role}\n")] for role in get_args(Role)}
+        self._newline = tokenizer.encode("\n")
         start = "".join(tokenizer.backend.id_to_token(token) or "" for token in tokenizer.document_start)
         self.jinja = _JINJA.replace("START", start.replace("'", "\\'"))
         self._check(start, name)
@@ -97,8 +99,8 @@ class ChatML:
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         ids = list(self._tokenizer.document_start)
         for turn, text in zip(turns, self._encoded(turns), strict=True):
-            ids += [*self._header(turn.role), *text, self._end, *self._newline()]
-        return ids + self._header("assistant")
+            ids += [*self._headers[turn.role], *text, self._end, *self._newline]
+        return ids + self._headers["assistant"]
 
     def render(self, dialogues: Iterable[Sequence[Turn]]) -> Iterator[Rendered | str]:
         rest = iter(dialogues)
@@ -111,21 +113,15 @@ class ChatML:
         start = self._tokenizer.document_start
         parts: list[tuple[Sequence[int], int]] = [(start, 0)]
         for role, text in turns:
-            first, *header = self._header(role)
+            first, *header = self._headers[role]
             said = TRAINED if role == "assistant" else 0
             parts += [([first], USER_TURN if role == "user" else 0), (header, 0), ([*text, self._end], said)]
-            parts.append((self._newline(), 0))
+            parts.append((self._newline, 0))
         tokens = np.array([token for ids, _ in parts for token in ids], self._tokenizer.dtype)
         return Rendered(tokens, np.repeat([flag for _, flag in parts], [len(ids) for ids, _ in parts]).astype(np.uint8))
 
     def _encoded(self, turns: Sequence[Turn]) -> list[list[int]]:
         return list(self._tokenizer.encode_plain([turn.text.strip() for turn in turns]))
-
-    def _header(self, role: str) -> list[int]:
-        return [self._begin, *self._tokenizer.encode(f"{role}\n")]
-
-    def _newline(self) -> list[int]:
-        return self._tokenizer.encode("\n")
 
     def _check(self, start: str, name: object) -> None:
         """That the parts are the tokens of the whole, which is what others will make of the template."""

@@ -29,10 +29,12 @@ def _dialogues(node: Mapping[str, Any], path: list[Turn], rules: Rules) -> Itera
     if turn.role == "assistant":
         yield {"turns": path}
     replies = node.get("replies") or []
-    if turn.role == "user" and rules.answers != "all":
-        replies = sorted(replies, key=_rank)[:1] if rules.answers == "best" else replies[:1]
-    for reply in replies:
-        yield from _dialogues(reply, path, rules)
+    chosen = False  # what cannot be used is no answer, so that the next one is the best, or the first
+    for reply in sorted(replies, key=_rank) if rules.answers == "best" else replies:
+        is_answer = turn.role == "user" and not isinstance(_turn(reply), Unfit)
+        if not (is_answer and chosen and rules.answers != "all"):
+            yield from _dialogues(reply, path, rules)
+        chosen |= is_answer
 
 
 def ranked_pairs(record: Mapping[str, Any], rules: Rules) -> Iterator[dict[str, Any] | Unfit] | None:

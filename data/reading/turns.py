@@ -104,9 +104,16 @@ def before(record: Mapping[str, Any]) -> list[Turn]:
     parts = [string(record, "system").strip(), (tools if isinstance(tools, str) else as_json(tools)).strip()]
     system = "\n\n".join(part for part in parts if part)
     turns = [Turn("system", system)] if system else []
-    for asked, answered in record.get("history") or []:
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(_is_exchange(each) for each in history):
+        raise Unfit(Reason.BAD, "field 'history' must be a list of pairs, what was asked and what was answered")
+    for asked, answered in history:
         turns += [Turn("user", asked), Turn("assistant", answered)]
     return turns
+
+
+def _is_exchange(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def as_json(value: Any) -> str:

@@ -94,19 +94,21 @@ TREE = {
 
 
 def test_every_answer_of_a_tree_ends_a_dialogue() -> None:
-    q, best = [U, "q"], [A, "best"]
-    long = [q, best, [U, "more?"], [A, "last"]]
-    found = list(examples(TREE, "chat", Rules(kind="chat")))
-    assert [example.content["turns"] for example in found if isinstance(example, Example)] == [
-        [tuple(turn) for turn in turns] for turns in ([q, [A, "second"]], [q, best], long, [q, [A, "unranked"]])
-    ]
-    assert [unfit.reason for unfit in found if isinstance(unfit, Unfit)] == [
-        Reason.REFUSED,
-        Reason.REFUSED,
-        Reason.EMPTY,
-    ]
-    assert dialogues(TREE, answers="best") == [[q, best], long]
-    assert dialogues(TREE, answers="first") == [[q, [A, "second"]]]
+    q, best = (U, "q"), (A, "best")
+    long = [q, best, (U, "more?"), (A, "last")]
+    assert usable(TREE) == [[q, (A, "second")], [q, best], long, [q, (A, "unranked")]]
+    left_out = [unfit.reason for unfit in examples(TREE, "chat", Rules(kind="chat")) if isinstance(unfit, Unfit)]
+    assert left_out == [Reason.REFUSED, Reason.REFUSED, Reason.EMPTY]
+    assert usable(TREE, answers="best") == [[q, best], long]
+    assert usable(TREE, answers="first") == [[q, (A, "second")]]
+    gone = node("prompter", "q", node("assistant", "gone", rank=0, deleted=True), node("assistant", "kept", rank=1))
+    for answers in ("best", "first"):  # what was deleted is no answer
+        assert usable({"prompt": gone}, answers=answers) == [[q, (A, "kept")]]
+
+
+def usable(tree: dict[str, Any], **rules: Any) -> list[list[Any]]:
+    found = examples(tree, "chat", Rules(kind="chat", **rules))
+    return [example.content["turns"] for example in found if isinstance(example, Example)]
 
 
 def test_siblings_are_pairs_by_rank() -> None:
@@ -150,7 +152,7 @@ def test_pairs_that_are_none() -> None:
 @pytest.mark.parametrize(
     ("record", "reference"),
     [
-        ({"question": "q", "answer": "so\n#### -1,234\n" + " " * 400}, "-1,234"),
+        ({"question": "q", "answer": "so\n#### -1,234 dollars\n" + " " * 400}, "-1234"),
         ({"question": "q", "answer": "#### 1 no\n#### 2"}, "2"),
         ({"problem": "q", "solution": "x"}, "x"),
         ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "7"}}, "7"),
@@ -170,6 +172,7 @@ def test_a_prompt_and_its_reference(record: dict[str, Any], reference: Any) -> N
         ([1], "must be an object, not list"),
         ({"instruction": 3, "output": "x"}, "field 'instruction' must be a string, not int"),
         ({"instruction": "x", "output": 3}, "field 'output' must be a string, and 'outputs' a list of such"),
+        ({"instruction": "c", "output": "d", "history": ["a"]}, "field 'history' must be a list of pairs"),
         ({"messages": []}, "field 'messages' must be a list of messages, not '[]'"),
         ({"messages": [{"role": "user", "content": 3}]}, "field 'messages': content must be text, not int"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "nobody answers"),
