@@ -15,7 +15,7 @@ from moray.model.attention.rope import rope_angles
 from moray.model.block import Block
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
-from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
+from moray.model.loss import CHUNK_TOKENS, IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
 from moray.model.randomness import Randomness
@@ -132,11 +132,38 @@ class Decoder(nn.Module):
         """The likeliest token behind the one at `last_B` of each row, [B]; what stands behind that changes nothing."""
         x_BTD = self.hidden(tokens_BT)
         x_BD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B]
-        highest_B, index_B = self.logits(x_BD).float().max(-1)
-        is_best_B = highest_B == self.vocabulary.highest(highest_B.clone())
-        # Of equal ones the first, as argmax has it.
-        first_B = torch.where(is_best_B, -(index_B + self.vocabulary.start), -self.config.vocab_size)
-        return -self.vocabulary.highest(first_B)
+        _, likeliest_B = self._highest(self.logits(x_BD).float())
+        return likeliest_B
+
+    def score(
+        self, tokens_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of each target, row by row, its log-probability (fp32), and whether it is the likeliest token, [N] each.
+
+        Targets of -100 are none of the N.
+        """
+        x_BTD, scored_BT = self.hidden(tokens_BT, documents_BT=documents_BT), targets_BT != IGNORED
+        x_ND, target_N = x_BTD[scored_BT], targets_BT[scored_BT]
+        chunks = zip(x_ND.split(CHUNK_TOKENS), target_N.split(CHUNK_TOKENS), strict=True)
+        logp, greedy = zip(*(self._score(*chunk) for chunk in chunks), strict=True)
+        return torch.cat(logp), torch.cat(greedy)
+
+    def _score(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        vocabulary, logits_NV = self.vocabulary, self.logits(x_ND).float()
+        highest_N, likeliest_N = self._highest(logits_NV)
+        log_N = vocabulary.total((logits_NV - highest_N[:, None]).exp().sum(-1)).log() + highest_N
+        # Under a vocabulary shard, the target's logit is on one rank alone.
+        index_N = target_N - vocabulary.start
+        here_N = (index_N >= 0) & (index_N < logits_NV.shape[1])
+        target_logit_N = logits_NV.gather(1, torch.where(here_N, index_N, 0)[:, None])[:, 0]
+        return vocabulary.total(torch.where(here_N, target_logit_N, 0.0)) - log_N, likeliest_N == target_N
+
+    def _highest(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """The highest logit over the whole vocabulary, and whose it is; of equal ones the first, as argmax has it."""
+        own_N, index_N = logits_NV.max(-1)
+        highest_N = self.vocabulary.highest(own_N.clone())
+        first_N = torch.where(own_N == highest_N, -(index_N + self.vocabulary.start), -self.config.vocab_size)
+        return highest_N, -self.vocabulary.highest(first_N)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         """This rank's rows of the head's weight and bias."""

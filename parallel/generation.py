@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from moray.model.decoder import Decoder
-from moray.parallel.gradients import forget_counts
+from moray.parallel.gradients import forget_counts, world_sum
 
 
 @torch.no_grad()
@@ -23,16 +22,18 @@ def write_greedily(
     new: int,
     stops: Sequence[int],
     *,
-    tp: int = 1,
+    rows: int = 0,
+    width: int = 0,
     on_token: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """For each prompt at most `new` tokens, each the likeliest; a stop token is the last.
 
-    Every rank has the same prompts, and gets the same tokens. Collective.
+    rows, width: of the batch, at least, padding included; the same on all ranks, whose prompts may be others. Those
+    that share slices of sequences have the same. Collective.
     """
     device, lengths = next(decoder.parameters()).device, [len(prompt) for prompt in prompts]
-    width = -(-(max(lengths) + new) // tp) * tp
-    tokens_BT = torch.zeros(len(prompts), width, dtype=torch.int64)
+    tokens_BT = torch.zeros(max(rows, len(prompts)), max(width, max(lengths) + new), dtype=torch.int64)
+    lengths += [1] * (len(tokens_BT) - len(prompts))
     for number, prompt in enumerate(prompts):
         tokens_BT[number, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64))
     tokens_BT, end_B = tokens_BT.to(device), torch.tensor(lengths, device=device)
@@ -40,13 +41,12 @@ def write_greedily(
     decoder.eval()
     for _ in range(new):
         token_B = decoder.likeliest(tokens_BT, end_B - 1)
-        if dist.is_initialized():
-            dist.broadcast(token_B, 0)  # ranks that went apart here would wait for each other for ever
-        for row, token in zip(written, token_B.tolist(), strict=True):
+        for row, token in zip(written, token_B.tolist(), strict=False):
             if not (row and row[-1] in stops):
                 row.append(token)
         on_token()
-        if all(row[-1] in stops for row in written):
+        # A rank that left alone would be waited for.
+        if not world_sum(torch.tensor(float(any(row[-1] not in stops for row in written)))):
             break
         tokens_BT.scatter_(1, end_B[:, None], token_B[:, None])
         end_B += 1

@@ -28,7 +28,7 @@ def answer_some(training: Training) -> dict[str, Any]:
         prompts,
         NEW_TOKENS,
         tokenizer.stop_ids,
-        tp=training.layout.tp,
+        width=-(-(max(map(len, prompts)) + NEW_TOKENS) // training.layout.tp) * training.layout.tp,
         on_token=training.pulse.again,
     )
     ended = [tokens[-1] in tokenizer.stop_ids for tokens in written]

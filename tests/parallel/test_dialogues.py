@@ -63,7 +63,7 @@ def tuned(dataset: Dataset, config: ModelConfig, layout: Layout) -> tuple[float,
     reduction = Reduction(decoder, meshes, 3)
     loss = accumulate_gradients(decoder, micro_batches(dataset, lanes, 1), reduction).loss
     gradients = {name: full(weight.grad) for name, weight in decoder.named_parameters()}
-    return loss, gradients, write_greedily(decoder, PROMPTS, 7, [5], tp=layout.tp)
+    return loss, gradients, write_greedily(decoder, PROMPTS, 7, [5], width=28)
 
 
 PROMPTS = [np.array([1, 2, 3]), np.array([4]), np.arange(10, 30)]

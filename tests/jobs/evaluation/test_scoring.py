@@ -8,7 +8,8 @@ from vocabularies import gpt2
 
 from moray.data.tokenizer import Tokenizer, load_tokenizer
 from moray.jobs.evaluation.greedy import continue_greedily
-from moray.jobs.evaluation.scoring import Model, Scored, batches, score
+from moray.jobs.evaluation.ranks import Ranks
+from moray.jobs.evaluation.scoring import Model, Scored, score
 from moray.jobs.evaluation.sequences import windows
 from moray.model import Decoder, ModelConfig, initialise
 
@@ -98,14 +99,22 @@ def test_scored_tokens_that_are_greedy_are_told_from_others(tokenizer: Tokenizer
     assert [each.is_greedy for each in found][:2] == [True, False]
 
 
-def test_batches_hold_every_sequence_once_within_the_limit() -> None:
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_passes_hold_every_sequence_once_within_the_limit(size: int) -> None:
+    """And the ranks, side by side, have equally many, of equal shapes."""
     lengths = [5, 1, 9, 3, 3, 40, 2]
-    found = list(batches(lengths, 12))
-    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
-    assert found[0] == [5], "too long for the limit: alone"
-    for batch in found[1:]:
-        assert len(batch) * max(lengths[index] for index in batch) <= 12
-    assert list(batches([], 12)) == []
+    of_ranks = [list(Ranks(rank, size, tp=2).passes(lengths, 12)) for rank in range(size)]
+    assert len({len(passes) for passes in of_ranks}) == 1
+    own = {tuple(side[mine].indices) for passes in of_ranks for side, mine in passes}
+    assert sorted(index for indices in own for index in indices) == list(range(len(lengths)))
+    assert (5,) in own, "too long for the limit: alone"
+    for passes in of_ranks:
+        for side, _ in passes:
+            for each in side:
+                assert (each.rows, each.width) == (side[0].rows, side[0].width)
+                assert each.width % 2 == 0
+                assert each.indices == [5] or len(each.indices) * max(lengths[i] for i in each.indices) <= 12
+    assert list(Ranks(0, size).passes([], 12)) == []
 
 
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 33, 50])
