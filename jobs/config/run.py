@@ -12,6 +12,7 @@ from moray.jobs.config.sections import (
     CheckpointSection,
     ClusterSection,
     DataSection,
+    EvalSection,
     OptimizerSection,
     RecoverySection,
     RunSection,
@@ -35,6 +36,7 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     layout: Layout = Layout()
     train: TrainSection = Field(TrainSection(), validate_default=True)
+    eval: EvalSection = EvalSection()
     optimizer: OptimizerSection = Field(OptimizerSection(), validate_default=True)
     checkpoint: CheckpointSection = CheckpointSection()
     recovery: RecoverySection = RecoverySection()

@@ -96,6 +96,20 @@ class TrainSection(Section):
         return {"bf16": "bfloat16", "fp32": "float32"}.get(name, name)
 
 
+class EvalSection(Section):
+    tasks: tuple[AnyPath, ...] = ()
+    """Task files that the model is asked while it is trained, separated by commas: those of `moray evaluate`."""
+    every: int = Field(0, ge=0)
+    """Steps between two times; 0: whenever the validation split is read."""
+    limit: int | None = Field(200, ge=1)
+    """The most items of each file; none: all."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return () if value is None else tuple(value.split(",")) if isinstance(value, str) else value
+
+
 class OptimizerSection(Section):
     """AdamW, or Muon."""
 

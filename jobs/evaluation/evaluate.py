@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from moray import UserError
+from moray.data.chat import ChatTemplate
+from moray.data.templates import chat_template_of
 from moray.jobs.evaluation.choices import choice_metrics, choose
 from moray.jobs.evaluation.metrics import Metric
+from moray.jobs.evaluation.overlap import FEWEST_WORDS, MOST_WORDS, overlap
+from moray.jobs.evaluation.preferences import prefer, preference_metrics
 from moray.jobs.evaluation.questions import answer, answer_metrics
 from moray.jobs.evaluation.scoring import Model
-from moray.jobs.evaluation.tasks import Choice, Item, Question, Task, Text, read_task
+from moray.jobs.evaluation.tasks import Choice, Item, Pair, Question, Task, Text, read_task
 from moray.jobs.evaluation.texts import foretell, text_metrics, weigh, word_metrics
 from moray.jobs.generation.generate import load
-from moray.jobs.models.weights import open_whole
+from moray.jobs.models.weights import Weights, open_whole
 from moray.parallel.checkpoint.commits import read_commit
 
 Results = list[dict[str, Any]]
@@ -31,6 +35,7 @@ class Kind:
 LAST_WORD = Kind("last word", foretell, word_metrics)
 KINDS: dict[type[Item], Kind] = {
     Choice: Kind("multiple choice", choose, choice_metrics),
+    Pair: Kind("preference", prefer, preference_metrics),
     Question: Kind("question", answer, answer_metrics),
     Text: Kind("text", weigh, text_metrics),
 }
@@ -46,10 +51,9 @@ class Asked:
     limit: int | None = None
     batch_tokens: int = 8192
     items: bool = False
+    overlap: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise UserError("tasks names no file; give JSON lines, for example --tasks arc.jsonl.gz")
         if self.shots < 0:
             raise UserError(f"shots={self.shots} must be 0 or more")
         if self.limit is not None and self.limit < 1:
@@ -63,18 +67,38 @@ def evaluate(source: Path, asked: Asked, on_refused: Callable[[str], None]) -> d
 
     Says of each damaged commit that it passes over what is wrong with it. Raises UserError for what cannot be read.
     """
-    tasks = list(_read(asked))
     weights = open_whole(source, on_refused)
     decoder, tokenizer = load(weights)
-    model = Model(decoder, tokenizer, asked.batch_tokens)
+    model = Model(decoder, tokenizer, asked.batch_tokens, template=template_of(weights.tokenizer))
+    return report_of(model, weights, asked)
+
+
+def template_of(folder: Path) -> ChatTemplate | None:
+    """The chat template of a tokenizer's folder; None where it has none and ChatML does not suit it either."""
+    try:
+        return chat_template_of(folder)
+    except UserError:
+        return None
+
+
+def report_of(model: Model, weights: Weights, asked: Asked) -> dict[str, Any]:
+    """The same of a model that is loaded, on every rank that shares it."""
     commit = read_commit(weights.path).manifest.digest if weights.is_commit else None
-    return {
-        "model": {"folder": str(weights.path.resolve()), "commit": commit},
-        "tasks": [_evaluated(model, task, kind, asked) for task, kind in tasks],
-    }
+    tasks = list(read_tasks(asked))
+    found = [_evaluated(model, task, kind, asked) for task, kind in tasks]
+    if asked.overlap:
+        shared = overlap([task for task, _ in tasks], asked.overlap)
+        found = [each | {"overlap": of_task} for each, of_task in zip(found, shared, strict=True)]
+    return {"model": {"folder": str(weights.path.resolve()), "commit": commit}, "tasks": found}
 
 
-def _read(asked: Asked) -> Iterator[tuple[Task, Kind]]:
+def evaluate_tasks(model: Model, asked: Asked) -> Iterator[dict[str, Metric]]:
+    """The metrics of each task file."""
+    return (kind.metrics(kind.results(model, task)) for task, kind in list(read_tasks(asked)))
+
+
+def read_tasks(asked: Asked) -> Iterator[tuple[Task, Kind]]:
+    """The task files, each with its kind. Raises UserError for one that is none."""
     tasks = [read_task(path, asked.shots, asked.limit) for path in asked.tasks]
     if asked.last_word and not any(task.kind is Text for task in tasks):
         raise UserError("last_word=true is for files of texts, and none of the tasks is one")
@@ -82,6 +106,8 @@ def _read(asked: Asked) -> Iterator[tuple[Task, Kind]]:
         kind = LAST_WORD if asked.last_word and task.kind is Text else KINDS[task.kind]
         if asked.shots and kind is KINDS[Text]:
             raise UserError(f"shots={asked.shots} must be 0 for {task.path}: a text's bits are its own")
+        if asked.shots and kind is KINDS[Pair]:
+            raise UserError(f"shots={asked.shots} must be 0 for {task.path}: a dialogue needs no examples")
         yield task, kind
 
 
@@ -112,7 +138,13 @@ def table(report: dict[str, Any]) -> str:
             numbers = (_shown(metric["value"]), "" if error is None else _shown(error))
             rows.append((Path(task["file"]).name, task["kind"], str(task["n"]), name, *numbers))
     cuts = [f"{Path(task['file']).name}: {_cut(task)}" for task in report["tasks"] if task["cut"]]
-    return "\n".join([*_aligned(rows), *cuts])
+    shared = [f"{Path(task['file']).name}: {_shared(task['overlap'])}" for task in report["tasks"] if "overlap" in task]
+    return "\n".join([*_aligned(rows), *cuts, *shared])
+
+
+def _shared(found: dict[str, Any]) -> str:
+    words = f"a run of {FEWEST_WORDS} to {MOST_WORDS} words"
+    return f"{found['overlapping']} of {found['judged']} items that are long enough share {words} with the data"
 
 
 def _cut(task: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from moray.data.chat import ChatTemplate
 from moray.data.tokenizer import Tokenizer
 from moray.jobs.evaluation.ranks import ALONE, Pass, Ranks
 from moray.model import Decoder
@@ -21,13 +22,14 @@ class Model:
     """A decoder and its tokenizer.
 
     batch_tokens: the most tokens of a forward pass, with padding; a longer sequence has one of its own. ranks: those
-    that share the passes, where the decoder is spread over several.
+    that share the passes, where the decoder is spread over several. template: how it is spoken with, if it is known.
     """
 
     decoder: Decoder
     tokenizer: Tokenizer
     batch_tokens: int
     ranks: Ranks = ALONE
+    template: ChatTemplate | None = None
 
     @property
     def longest(self) -> int:

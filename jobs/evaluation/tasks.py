@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from moray import UserError
+from moray.data.chat import Turn
 from moray.data.reading.compression import decompressed
 from moray.data.reading.formats import format_of
+from moray.data.reading.forms import examples
 from moray.data.reading.json_files import read_values
 from moray.data.reading.records import Damage, damage_of
 from moray.data.reading.rules import Rules
+from moray.data.reading.turns import Unfit
 from moray.jobs.evaluation.numbers import number_behind_hashes
 
 
@@ -47,6 +50,15 @@ class Question(Item):
 @dataclass(frozen=True)
 class Text(Item):
     text: str
+
+
+@dataclass(frozen=True)
+class Pair(Item):
+    """Two answers to the same turns."""
+
+    turns: tuple[Turn, ...]
+    chosen: Turn
+    rejected: Turn
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,14 @@ def _text(item: Item, value: dict[str, Any]) -> Text:
     return Text(**vars(item), text=text)
 
 
+def _pair(item: Item, value: dict[str, Any]) -> Pair:
+    (found,) = examples(value, "preference", Rules(kind="preference"))
+    if isinstance(found, Unfit):
+        raise UserError(f"{item.place}: {found.why or 'both answers are the same'}")
+    turns, chosen, rejected = (found.content[name] for name in ("turns", "chosen", "rejected"))
+    return Pair(**vars(item), turns=tuple(turns), chosen=chosen[0], rejected=rejected[0])
+
+
 def _string(item: Item, value: dict[str, Any], field: str) -> str:
     if not _is_text(text := value[field]):
         raise UserError(f"{item.place}: {field}={text!r} must be a text that is not empty")
@@ -154,7 +174,8 @@ def _is_text(value: Any) -> bool:
 
 _KINDS: dict[type[Item], tuple[str, ...]] = {
     Choice: ("query", "choices", "gold"),
+    Pair: ("chosen", "rejected"),
     Question: ("question", "answer"),
     Text: ("text",),
 }
-_READ: dict[type[Item], Any] = {Choice: _choice, Question: _question, Text: _text}
+_READ: dict[type[Item], Any] = {Choice: _choice, Pair: _pair, Question: _question, Text: _text}

@@ -58,10 +58,13 @@ def load(weights: Weights) -> tuple[Decoder, Tokenizer]:
     state = decoder.state_dict()
     for name, shape in tensor_shapes(weights.config).items():
         state[name].copy_(weights.read(name, whole(shape)))
+    return decoder, tokenizer_for(weights)
+
+
+def tokenizer_for(weights: Weights) -> Tokenizer:
+    """That of a model, which starts a prompt as documents were in training, where that was here."""
     tokenizer = load_tokenizer(weights.tokenizer)
-    if weights.is_commit:
-        tokenizer = replace(tokenizer, prompt_start=tokenizer.document_start)
-    return decoder, tokenizer
+    return replace(tokenizer, prompt_start=tokenizer.document_start) if weights.is_commit else tokenizer
 
 
 def prompt_start(tokenizer: Tokenizer, bos: Literal["auto", "yes", "no"]) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from moray.jobs.runs.trackers import check_trackers
 from moray.jobs.runs.tracking import tracked
 from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.begin import checkpoints_of
+from moray.jobs.training.tasks import check_tasks
 from moray.jobs.training.trainer import train
 from moray.model.config.moe import MoEConfig
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
@@ -71,6 +72,7 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Dataset:
         check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
     dataset.check_vocabulary(config.model.vocab_size)
     check_trackers(config.run.trackers)
+    check_tasks(config)
     return dataset
 
 

@@ -26,6 +26,7 @@ from moray.jobs.training.optimizer import set_learning_rate, training_state
 from moray.jobs.training.placing import note_load, place_experts
 from moray.jobs.training.recovery import forgotten_if_wrong
 from moray.jobs.training.schedule import learning_rate
+from moray.jobs.training.tasks import ask_tasks
 from moray.jobs.training.wrong_results import Computed, check_alike, compare, recomputed
 from moray.model.objective import MicroBatch
 from moray.parallel.checkpoint.generations import SupersededError, newest_generation
@@ -74,6 +75,11 @@ def run_steps(training: Training) -> int:
                 row |= validate(training)
                 if config.train.objective == "sft":
                     row |= answer_some(training)
+                leaving = agree_to_leave(context, config)
+            every_tasks = config.eval.every or config.train.eval_every
+            if config.eval.tasks and leaving is None and (last or is_due(training.step, every_tasks)):
+                context.enter("tasks")
+                row |= ask_tasks(training)
                 leaving = agree_to_leave(context, config)
             if leaving == EXIT_SUPERSEDED:
                 break
