@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from moray import UserError
 from moray.cluster.launchers import Launcher
+from moray.model.lora import Target
 from moray.model.recompute import Recompute
 
 
@@ -121,6 +122,23 @@ class OptimizerSection(Section):
     """Learning rate of routed experts over lr."""
     clip_norm: float = Field(1.0, gt=0)
     """Highest norm of the gradient of the global batch."""
+
+
+class LoRASection(Section):
+    """Low-rank adapters learn in place of the weights of model.from, which stay as they are (Hu et al., 2021)."""
+
+    rank: int = Field(0, ge=0)
+    """Of the adapters; 0: there are none, and all weights learn."""
+    alpha: float | None = Field(None, gt=0)
+    """What an adapter adds is multiplied with alpha / rank; where it is not set, alpha is twice the rank."""
+    targets: Literal["all"] | tuple[Target, ...] = "all"
+    """Whose matrices have adapters, separated by commas: attention; dense, the feed-forward networks of dense layers;
+    experts, each routed one its own; shared, the shared experts. all: those of them that the model has."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(dict.fromkeys(value.split(","))) if isinstance(value, str) and value != "all" else value
 
 
 class CheckpointSection(Section):

@@ -29,7 +29,14 @@ def progress(training: Training, row: dict[str, Any]) -> dict[str, Any]:
         # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
         "rng": {"seed": config.train.seed},
         "loss": row["loss"],
+        **_adapters(training),
     }
+
+
+def _adapters(training: Training) -> dict[str, Any]:
+    """Where the tensors are adapters, what a reader needs to make weights of them."""
+    lora, base = training.config.adapters, training.base
+    return {"lora": {**vars(lora), "base": base.record()}} if lora and base else {}
 
 
 def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> None:

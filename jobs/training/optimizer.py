@@ -158,13 +158,12 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     first name: a tied head as the embedding. So is the number of steps (`optimizer.step`), which AdamW counts for each
     weight: once it is filled, `share_step` is to be called.
     """
-    tensors = module.state_dict()
-    # Unlike a state dict, these name what is shared once.
-    named = {name for name, _ in (*learning(module), *module.named_buffers())}
-    if any(not weight.requires_grad for weight in module.parameters()):
-        named -= {name for name, _ in module.named_buffers()}  # the routing bias of a frozen router stands still
+    tensors, weights = module.state_dict(), learning(module)
+    is_whole = len(weights) == len(list(module.parameters()))
+    # Unlike a state dict, these name what is shared once. The routing bias of a frozen router stands still.
+    named = {name for name, _ in (*weights, *(module.named_buffers() if is_whole else ()))}
     state = {f"model.{name}": tensor.detach() for name, tensor in tensors.items() if name in named}
-    for name, parameter in learning(module):
+    for name, parameter in weights:
         moments = dict(optimizer.state[parameter])
         if (step := moments.pop("step", None)) is not None:
             state.setdefault("optimizer.step", step)
