@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import Decoder, Losses, ModelConfig, Randomness, initialise
+from moray.model import lora as adapters
 from moray.model.lora import LoRA
 from moray.model.moe import experts
 from moray.model.moe.balance import updated_bias
@@ -168,7 +169,8 @@ def spread(
 
     In fp32 the experts use the grouped kernel that GPUs use, in fp64, which it lacks, the loop over experts.
     """
-    experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
+    for module in (experts, adapters):
+        module.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
     meshes, least = layout.meshes(device.type), group_size(config)
     compute_dtype = compute_dtype or dtype
     decoder = build_decoder(

@@ -21,7 +21,7 @@ from moray.jobs.config.sections import (
 )
 from moray.model import ModelConfig
 from moray.model.config.moe import MoEConfig
-from moray.model.lora import LoRA, targets_in
+from moray.model.lora import TARGETS, LoRA, targets_in
 from moray.parallel.layout import Layout
 
 DEFAULT_PRESET = "demo-moe"
@@ -238,9 +238,10 @@ class RunConfig(Section):
     @property
     def adapters(self) -> LoRA | None:
         """What learns in place of the weights, if that is asked for."""
-        if not (rank := self.lora.rank):
+        rank, asked = self.lora.rank, self.lora.targets
+        if not rank:
             return None
-        targets = targets_in(self.model) if self.lora.targets == "all" else self.lora.targets
+        targets = targets_in(self.model) if "all" in asked else tuple(target for target in TARGETS if target in asked)
         return LoRA(rank, self.lora.alpha or 2.0 * rank, targets)
 
     @property

@@ -7,7 +7,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from moray import UserError
 from moray.cluster.launchers import Launcher
-from moray.model.lora import Target
 from moray.model.recompute import Recompute
 
 
@@ -131,14 +130,14 @@ class LoRASection(Section):
     """Of the adapters; 0: there are none, and all weights learn."""
     alpha: float | None = Field(None, gt=0)
     """What an adapter adds is multiplied with alpha / rank; where it is not set, alpha is twice the rank."""
-    targets: Literal["all"] | tuple[Target, ...] = "all"
+    targets: tuple[Literal["all", "attention", "dense", "experts", "shared"], ...] = ("all",)
     """Whose matrices have adapters, separated by commas: attention; dense, the feed-forward networks of dense layers;
     experts, each routed one its own; shared, the shared experts. all: those of them that the model has."""
 
     @field_validator("targets", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(dict.fromkeys(value.split(","))) if isinstance(value, str) and value != "all" else value
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
 
 class CheckpointSection(Section):

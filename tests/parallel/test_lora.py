@@ -120,6 +120,14 @@ CASES = [("moe-deepseek", layout, stage) for layout, stage in LAYOUTS] + [
     ("dense-untied", Layout(dp_shard=2, tp=2), 3),
     ("moe-softmax", EP, 3),
 ]
+
+
+def test_the_kernels_of_fp32_compute_it_too(pool: Pool) -> None:
+    config = MODELS["moe-deepseek"]
+    found = pool.run(spread, 2, config, EP, torch.float32, None, CPU, 3, "none", None, lora_of(config))[0]
+    check(found, summed(config, lora_of(config), torch.float32), torch.float32)
+
+
 TRUTHS: dict[str, dict[str, Any]] = {}
 
 
