@@ -144,16 +144,15 @@ def test_a_killed_worker_changes_no_later_step(
 
 def test_a_killed_worker_changes_no_adapter(ray_cluster: str, dataset: Path, tmp_path: Path) -> None:
     """Snapshots hold adapters alone; the base is read again."""
-    assert (
-        pretrain(load_config(*parse_settings(tiny(dataset, tmp_path / "base", train__steps=2))), Console(quiet=True))
-        == 0
-    )
-    changes = {**ON_FOUR, "cluster__workers": 2, "train__eval_every": 0, "checkpoint__every": 100, "lora__rank": 8}
-    for name, snapshot_every, listener in (("untouched", 0, None), ("killed", 1, KillOneWorker())):
-        words = tiny_from(
-            tmp_path / "base", dataset, tmp_path / name, **changes, recovery__snapshot_every=snapshot_every
-        )
+
+    def train(words: list[str], listener: Listener | None = None) -> None:
         assert pretrain(load_config(*parse_settings(words)), Console(quiet=True), listener) == 0
+
+    base = tmp_path / "base"
+    train(tiny(dataset, base, train__steps=2))
+    changes = {**ON_FOUR, "cluster__workers": 2, "train__eval_every": 0, "checkpoint__every": 100, "lora__rank": 8}
+    train(tiny_from(base, dataset, tmp_path / "untouched", **changes))
+    train(tiny_from(base, dataset, tmp_path / "killed", **changes, recovery__snapshot_every=1), KillOneWorker())
     (resume,) = (event for event in read_events(tmp_path / "killed" / "events.jsonl") if event["kind"] == "resume")
     assert resume["source"] == "memory"
     (commit,) = list_commits(tmp_path / "killed" / "checkpoints")
