@@ -49,7 +49,8 @@ def rank_memory(
     lora: LoRA | None = None,
 ) -> RankMemory:
     """At its most, of a resolved layout; `dtype` is that of the products, `moments` that of AdamW's. With `lora`,
-    gradients and moments are those of adapters; activations are counted as if all learnt.
+    gradients and moments are those of adapters, and what is frozen is held in `dtype`; activations are counted as if
+    all learnt.
 
     As if tokens were spread evenly over experts, and without what a kernel needs for itself.
     """
@@ -65,7 +66,7 @@ def rank_memory(
     adapters = count_adapters(config, lora).total / (layout.shard * layout.tp) if lora else 0.0
     learns = adapters if lora else shard
     return RankMemory(
-        weights=FP32_BYTES * (shard + adapters),
+        weights=FP32_BYTES * learns + (dtype.itemsize * shard if lora else 0),
         gradients=FP32_BYTES * learns,
         optimizer=MOMENTS * moments.itemsize * learns,
         gathered=_gathered(config, layout, dtype, stage, ends, layers, experts, 0 if lora else FP32_BYTES),

@@ -43,7 +43,8 @@ def build_decoder(
 
     With `lora`, only adapters learn: the rest is frozen, and what would balance the load of its experts is off.
 
-    `dtype` is that of the weights, gradients and reductions, `compute_dtype` that of the products (bf16 or the same).
+    `dtype` is that of the weights that learn, gradients and reductions, `compute_dtype` that of the products (bf16 or
+    the same).
     Between steps no rank holds more than its own shard; within one, `stage` decides, and `recompute` what is kept of
     activations. Collective.
     """
@@ -52,6 +53,7 @@ def build_decoder(
         if lora:
             add_adapters(decoder, lora)
         decoder.to(dtype)
+        _round_frozen(decoder, compute_dtype)
     if meshes.tp.size() > 1:
         apply_tensor_parallel(decoder, meshes.tp)
     apply_expert_parallel(decoder, meshes, compute_dtype)
@@ -62,6 +64,13 @@ def build_decoder(
             module.forget_counts()
             module.router.bias_E.zero_()
     return decoder
+
+
+def _round_frozen(decoder: Decoder, compute_dtype: torch.dtype) -> None:
+    """What never changes is held as products read it: rounded once instead of with every use, to the same bits."""
+    for name, weight in decoder.named_parameters():
+        if not weight.requires_grad and ".router." not in name:
+            weight.data = weight.data.to(compute_dtype)
 
 
 def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: torch.dtype, stage: Stage) -> None:
@@ -78,9 +87,9 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
     efsdp, dp_shard = meshes.sparse["efsdp"].size(), meshes.dense["dp_shard"].size()
     # What a rank holds whole and need not cast stays as it is: FSDP would only copy weights and gradients.
     ignored: set[nn.Parameter] = set()
-    if compute_dtype == dtype and (stage == 1 or meshes.dense["dp_replicate"].size() == 1):
-        ignored |= of_experts if efsdp == 1 else set()
-        ignored |= others - undivided if dp_shard == 1 else set()
+    if stage == 1 or meshes.dense["dp_replicate"].size() == 1:
+        whole = (of_experts if efsdp == 1 else set()) | (others - undivided if dp_shard == 1 else set())
+        ignored = {weight for weight in whole if weight.dtype == compute_dtype}
     if len(ignored) == len(of_experts | others):
         return
     on_flat = cast(FSDPMeshInfo, _get_mesh_info(flat))

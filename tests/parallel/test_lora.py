@@ -95,7 +95,8 @@ def summed(config: ModelConfig, lora: LoRA, dtype: torch.dtype) -> dict[str, Any
 
 def base_is_untouched(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in expected["weights"].items():
-        assert "lora" in name or torch.equal(found["weights"][name], value), name
+        weight = found["weights"][name]
+        assert "lora" in name or torch.equal(weight, value.to(weight.dtype)), name
 
 
 LAYOUTS = [
