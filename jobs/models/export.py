@@ -60,7 +60,7 @@ def export_adapters(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[st
     weights = open_whole(run, tell)
     adapted = adapted_in(commit := read_commit(weights.path)) if weights.is_commit else None
     if adapted is None:
-        raise UserError(f"--adapter: {run} holds no adapters but whole weights; export it without")
+        raise UserError(f"--peft: {run} holds no adapters but whole weights; export it without")
     lora, base = adapted
     is_theirs = (Path(base.path) / "config.json").is_file()
     family = family_of(base.path) if is_theirs else family_for(weights.config)

@@ -19,10 +19,11 @@ from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.jobs.config.run import RunConfig
 from moray.jobs.config.sections import TrainSection
-from moray.jobs.models.base import Base, check_same, identify
-from moray.jobs.models.weights import adapted_in, fill_shards
+from moray.jobs.models.base import Base
+from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.words import describe
+from moray.jobs.training.adapters import check_base, load_base, what_learns
 from moray.jobs.training.choices import decided
 from moray.jobs.training.memory import warn_of_too_little
 from moray.jobs.training.metrics import worker_peak
@@ -30,15 +31,12 @@ from moray.jobs.training.optimizer import build_optimizer, older_names, share_st
 from moray.jobs.training.recovery import make_room
 from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
-from moray.model.accounting.cost import count_parameters
 from moray.model.accounting.work import Work
-from moray.model.lora import adapter_shapes, balancing_of
 from moray.parallel.checkpoint.checkpointer import Checkpointer
-from moray.parallel.checkpoint.commits import Commit, list_commits
+from moray.parallel.checkpoint.commits import Commit
 from moray.parallel.checkpoint.generations import SEEN_WITHIN_S, sees_generation
 from moray.parallel.checkpoint.snapshots import Snapshots
 from moray.parallel.compiled import check_compiler, compile_layers
-from moray.parallel.control_plane import ControlPlane
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout, Meshes
@@ -79,7 +77,7 @@ class Training:
     copy: the ranks that hold the model once. expert_load (L MoE layers, E experts): tokens since experts were placed,
     where they are placed by them.
 
-    base: what adapters are trained beside, where they are.
+    base: what adapters are trained beside, where they are what learns.
 
     step: optimizer steps done. position: of the stream, behind the batch of the last one. committed: the newest step
     that was. applied: loss and gradient norm of the newest steps. skipped: the positions passed over since, and why.
@@ -102,7 +100,7 @@ class Training:
     reduction: Reduction
     snapshots: Snapshots | None
     on_event: Callable[[str, dict[str, Any]], None]
-    base: Base | None
+    base: Base | None = None
     step: int = 0
     position: int = 0
     committed: int = 0
@@ -197,7 +195,6 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         reduction=GradientTree(decoder, meshes) if config.train.exact else Reduction(decoder, meshes, stage),
         snapshots=make_room(context, config, training_state(decoder, optimizer), on_event),
         on_event=on_event,
-        base=identified(config, commits),
     )
     context.enter("loading")
     resume(training, events)
@@ -236,8 +233,7 @@ def resume(training: Training, events: EventLog) -> None:
     """
     source: str | None = "memory"
     config = training.config
-    if training.base:
-        fill_shards(training.decoder, Path(training.base.path))
+    training.base = load_base(training.decoder, config, checkpoints_of(config))
     digest = load_snapshot(training)
     if digest is None:
         commit = load_commit(training)
@@ -250,7 +246,8 @@ def resume(training: Training, events: EventLog) -> None:
             fill_shards(training.decoder, Path(config.weights_from))
         else:
             initialise_shards(training.decoder, config.train.seed)
-            tell_of_adapters(training)
+        if not commit and (told := what_learns(config)):
+            training.note("lora", **told)
     found = {
         "step": training.step,
         "position": training.position,
@@ -263,26 +260,6 @@ def resume(training: Training, events: EventLog) -> None:
     }
     if training.is_first_rank:
         events.write("resume" if source else "begin", generation=training.context.generation, **found)
-
-
-def identified(config: RunConfig, commits: Path | None) -> Base | None:
-    """The base that adapters are trained beside, as it is now; of `commits`, which rank 0 has, the newest says what it
-    was. Collective. Raises UserError, on all ranks, where it is gone.
-    """
-    if not config.adapters:
-        return None
-    ranks = ControlPlane()
-    recorded = ranks.from_rank_0(lambda: [adapted_in(commit) for commit in list_commits(commits or Path())[-1:]])
-    known = next((adapted[1] for adapted in recorded if adapted), None)
-    return identify(Path(config.weights_from), known, ranks)
-
-
-def tell_of_adapters(training: Training) -> None:
-    """How much learns, and what a frozen router cannot be taught."""
-    if lora := training.config.adapters:
-        learn = sum(shape.numel() for shape in adapter_shapes(training.config.model, lora).values())
-        told = {"learn": learn, "of": count_parameters(training.config.model).total, "targets": lora.targets}
-        training.note("lora", **told, off=balancing_of(training.config.model))
 
 
 def load_snapshot(training: Training) -> str | None:
@@ -315,8 +292,7 @@ def load_commit(training: Training, among: Callable[[int], bool] = lambda step: 
 
 def go_on_from(training: Training, step: int, metadata: dict[str, Any]) -> None:
     """Takes up what a commit or snapshot holds beside the tensors."""
-    if training.base:
-        check_same(training.base, Base.of(metadata["lora"]["base"]), training.config.run.dir)
+    check_base(training.config, training.base, metadata)
     training.step, training.position = step, metadata["data"]["position"]
     training.applied = [(loss, norm) for loss, norm in metadata.get("applied", [])]
     adopt(training.decoder, metadata.get("placement", {}))

@@ -13,7 +13,7 @@ def export(
     *,
     out: Path,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    adapter: bool = False,
+    peft: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Write a run's newest commit as a folder that transformers loads and serves.
 
@@ -21,14 +21,14 @@ def export(
         run: The run's folder.
         out: The folder to make.
         dtype: What the weights are rounded to.
-        adapter: Write a LoRA run's adapters alone, for peft, in place of weights that they are merged with.
+        peft: Write a LoRA run's adapters alone, as peft loads them, in place of whole weights.
     """
     import torch
 
     from moray.jobs.models.export import export as run_export
     from moray.jobs.models.export import export_adapters
 
-    if adapter:
+    if peft:
         base = export_adapters(run, out, getattr(torch, dtype), complain)
         print(f"{out}: adapters that peft.PeftModel.from_pretrained(model, '{out}') adds to a model of {base}")
         return 0

@@ -57,11 +57,11 @@ def _module(name: str, place: Place) -> str:
     source = place.sources[0]
     if place.stacked:
         raise UserError(
-            f"--adapter: {name} has adapters an expert, for which peft has no module; export the merged weights instead"
+            f"--peft: {name} has adapters an expert, for which peft has no module; export the merged weights instead"
         )
     if source.rows is not None:
         raise UserError(
-            f"--adapter: {name} is a part of {source.name}, and peft adapts whole matrices; export the merged weights "
+            f"--peft: {name} is a part of {source.name}, and peft adapts whole matrices; export the merged weights "
             "instead"
         )
     return source.name.removesuffix(".weight")

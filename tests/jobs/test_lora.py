@@ -273,7 +273,7 @@ class TestBase:
 class TestPeft:
     def test_adapters_load_beside_their_base(self, moray: Moray, llama: Path, of_llama: Path, tmp_path: Path) -> None:
         peft = pytest.importorskip("peft")
-        outcome = moray("export", of_llama, "--out", tmp_path / "adapters", "--adapter")
+        outcome = moray("export", of_llama, "--out", tmp_path / "adapters", "--peft")
         assert outcome.code == 0, outcome.err
         assert str(llama) in outcome.out
         base = AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
@@ -300,22 +300,22 @@ class TestPeft:
         for targets in ("dense", "all"):
             words = tiny_from(gpt2, dataset, tmp_path / targets, **{**LORA, "lora__targets": targets})
             assert moray("pretrain", *words).code == 0
-        assert moray("export", tmp_path / "dense", "--out", tmp_path / "out", "--adapter").code == 0
+        assert moray("export", tmp_path / "dense", "--out", tmp_path / "out", "--peft").code == 0
         base = AutoModelForCausalLM.from_pretrained(gpt2, attn_implementation="eager")
         theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
         with torch.no_grad():
             ours = load_run(tmp_path / "dense", pytest.fail)[0](tokens)
             torch.testing.assert_close(ours, theirs(tokens).logits, rtol=1e-5, atol=2e-5)
-        outcome = moray("export", tmp_path / "all", "--out", tmp_path / "other", "--adapter")
+        outcome = moray("export", tmp_path / "all", "--out", tmp_path / "other", "--peft")
         assert outcome.code == 2
         assert "query.weight is a part of transformer.h.0.attn.c_attn.weight" in outcome.err
         assert not (tmp_path / "other").exists()
 
     def test_what_peft_has_no_words_for_is_refused(self, moray: Moray, of_moe: Path, moe: Path, tmp_path: Path) -> None:
-        outcome = moray("export", of_moe, "--out", tmp_path / "out", "--adapter")
+        outcome = moray("export", of_moe, "--out", tmp_path / "out", "--peft")
         assert outcome.code == 2
         assert "has adapters an expert, for which peft has no module" in outcome.err
-        outcome = moray("export", moe, "--out", tmp_path / "out", "--adapter")
+        outcome = moray("export", moe, "--out", tmp_path / "out", "--peft")
         assert outcome.code == 2
         assert "holds no adapters but whole weights" in outcome.err
 
