@@ -172,10 +172,10 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def share_step(optimizer: torch.optim.Optimizer) -> None:
-    """Gives all weights that have a number of steps that of the first one."""
-    first, *others = (state["step"] for state in optimizer.state.values() if "step" in state)
-    for other in others:
-        other.copy_(first)
+    """Gives all weights that have a number of steps that of the first one; where all are Muon's, none has."""
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    for other in steps[1:]:
+        other.copy_(steps[0])
 
 
 def older_names(module: nn.Module) -> dict[str, str]:

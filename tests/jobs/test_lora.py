@@ -196,6 +196,19 @@ main()
     assert (resumed["step"], resumed["source"]) == (2, "commit")
 
 
+def test_muon_moves_adapters_that_are_all_that_there_is(
+    moray: Moray, of_llama: Path, llama: Path, dataset: Path, tmp_path: Path
+) -> None:
+    for steps in (2, 3):
+        words = tiny_from(llama, dataset, tmp_path, **{**LORA, "optimizer__kind": "muon", "train__steps": steps})
+        outcome = moray("pretrain", *words)
+        assert outcome.code == 0, outcome.err
+    weights = [name for name in final_state(of_llama) if name.startswith("model.")]
+    momenta = [name.replace("model.", "optimizer.") + ".momentum" for name in weights]
+    assert final_state(tmp_path).keys() == {*weights, *momenta}
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 class TestBase:
     """Of adapters: it must be there, and the same."""
 
