@@ -3,14 +3,16 @@
 import hashlib
 import math
 import re
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
 
 BLOCK_ROWS = 256
+Fill = Callable[[Tensor, torch.Generator], Tensor]
 WRITES_TO_STREAM = ("attention.output.weight", "ffn.down.weight", "shared.down.weight", "experts.down_EDF")
 """Ends of the names of those matrices whose products are added to the residual stream."""
 
@@ -27,17 +29,30 @@ def initial_tensor(
     first, end, _ = rows.indices(shape[0])
     if len(shape) == 1 or _is_zero(name):
         return torch.full((end - first, *shape[1:]), _constant(config, name))
-    deviation = _deviation(config, name, shape)
-    bound = 2 * deviation if config.init.scheme == "fan_in" else math.inf
+    fill = _filling(config, name, shape)
     if len(shape) == 3:
         experts = range(first, end)
-        return torch.stack([_draw(f"{seed}/{name}.{e}", shape[1:], slice(None), deviation, bound) for e in experts])
-    return _draw(f"{seed}/{name}", shape, rows, deviation, bound)
+        return torch.stack([_draw(f"{seed}/{name}.{e}", shape[1:], slice(None), fill) for e in experts])
+    return _draw(f"{seed}/{name}", shape, rows, fill)
 
 
 def _is_zero(name: str) -> bool:
     """Whether a parameter starts at zero: biases, and the second matrix of a low-rank adapter (Hu et al., 2021)."""
-    return "bias" in name.rpartition(".")[2] or name.endswith("adapter.b.weight")
+    return "bias" in name.rpartition(".")[2] or name.endswith(("adapter.b.weight", "lora_b"))
+
+
+def _filling(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Fill:
+    """How a block of a matrix is drawn. A of a LoRA: uniform within 1 / sqrt(inputs), as torch's linear layers and so
+    peft's adapters are (Kaiming's, with a = sqrt(5)), whatever the config says of the model's own matrices.
+    """
+    if name.endswith("lora_a"):
+        bound = 1 / math.sqrt(shape[-1])
+        return lambda block, generator: block.uniform_(-bound, bound, generator=generator)
+    deviation = _deviation(config, name, shape)
+    if config.init.scheme == "fan_in":
+        cut = 2 * deviation
+        return lambda block, generator: nn.init.trunc_normal_(block, 0.0, deviation, -cut, cut, generator=generator)
+    return lambda block, generator: block.normal_(0.0, deviation, generator=generator)
 
 
 def _constant(config: ModelConfig, name: str) -> float:
@@ -69,22 +84,19 @@ def _layer(name: str) -> int:
     return int(found[1])
 
 
-def _draw(key: str, shape: tuple[int, ...], rows: slice, deviation: float, bound: float) -> Tensor:
+def _draw(key: str, shape: tuple[int, ...], rows: slice, fill: Fill) -> Tensor:
     """Some rows of a matrix, drawn in blocks of BLOCK_ROWS."""
     first, end, _ = rows.indices(shape[0])
     start = first - first % BLOCK_ROWS
     heights = {row: min(BLOCK_ROWS, shape[0] - row) for row in range(start, end, BLOCK_ROWS)}
-    blocks = [_block(f"{key}/{row}", (height, shape[1]), deviation, bound) for row, height in heights.items()]
+    blocks = [_block(f"{key}/{row}", (height, shape[1]), fill) for row, height in heights.items()]
     return torch.cat(blocks)[first - start : end - start]
 
 
-def _block(key: str, shape: tuple[int, int], deviation: float, bound: float) -> Tensor:
+def _block(key: str, shape: tuple[int, int], fill: Fill) -> Tensor:
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    block = torch.empty(shape)
-    if bound == math.inf:
-        return block.normal_(0.0, deviation, generator=generator)
-    return torch.nn.init.trunc_normal_(block, 0.0, deviation, -bound, bound, generator=generator)
+    return fill(torch.empty(shape), generator)
 
 
 @torch.no_grad()

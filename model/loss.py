@@ -55,7 +55,7 @@ def cross_entropy_sum(
     scalars, at least fp32. The first carries the gradient of both, the second none: one pass forms one gradient.
 
     No [N, V] tensor exists: each chunk's logits are turned into its part of the gradients and forgotten, so memory is
-    CHUNK_TOKENS * V. The weight's gradient is collected in fp32 at least.
+    CHUNK_TOKENS * V. The weight's gradient is collected in fp32 at least; one that is frozen has none.
     """
     head = Head(w_VD, bias_V, softcap, z_loss, vocabulary)
     losses: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
@@ -82,8 +82,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         accurate = torch.promote_types(x_ND.dtype, torch.float32)
         loss, z = (x_ND.new_zeros((), dtype=accurate) for _ in range(2))
         grad_x_ND = torch.empty_like(x_ND) if training else None
-        grad_w_VD = torch.zeros_like(w_VD, dtype=accurate) if training else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=accurate) if training and bias_V is not None else None
+        grad_w_VD = torch.zeros_like(w_VD, dtype=accurate) if training and w_VD.requires_grad else None
+        grad_bias_V = None
+        if training and bias_V is not None and bias_V.requires_grad:
+            grad_bias_V = torch.zeros_like(bias_V, dtype=accurate)
         for start in range(0, len(x_ND), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             chunk_loss, chunk_z, grad_CV = _chunk(x_ND[rows], targets_N[rows], head, accurate)
@@ -91,9 +93,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             z += chunk_z
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
-            if grad_x_ND is not None and grad_w_VD is not None:
+            if grad_x_ND is not None:
                 grad_CV = grad_CV.to(x_ND.dtype)
                 torch.mm(grad_CV, w_VD, out=grad_x_ND[rows])
+            if grad_w_VD is not None:
                 _accumulate(grad_w_VD, grad_CV.t(), x_ND[rows])
         ctx.save_for_backward(grad_x_ND, grad_w_VD, grad_bias_V)
         ctx.mark_non_differentiable(z)
@@ -102,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_x_ND, grad_w_VD, grad_bias_V = ctx.saved_tensors
-        scaled_w = (grad_w_VD * grad).to(grad_x_ND.dtype)
+        scaled_w = None if grad_w_VD is None else (grad_w_VD * grad).to(grad_x_ND.dtype)
         scaled_bias = None if grad_bias_V is None else (grad_bias_V * grad).to(grad_x_ND.dtype)
         return grad_x_ND * grad.to(grad_x_ND.dtype), scaled_w, scaled_bias, None, None, None
 

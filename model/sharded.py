@@ -19,9 +19,12 @@ class WholeTokens:
     of ranks that have a slice of the tokens between layers, and a part of heads and channels within them.
     """
 
-    def project(self, x_BTX: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A linear map by this rank's inputs of it, summed over the ranks, for this rank's tokens."""
-        return F.linear(x_BTX, weight, bias)
+    def project(self, x_BTX: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Tensor:
+        """A linear map by this rank's inputs of it, and what else they have `added` to it, summed over the ranks, for
+        this rank's tokens.
+        """
+        out_BTX = F.linear(x_BTX, weight, bias)
+        return out_BTX if added is None else out_BTX + added
 
     def gather(self, x_BtX: Tensor) -> Tensor:
         """All tokens, [B, T, X]."""
@@ -56,6 +59,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+
+    def matrix(self) -> Tensor:
+        """This rank's rows of what it multiplies with: for those who need the matrix itself."""
+        return local(self.weight)
 
 
 class RowLinear(nn.Linear):

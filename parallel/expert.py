@@ -30,4 +30,4 @@ def apply_expert_parallel(decoder: Decoder, meshes: Meshes, compute_dtype: torch
         module.dispatcher = ExpertDispatcher(tokens, meshes.hops, layout.dispatcher, partials)
         for name, weight in list(module.experts.named_parameters()):
             split: DTensor = distribute_tensor(weight, meshes.ep, [Shard(0)], src_data_rank=None)
-            setattr(module.experts, name, nn.Parameter(split))
+            setattr(module.experts, name, nn.Parameter(split, weight.requires_grad))

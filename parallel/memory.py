@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 
-from moray.model.accounting.cost import parameters_by_part
+from moray.model.accounting.cost import count_adapters, parameters_by_part
 from moray.model.accounting.saved import activation_bytes
 from moray.model.config.architecture import ModelConfig
+from moray.model.lora import LoRA
 from moray.model.loss import CHUNK_TOKENS
 from moray.model.recompute import Recompute
 from moray.parallel.layout import Layout
@@ -45,8 +46,11 @@ def rank_memory(
     stage: Stage,
     recompute: Recompute,
     moments: torch.dtype = torch.float32,
+    lora: LoRA | None = None,
 ) -> RankMemory:
-    """At its most, of a resolved layout; `dtype` is that of the products, `moments` that of AdamW's.
+    """At its most, of a resolved layout; `dtype` is that of the products, `moments` that of AdamW's. With `lora`,
+    gradients and moments are those of adapters, and what is frozen is held in `dtype`; activations are counted as if
+    all learnt.
 
     As if tokens were spread evenly over experts, and without what a kernel needs for itself.
     """
@@ -59,22 +63,31 @@ def rank_memory(
     kept = activation_bytes(config, seq_len, recompute, dtype=dtype, tp=layout.tp)
     vocabulary = config.vocab_size / layout.tp
     logits = min(CHUNK_TOKENS, seq_len * micro_batch) * vocabulary * (2 * FP32_BYTES + dtype.itemsize)
+    adapters = count_adapters(config, lora).total / (layout.shard * layout.tp) if lora else 0.0
+    learns = adapters if lora else shard
     return RankMemory(
-        weights=FP32_BYTES * shard,
-        gradients=FP32_BYTES * shard,
-        optimizer=MOMENTS * moments.itemsize * shard,
-        gathered=_gathered(config, layout, dtype, stage, ends, layers, experts),
+        weights=FP32_BYTES * learns + (dtype.itemsize * shard if lora else 0),
+        gradients=FP32_BYTES * learns,
+        optimizer=MOMENTS * moments.itemsize * learns,
+        gathered=_gathered(config, layout, dtype, stage, ends, layers, experts, 0 if lora else FP32_BYTES),
         activations=kept.total * micro_batch,
         transient=max(kept.transient * micro_batch, logits),
-        head=FP32_BYTES * vocabulary * config.d_model,
+        head=0.0 if lora else FP32_BYTES * vocabulary * config.d_model,
     )
 
 
 def _gathered(
-    config: ModelConfig, layout: Layout, dtype: torch.dtype, stage: Stage, ends: float, layers: float, experts: float
+    config: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    stage: Stage,
+    ends: float,
+    layers: float,
+    experts: float,
+    gradient: int,
 ) -> float:
     """Stage 1 has all weights and gradients (fp32, for they are added up), 3 those outside of layers and the weights of
-    one layer, whose gradients are not there yet when activations are at their most.
+    one layer, whose gradients are not there yet when activations are at their most. `gradient`: bytes of a weight's.
 
     What a rank holds whole in the products' dtype is no copy (`parallel.shard`).
     """
@@ -82,7 +95,7 @@ def _gathered(
     are_experts_whole = layout.shard * layout.tp == layout.ep and dtype.itemsize == FP32_BYTES
     ends, layers = (0.0, 0.0) if is_whole else (ends, layers)
     experts = 0.0 if are_experts_whole else experts
-    weight, gradient = dtype.itemsize, FP32_BYTES
+    weight = dtype.itemsize
     if stage == 1:
         return (weight + gradient) * (ends + layers + experts)
     of_layer = layers / config.n_layers + experts / max(config.n_moe_layers, 1)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moray.model import ModelConfig
 from moray.model.decoder import Decoder
 from moray.model.init import initial_tensor
+from moray.model.lora import LoRA, add_adapters, without_balancing
 from moray.model.moe.experts import Experts
 from moray.model.moe.layer import MoE, Router
 from moray.model.recompute import Recompute
@@ -36,15 +37,23 @@ def build_decoder(
     compute_dtype: torch.dtype,
     stage: Stage = 3,
     recompute: Recompute = "none",
+    lora: LoRA | None = None,
 ) -> Decoder:
     """A decoder spread over the meshes, whose weights `initialise_shards` or a checkpoint must fill.
 
-    `dtype` is that of the weights, gradients and reductions, `compute_dtype` that of the products (bf16 or the same).
+    With `lora`, only adapters learn: the rest is frozen, and what would balance the load of its experts is off.
+
+    `dtype` is that of the weights that learn, gradients and reductions, `compute_dtype` that of the products (bf16 or
+    the same).
     Between steps no rank holds more than its own shard; within one, `stage` decides, and `recompute` what is kept of
     activations. Collective.
     """
     with torch.device("meta"):
-        decoder = Decoder(config, recompute).to(dtype)
+        decoder = Decoder(config if lora is None else without_balancing(config), recompute)
+        if lora:
+            add_adapters(decoder, lora)
+        decoder.to(dtype)
+        _round_frozen(decoder, compute_dtype)
     if meshes.tp.size() > 1:
         apply_tensor_parallel(decoder, meshes.tp)
     apply_expert_parallel(decoder, meshes, compute_dtype)
@@ -55,6 +64,13 @@ def build_decoder(
             module.forget_counts()
             module.router.bias_E.zero_()
     return decoder
+
+
+def _round_frozen(decoder: Decoder, compute_dtype: torch.dtype) -> None:
+    """What never changes is held as products read it: rounded once instead of with every use, to the same bits."""
+    for name, weight in decoder.named_parameters():
+        if not weight.requires_grad and ".router." not in name:
+            weight.data = weight.data.to(compute_dtype)
 
 
 def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: torch.dtype, stage: Stage) -> None:
@@ -71,9 +87,9 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
     efsdp, dp_shard = meshes.sparse["efsdp"].size(), meshes.dense["dp_shard"].size()
     # What a rank holds whole and need not cast stays as it is: FSDP would only copy weights and gradients.
     ignored: set[nn.Parameter] = set()
-    if compute_dtype == dtype and (stage == 1 or meshes.dense["dp_replicate"].size() == 1):
-        ignored |= of_experts if efsdp == 1 else set()
-        ignored |= others - undivided if dp_shard == 1 else set()
+    if stage == 1 or meshes.dense["dp_replicate"].size() == 1:
+        whole = (of_experts if efsdp == 1 else set()) | (others - undivided if dp_shard == 1 else set())
+        ignored = {weight for weight in whole if weight.dtype == compute_dtype}
     if len(ignored) == len(of_experts | others):
         return
     on_flat = cast(FSDPMeshInfo, _get_mesh_info(flat))
@@ -121,7 +137,8 @@ def _expert_split(weight: nn.Parameter, ranks: int) -> Shard:
 
 
 def on_own_gradients(decoder: Decoder, do: Callable[[nn.Parameter, Tensor], None]) -> None:
-    """Calls `do(parameter, whole)` whenever a backward pass has made the gradient of a weight, before it is reduced.
+    """Calls `do(parameter, whole)` whenever a backward pass has made the gradient of a weight, before it is reduced. Of
+    what is frozen there is none.
 
     `whole` is the weight as this rank computes with it, whose `grad` is the rank's own: the gathered one under FSDP,
     whose parameters' gradients are sums over all ranks. Collective.
@@ -133,16 +150,19 @@ def on_own_gradients(decoder: Decoder, do: Callable[[nn.Parameter, Tensor], None
         for name, whole in module.named_parameters():
             if whole is not shards[name]:
                 plain.pop(shards[name], None)
-                whole.register_post_accumulate_grad_hook(partial(do, shards[name]))
+                if whole.requires_grad:
+                    whole.register_post_accumulate_grad_hook(partial(do, shards[name]))
         module.reshard()
-    for parameter in plain:
+    for parameter in [parameter for parameter in plain if parameter.requires_grad]:
         parameter.register_post_accumulate_grad_hook(partial(do, parameter))
 
 
 @torch.no_grad()
 def initialise_shards(decoder: Decoder, seed: int) -> None:
-    """Fills this rank's part of every weight with what (config, seed) define for every layout."""
+    """Fills this rank's part of every weight that learns with what (config, seed) define for every layout."""
     for name, parameter in decoder.named_parameters():
+        if not parameter.requires_grad:
+            continue
         rows, *rest = _held_box(parameter)
         if local(parameter).numel():
             values = initial_tensor(decoder.config, name, parameter.shape, seed, rows)

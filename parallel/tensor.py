@@ -36,8 +36,9 @@ class TokenSlices(WholeTokens):
     def __init__(self, mesh: DeviceMesh) -> None:
         self.group, self.size, self.rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
 
-    def project(self, x_BTX: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out_BtX = self.reduce(F.linear(x_BTX, weight))
+    def project(self, x_BTX: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Tensor:
+        part_BTX = F.linear(x_BTX, weight)
+        out_BtX = self.reduce(part_BTX if added is None else part_BTX + added)
         return out_BtX if bias is None else out_BtX + bias
 
     def gather(self, x_BtX: Tensor) -> Tensor:
@@ -183,9 +184,12 @@ def kv_heads_read(config: AttentionConfig, ranks: int, rank: int) -> list[int] |
 
 
 def _split(mesh: DeviceMesh, dim: int, *modules: nn.Module) -> None:
-    """Each rank has a run of the weights' outputs (0), bias included, or inputs (1), whose bias stays whole."""
+    """Each rank has a run of the weights' outputs (0), bias included, or inputs (1), whose bias stays whole.
+
+    Of a LoRA's B A, the outputs are B's and the inputs A's.
+    """
     for module in modules:
         for name, weight in list(module.named_parameters(recurse=False)):
-            if dim < weight.ndim:
+            if dim < weight.ndim and name != ("lora_a", "lora_b")[dim]:
                 split: DTensor = distribute_tensor(weight, mesh, [Shard(dim)], src_data_rank=None)
-                setattr(module, name, nn.Parameter(split))
+                setattr(module, name, nn.Parameter(split, weight.requires_grad))

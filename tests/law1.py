@@ -7,6 +7,7 @@ its loss is checked against torch's cross_entropy of its logits.
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -17,18 +18,22 @@ from torch.distributed.tensor import DTensor
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import Decoder, Losses, ModelConfig, Randomness, initialise
+from moray.model import lora as adapters
+from moray.model.lora import LoRA
 from moray.model.moe import experts
 from moray.model.moe.balance import updated_bias
 from moray.model.moe.grouped import grouped_linear, grouped_mm_linear
 from moray.model.moe.layer import MoE
 from moray.model.objective import MicroBatch
 from moray.model.recompute import Recompute
+from moray.model.sharded import local
 from moray.parallel.compiled import compile_layers
 from moray.parallel.exact import GradientTree
 from moray.parallel.gradients import accumulate_gradients, clip_gradients, update_routing_bias
+from moray.parallel.held import held_chunk
 from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction, Stage
-from moray.parallel.shard import build_decoder, initialise_shards
+from moray.parallel.shard import build_decoder, initialise_shards, load_shards
 
 STEPS, BATCH, TOKENS, SEED = 3, 8, 16, 3
 MAX_NORM = 0.5
@@ -152,6 +157,7 @@ def spread(
     stage: Stage = 3,
     recompute: Recompute = "none",
     backend: str | None = None,
+    lora: LoRA | None = None,
     *,
     exact: bool = False,
     settings: OptimizerSection = OPTIMIZER,
@@ -160,17 +166,23 @@ def spread(
 
     exact: in micro-batches of one routing group each, added up along the tree of all lanes.
 
-    backend: torch.compile's, for layers that are compiled.
+    backend: torch.compile's, for layers that are compiled. lora: adapters, filled as `drawn_adapter` says.
 
     In fp32 the experts use the grouped kernel that GPUs use, in fp64, which it lacks, the loop over experts.
     """
-    experts.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
+    for module in (experts, adapters):
+        module.grouped_linear = grouped_mm_linear if dtype == torch.float32 else grouped_linear
     meshes, least = layout.meshes(device.type), group_size(config)
     compute_dtype = compute_dtype or dtype
-    decoder = build_decoder(config, meshes, dtype=dtype, compute_dtype=compute_dtype, stage=stage, recompute=recompute)
+    decoder = build_decoder(
+        config, meshes, dtype=dtype, compute_dtype=compute_dtype, stage=stage, recompute=recompute, lora=lora
+    )
     if backend:
         compile_layers(decoder, device.type, compute_dtype, backend=backend)
-    initialise_shards(decoder, SEED)
+    if lora:
+        fill_adapted(decoder, config)
+    else:
+        initialise_shards(decoder, SEED)
     starve(decoder)
     optimizer = build_optimizer(decoder, settings, fused=not exact, copy=meshes.copy, dtype=compute_dtype)
     reduction = GradientTree(decoder, meshes) if exact else Reduction(decoder, meshes, stage)
@@ -185,7 +197,7 @@ def spread(
         ]
         optimizer.zero_grad()
         losses.append(accumulate_gradients(decoder, micro_batches, reduction).loss)
-        gradients = gradients or {name: full(p.grad) for name, p in decoder.named_parameters()}
+        gradients = gradients or {name: full(p.grad) for name, p in decoder.named_parameters() if p.requires_grad}
         norms.append(clip_gradients(decoder.parameters(), MAX_NORM, exact=exact))
         optimizer.step()
         update_routing_bias(decoder)
@@ -193,6 +205,22 @@ def spread(
     if dist.get_rank():
         return None
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+
+
+def fill_adapted(decoder: Decoder, config: ModelConfig) -> None:
+    """The base is what `truth` has; of the adapters, B is not 0 either, or A would have no gradient."""
+    base = Decoder(config)
+    initialise(base, SEED)
+    load_shards(decoder, lambda name, box: base.state_dict()[name][box])
+    for name, weight in decoder.named_parameters():
+        if weight.requires_grad:
+            held = zip(*held_chunk(weight), strict=True)
+            values = drawn_adapter(name, weight.shape)[tuple(slice(start, start + size) for start, size in held)]
+            local(weight.detach()).copy_(values)
+
+
+def drawn_adapter(name: str, shape: Sequence[int]) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) / 4
 
 
 def check(found: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype) -> None:

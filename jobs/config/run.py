@@ -13,6 +13,7 @@ from moray.jobs.config.sections import (
     ClusterSection,
     DataSection,
     EvalSection,
+    LoRASection,
     OptimizerSection,
     RecoverySection,
     RunSection,
@@ -21,6 +22,7 @@ from moray.jobs.config.sections import (
 )
 from moray.model import ModelConfig
 from moray.model.config.moe import MoEConfig
+from moray.model.lora import TARGETS, LoRA, targets_in
 from moray.parallel.layout import Layout
 
 DEFAULT_PRESET = "demo-moe"
@@ -38,6 +40,7 @@ class RunConfig(Section):
     train: TrainSection = Field(TrainSection(), validate_default=True)
     eval: EvalSection = EvalSection()
     optimizer: OptimizerSection = Field(OptimizerSection(), validate_default=True)
+    lora: LoRASection = LoRASection()
     checkpoint: CheckpointSection = CheckpointSection()
     recovery: RecoverySection = RecoverySection()
     cluster: ClusterSection = Field(default_factory=ClusterSection)
@@ -76,7 +79,11 @@ class RunConfig(Section):
                 f"optimizer.moments=bfloat16 needs optimizer.beta2={self.optimizer.beta2} to be at most "
                 f"{MAX_BETA2_IN_BF16}: what a step adds to a moment or takes from it would be rounded away"
             )
-        if self.model.moe:
+        if self.adapters:
+            self._check_lora(self.adapters)
+        elif self.lora != LoRASection():
+            raise UserError("lora.rank=0 means no adapters, but lora.alpha or lora.targets is set: give a lora.rank")
+        elif self.model.moe:
             self._check_router_learns(self.model.moe)
         if not self.cluster.is_elastic:
             self.check_layout(self.resolved_layout)
@@ -197,6 +204,30 @@ class RunConfig(Section):
         if (layout.tp, layout.ep) != (self.layout.tp, self.layout.ep):
             raise UserError(f"train.exact=true needs tp and ep as they are: layout {layout} is not {self.layout}")
 
+    def _check_lora(self, lora: LoRA) -> None:
+        """Adapters need a base, which has what they are for; and stacked ones rows as grouped products want them."""
+        if not self.weights_from:
+            raise UserError(
+                f"lora.rank={lora.rank} needs model.from, whose weights stay as they are: a Hugging Face folder, a run "
+                "or a commit; or set lora.rank=0"
+            )
+        has = targets_in(self.model)
+        if missing := [target for target in lora.targets if target not in has]:
+            raise UserError(
+                f"lora.targets={','.join(missing)} matches nothing in this model, which has {','.join(has)}"
+            )
+        if "experts" in lora.targets and lora.rank % 8:
+            raise UserError(
+                f"lora.rank={lora.rank} must be a multiple of 8 for adapters of experts, or their bf16 rows are no "
+                f"multiple of 16 bytes, as grouped matrix products need; try {lora.rank + -lora.rank % 8}, or "
+                f"lora.targets={','.join(target for target in has if target != 'experts')}"
+            )
+        if self.layout.placement == "balanced":
+            raise UserError(
+                "layout.placement=balanced must be contiguous with lora.rank: frozen experts would have to move, and "
+                "no commit holds where to"
+            )
+
     def _check_router_learns(self, moe: MoEConfig) -> None:
         """A lone gate that is divided by itself has no gradient; published models load with it all the same."""
         of_scores = ("balance_loss", "device_loss", "communication_loss", "load_loss")
@@ -205,6 +236,15 @@ class RunConfig(Section):
                 "model.moe.top_k=1 with normalise_gates=true makes every gate 1, and no loss tells the router "
                 "anything; set normalise_gates=false, a balance_loss, or a higher top_k"
             )
+
+    @property
+    def adapters(self) -> LoRA | None:
+        """What learns in place of the weights, if that is asked for."""
+        rank, asked = self.lora.rank, self.lora.targets
+        if not rank:
+            return None
+        targets = targets_in(self.model) if "all" in asked else tuple(target for target in TARGETS if target in asked)
+        return LoRA(rank, self.lora.alpha or 2.0 * rank, targets)
 
     @property
     def resolved_layout(self) -> Layout:

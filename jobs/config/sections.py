@@ -145,6 +145,23 @@ class OptimizerSection(Section):
     """Highest norm of the gradient of the global batch."""
 
 
+class LoRASection(Section):
+    """Low-rank adapters learn in place of the weights of model.from, which stay as they are (Hu et al., 2021)."""
+
+    rank: int = Field(0, ge=0)
+    """Of the adapters; 0: there are none, and all weights learn."""
+    alpha: float | None = Field(None, gt=0)
+    """What an adapter adds is multiplied with alpha / rank; where it is not set, alpha is twice the rank."""
+    targets: tuple[Literal["all", "attention", "dense", "experts", "shared"], ...] = ("all",)
+    """Whose matrices have adapters, separated by commas: attention; dense, the feed-forward networks of dense layers;
+    experts, each routed one its own; shared, the shared experts. all: those of them that the model has."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+
 class CheckpointSection(Section):
     every: int = Field(100, ge=1)
     """Steps between two commits; the last step is always committed."""

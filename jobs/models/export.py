@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from tokenizers import processors
 
+from moray import UserError
 from moray.data.chat import ChatML
 from moray.data.jinja_template import CHAT_TEMPLATE
 from moray.data.special_tokens import GENERATION_CONFIG, IM_START
 from moray.data.staging import staged_folder
 from moray.data.templates import stated_template
 from moray.data.tokenizer import Tokenizer, copy_tokenizer
-from moray.jobs.models.weights import open_whole
+from moray.jobs.models.weights import adapted_in, open_whole
 from moray.model.hf import write_pretrained
+from moray.model.hf.adapters import write_adapters
 from moray.model.hf.choice import family_for
+from moray.model.hf.families import family_of
+from moray.parallel.checkpoint.commits import read_commit
+from moray.parallel.checkpoint.weights import CommitWeights
 
 
 def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]) -> str:
@@ -41,6 +46,26 @@ def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]
         # Of a dialogue, too, the model ends its turn; config.json names the end of a document alone.
         _update_json(folder / "config.json", ids)
     return family.model_type
+
+
+def export_adapters(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]) -> Path:
+    """Writes the adapters of a run's newest whole commit as a folder for peft; returns where their base is.
+
+    Raises UserError for a run without adapters, and as `export` and `write_adapters` do.
+    """
+    weights = open_whole(run, tell)
+    adapted = adapted_in(commit := read_commit(weights.path)) if weights.is_commit else None
+    if adapted is None:
+        raise UserError(f"--peft: {run} holds no adapters but whole weights; export it without")
+    lora, base = adapted
+    is_theirs = (Path(base.path) / "config.json").is_file()
+    family = family_of(base.path) if is_theirs else family_for(weights.config)
+    if not is_theirs:
+        tell(f"peft adds these to a transformers model: `moray export {base.path} --out …` makes one of their base")
+    read = CommitWeights(commit).read
+    with staged_folder(out, overwrite=False) as folder:
+        write_adapters(folder, weights.config, lora, family.table(weights.config), read, base.path, dtype)
+    return Path(base.path)
 
 
 def _special_ids(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:

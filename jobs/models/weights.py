@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moray import UserError
+from moray.jobs.models.base import Base, check_same, identify
 from moray.model import Decoder, ModelConfig
 from moray.model.hf import HFWeights, read_config
 from moray.model.hf.choice import essence
+from moray.model.lora import LoRA, Merged, adapter_shapes
 from moray.model.tensors import Read, tensor_shapes
 from moray.parallel.checkpoint.commits import MANIFEST, Commit, commit_paths, list_commits, read_commit, verify
 from moray.parallel.checkpoint.weights import CommitWeights
@@ -61,15 +63,30 @@ def tokenizer_of(path: Path) -> Path:
     return path.parents[1] / "tokenizer" if (path / MANIFEST).is_file() else path
 
 
-def open_weights(path: Path) -> Weights:
-    """The weights of what `locate` found; a routing bias that a family does not have is zero.
+def open_weights(path: Path, open_base: "Callable[[Path], Weights] | None" = None) -> Weights:
+    """The weights of what `locate` found; a routing bias that a family does not have is zero, and adapters are merged
+    with the base that they were trained beside, which `open_base` opens.
 
     Raises UserError for weights that do not fit the config. A commit's digests are not checked.
     """
     config = config_of(path)
-    if (path / MANIFEST).is_file():
-        return Weights(path, config, CommitWeights(read_commit(path)).read, tokenizer_of(path), is_commit=True)
-    return Weights(path, config, HFWeights(path, config).read, path, is_commit=False)
+    if not (path / MANIFEST).is_file():
+        return Weights(path, config, HFWeights(path, config).read, path, is_commit=False)
+    commit = read_commit(path)
+    read, adapted = CommitWeights(commit).read, adapted_in(commit)
+    if adapted:
+        lora, base = adapted
+        check_same(identify(Path(base.path), base), base, str(path))
+        opened = (open_base or open_weights)(Path(base.path))
+        read = Merged(opened.read, read, adapter_shapes(config, lora), lora.scale).read
+    return Weights(path, config, read, tokenizer_of(path), is_commit=True)
+
+
+def adapted_in(commit: Commit) -> tuple[LoRA, Base] | None:
+    """The adapters that a commit holds in place of weights, and what they belong to."""
+    if (found := commit.manifest.metadata.get("lora")) is None:
+        return None
+    return LoRA(found["rank"], found["alpha"], tuple(found["targets"])), Base.of(found["base"])
 
 
 def open_whole(folder: Path, on_refused: Callable[[str], None]) -> Weights:
@@ -86,7 +103,7 @@ def open_whole(folder: Path, on_refused: Callable[[str], None]) -> Weights:
         except UserError as error:
             problems = [str(error)]
         if not problems:
-            return open_weights(path)
+            return open_weights(path, lambda base: open_whole(base, on_refused))
         on_refused(f"refused the damaged commit {path.name}: {'; '.join(problems)}")
     if paths:
         raise UserError(f"{folder} holds no whole commit; `moray checkpoints {folder} --verify` says more")
@@ -98,8 +115,10 @@ def fill_shards(decoder: Decoder, path: Path) -> None:
 
     Collective. Raises UserError, on all ranks, for a damaged commit.
     """
-    if (path / MANIFEST).is_file():
-        _check_together(read_commit(path))
+    below: Path | None = path
+    while below and (below / MANIFEST).is_file():
+        _check_together(commit := read_commit(below))
+        below = Path(adapted[1].path) if (adapted := adapted_in(commit)) else None
     load_shards(decoder, open_weights(path).read)
 
 

@@ -17,10 +17,11 @@ from moray.data.tokenizer import copy_tokenizer
 from moray.jobs.config.load import flatten
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig
-from moray.jobs.models.weights import tokenizer_of
+from moray.jobs.models.weights import adapted_in, tokenizer_of
 from moray.jobs.runs.files import partial_path, replace_file
 from moray.model import ModelConfig
 from moray.model.accounting.cost import training_state_bytes
+from moray.model.lora import LoRA
 from moray.parallel.checkpoint.commits import Commit, list_commits, verify
 from moray.parallel.layout import Layout
 
@@ -81,7 +82,7 @@ def check_folder(config: RunConfig, dataset: Dataset, tell: Callable[[str], None
             return False
         if changes := _changes(commits[-1], config):
             tell(f"going on from step {done} with {', '.join(changes)}")
-    _check_space(config.model, folder)
+    _check_space(config, folder)
     return True
 
 
@@ -101,6 +102,9 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
         )
     before = _deciding(ModelConfig.of(there["model"]), there, there.get("weights_from", ""))
     asked = _deciding(now.model, now.model_dump(include={"train", "optimizer", "data"}), now.weights_from)
+    adapted = adapted_in(commit)
+    before |= _deciding_adapters(adapted[0] if adapted else None)
+    asked |= _deciding_adapters(now.adapters)
     if now.train.exact or there["train"].get("exact"):
         before |= _deciding_bits(there["train"], there["layout"])
         asked |= _deciding_bits(now.train.model_dump(), now.layout.model_dump())
@@ -147,6 +151,10 @@ def _deciding(model: ModelConfig, sections: dict[str, Any], weights_from: str) -
     return settings | {f"optimizer.{name}": optimizer[name] for name in _FIXED_OF_OPTIMIZER}
 
 
+def _deciding_adapters(lora: LoRA | None) -> dict[str, Any]:
+    return {f"lora.{name}": value for name, value in vars(lora).items()} if lora else {"lora.rank": 0}
+
+
 def _deciding_bits(train: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     """What train.exact is exact for."""
     settings = {"train.exact": train.get("exact", False), "train.micro_batch": train["micro_batch"]}
@@ -182,8 +190,8 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[bool]:
         yield is_alone
 
 
-def _check_space(model: ModelConfig, folder: Path) -> None:
-    state = training_state_bytes(model)
+def _check_space(config: RunConfig, folder: Path) -> None:
+    state = training_state_bytes(config.model, config.adapters)
     needed = state.weights + state.optimizer
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:

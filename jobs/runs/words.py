@@ -60,6 +60,15 @@ _REMEDIES = {
     "gathered": "train.zero_stage=3 or a larger layout.tp",
     "head": "a larger layout.tp",
 }
+
+
+def _lora(of: Fields) -> str:
+    learn, base, targets = of.get("learn", 0), of.get("of", 0), ", ".join(of.get("targets", []))
+    line = f"LoRA: {learn:,} parameters learn ({targets}), beside {base:,} that are frozen"
+    off = ", ".join(f"model.moe.{name}={value}" for name, value in of.get("off", {}).items())
+    return f"{line}; routers are frozen, so what balances experts is off: {off}" if off else line
+
+
 _NO_GPU = "the cluster has no GPU now: the workers take CPUs; cluster.device=cuda would wait for GPUs"
 _WORDS: dict[str, str | Callable[[Fields], str | None]] = {
     "answered": _answered,
@@ -78,6 +87,7 @@ _WORDS: dict[str, str | Callable[[Fields], str | None]] = {
         "recovery.snapshot_every={every} has no effect: nothing outlives the workers of cluster.launcher={launcher}, "
         "which recovers from commits alone"
     ),
+    "lora": _lora,
     "node_kept": "node {node} is suspect: {why}; no other has room for its workers, so it stays",
     "node_set_aside": "node {node} is set aside: {why}; others take its place",
     "recovered": lambda of: f"recovered: generation {of.get('generation')} at work after {of.get('seconds', 0):.1f} s",

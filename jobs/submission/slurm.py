@@ -168,7 +168,7 @@ class Slurm(Target):
 
 def _stop_s(job: Job) -> int:
     """How long before its end a job is to be told of it, so that a commit fits."""
-    state = training_state_bytes(job.config.model)
+    state = training_state_bytes(job.config.model, job.config.adapters)
     return min(STOP_S + round((state.weights + state.optimizer) / COMMIT_BYTES_PER_S), MOST_STOP_S)
 
 

@@ -19,9 +19,11 @@ from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.jobs.config.run import RunConfig
 from moray.jobs.config.sections import TrainSection
+from moray.jobs.models.base import Base
 from moray.jobs.models.weights import fill_shards
 from moray.jobs.runs.folder import check_same_run
 from moray.jobs.runs.words import describe
+from moray.jobs.training.adapters import check_base, load_base, what_learns
 from moray.jobs.training.choices import decided
 from moray.jobs.training.memory import warn_of_too_little
 from moray.jobs.training.metrics import worker_peak
@@ -76,6 +78,8 @@ class Training:
     copy: the ranks that hold the model once. expert_load (L MoE layers, E experts): tokens since experts were placed,
     where they are placed by them.
 
+    base: what adapters are trained beside, where they are what learns.
+
     step: optimizer steps done. position: of the stream, behind the batch of the last one. committed: the newest step
     that was. applied: loss and gradient norm of the newest steps. skipped: the positions passed over since, and why.
     """
@@ -98,6 +102,7 @@ class Training:
     reduction: Reduction
     snapshots: Snapshots | None
     on_event: Callable[[str, dict[str, Any]], None]
+    base: Base | None = None
     step: int = 0
     position: int = 0
     committed: int = 0
@@ -130,6 +135,7 @@ def _built(config: RunConfig, meshes: Meshes, compute_dtype: torch.dtype, stage:
         compute_dtype=compute_dtype,
         stage=stage,
         recompute=config.train.recompute,
+        lora=config.adapters,
     )
     if config.train.compile:
         check_compiler()
@@ -185,7 +191,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
             on_wait=pulse.again,
         ),
         lanes=lanes_of(config.train, layout, layout.dp_rank(context.rank)),
-        work=Work.of(config.model),
+        work=Work.of(config.model, config.adapters),
         peak_flops=world_sum(torch.tensor(peak)).item(),
         objective=NextToken.of(config.model),
         witness=Witness(decoder) if config.train.audit_every else None,
@@ -229,24 +235,28 @@ def resume(training: Training, events: EventLog) -> None:
     Raises UserError if the commit is of another run, or ended elsewhere.
     """
     source: str | None = "memory"
+    config = training.config
+    training.base = load_base(training.decoder, config, checkpoints_of(config))
     digest = load_snapshot(training)
     if digest is None:
         commit = load_commit(training)
         source = "commit" if commit else None
         if commit:
             digest = commit.manifest.digest
-            check_same_run(commit, training.config, training.dataset)
+            check_same_run(commit, config, training.dataset)
             go_on_from(training, commit.step, commit.manifest.metadata)
-        elif training.config.weights_from:
-            fill_shards(training.decoder, Path(training.config.weights_from))
+        elif config.weights_from and not training.base:
+            fill_shards(training.decoder, Path(config.weights_from))
         else:
-            initialise_shards(training.decoder, training.config.train.seed)
+            initialise_shards(training.decoder, config.train.seed)
+        if not commit and (told := what_learns(config)):
+            training.note("lora", **told)
     found = {
         "step": training.step,
         "position": training.position,
         "layout": str(training.layout),
-        "dtype": training.config.train.dtype,
-        "zero_stage": training.config.train.zero_stage,
+        "dtype": config.train.dtype,
+        "zero_stage": config.train.zero_stage,
         "digest": digest or None,
         "source": source,
         "snapshot_bytes": training.snapshots.most_bytes if training.snapshots else 0,
@@ -285,6 +295,7 @@ def load_commit(training: Training, among: Callable[[int], bool] = lambda step: 
 
 def go_on_from(training: Training, step: int, metadata: dict[str, Any]) -> None:
     """Takes up what a commit or snapshot holds beside the tensors."""
+    check_base(training.config, training.base, metadata)
     training.step, training.position = step, metadata["data"]["position"]
     training.applied = [(loss, norm) for loss, norm in metadata.get("applied", [])]
     adopt(training.decoder, metadata.get("placement", {}))

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from moray import UserError
+from moray.jobs.training.adapters import record_of
 from moray.jobs.training.begin import Training
 from moray.jobs.training.metrics import MetricsLog
 from moray.jobs.training.optimizer import training_state
@@ -29,6 +30,7 @@ def progress(training: Training, row: dict[str, Any]) -> dict[str, Any]:
         # Every random number is a function of (seed, name) or (seed, position): the seed is all the state there is.
         "rng": {"seed": config.train.seed},
         "loss": row["loss"],
+        **record_of(config, training.base),
     }
 
 

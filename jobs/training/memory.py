@@ -26,6 +26,7 @@ def needed(config: RunConfig, layout: Layout, dtype: str, stage: Stage) -> RankM
         stage=stage,
         recompute=train.recompute,
         moments=getattr(torch, config.optimizer.moments),
+        lora=config.adapters,
     )
 
 

@@ -32,7 +32,7 @@ def build_optimizer(
     copy: the ranks that together hold the model once, and dtype that of Muon's products. Collective with Muon.
     """
     groups: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
-    for name, weight in module.named_parameters():
+    for name, weight in learning(module):
         mesh = weight.device_mesh if isinstance(weight, DTensor) else None
         # The experts' biases are stacked, and still biases.
         decays = weight.ndim > 1 and "bias" not in name.rpartition(".")[2]
@@ -68,6 +68,11 @@ def build_optimizer(
             )
     set_learning_rate(optimizer, settings.lr)
     return optimizer
+
+
+def learning(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The weights that have gradients, by name: all, or beside a frozen base its adapters."""
+    return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
 
 
 def _scale(name: str, settings: OptimizerSection) -> float:
@@ -149,14 +154,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What a commit holds: `model.NAME` (weights and routing biases), `optimizer.NAME.exp_avg` and so on.
 
-    A weight that two modules share is there once, by its first name: a tied head as the embedding. So is the number of
-    steps (`optimizer.step`), which AdamW counts for each weight: once it is filled, `share_step` is to be called.
+    Of a frozen base nothing: its adapters are all that changes. A weight that two modules share is there once, by its
+    first name: a tied head as the embedding. So is the number of steps (`optimizer.step`), which AdamW counts for each
+    weight: once it is filled, `share_step` is to be called.
     """
-    tensors = module.state_dict()
-    # Unlike a state dict, these name what is shared once.
-    named = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    tensors, weights = module.state_dict(), learning(module)
+    is_whole = len(weights) == len(list(module.parameters()))
+    # Unlike a state dict, these name what is shared once. The routing bias of a frozen router stands still.
+    named = {name for name, _ in (*weights, *(module.named_buffers() if is_whole else ()))}
     state = {f"model.{name}": tensor.detach() for name, tensor in tensors.items() if name in named}
-    for name, parameter in module.named_parameters():
+    for name, parameter in weights:
         moments = dict(optimizer.state[parameter])
         if (step := moments.pop("step", None)) is not None:
             state.setdefault("optimizer.step", step)
@@ -165,13 +172,13 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def share_step(optimizer: torch.optim.Optimizer) -> None:
-    """Gives all weights that have a number of steps that of the first one."""
-    first, *others = (state["step"] for state in optimizer.state.values() if "step" in state)
-    for other in others:
-        other.copy_(first)
+    """Gives all weights that have a number of steps that of the first one; where all are Muon's, none has."""
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    for other in steps[1:]:
+        other.copy_(steps[0])
 
 
 def older_names(module: nn.Module) -> dict[str, str]:
     """Where older commits have what `training_state` names: they kept a number of steps a weight."""
-    first, _ = next(module.named_parameters())
+    first, _ = learning(module)[0]
     return {"optimizer.step": f"optimizer.{first}.step"}

@@ -20,6 +20,7 @@ from moray.data.rows import DialogueRows, rows_of
 from moray.data.tokenizer import same_vocabulary
 from moray.jobs.config.load import flatten
 from moray.jobs.config.run import RunConfig
+from moray.jobs.models.base import check_there
 from moray.jobs.models.weights import tokenizer_of
 from moray.jobs.runs.folder import claimed
 from moray.jobs.runs.ledger import ledger_problems
@@ -68,6 +69,8 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Dataset:
     """The dataset, and all that can be checked without workers and without the run's folder. Raises UserError."""
     dataset = Dataset.open(config.data.path)
     check_kind(dataset, config, tell)
+    if config.adapters:
+        check_there(Path(config.weights_from))
     if config.weights_from:
         check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
     dataset.check_vocabulary(config.model.vocab_size)
@@ -104,7 +107,8 @@ def balance_kept(moe: MoEConfig) -> str:
 def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[str], None]) -> None:
     """Raises UserError if the data's tokens mean others than those, below `vocab_size`, that the weights know.
 
-    Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits.
+    Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits, or
+    this is found out elsewhere.
     """
     tokenizer = tokenizer_of(source)
     if not source.exists():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
+from moray.model.lora import LoRA, adapter_shapes
 
 PARTS = (
     "embedding",
@@ -64,20 +65,28 @@ def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     return flops
 
 
+def count_adapters(config: ModelConfig, lora: LoRA) -> Count:
+    """Parameters of the adapters: all, and those that a token passes."""
+    shapes = adapter_shapes(config, lora).items()
+    counts = [_count(_part(name), [torch.empty(shape, device="meta")], config) for name, shape in shapes]
+    return Count(sum(count.total for count in counts), sum(count.active for count in counts))
+
+
 class TrainingState(NamedTuple):
-    """Bytes of what training keeps of every parameter, over all ranks together."""
+    """Bytes of what training keeps of every parameter that learns, over all ranks together."""
 
     weights: int
     gradients: int
     optimizer: int
 
 
-def training_state_bytes(config: ModelConfig) -> TrainingState:
-    """As the trainer keeps them: fp32 weights, fp32 gradients, AdamW's two fp32 moments.
+def training_state_bytes(config: ModelConfig, lora: LoRA | None = None) -> TrainingState:
+    """As the trainer keeps them: fp32 weights, fp32 gradients, AdamW's two fp32 moments; of adapters alone, where they
+    are what learns.
 
     Beside them, a step in bf16 holds a bf16 copy of the layers at work, and AdamW a scalar for each tensor.
     """
-    total = count_parameters(config).total
+    total = count_adapters(config, lora).total if lora else count_parameters(config).total
     return TrainingState(_FP32_BYTES * total, _FP32_BYTES * total, 2 * _FP32_BYTES * total)
 
 

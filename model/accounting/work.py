@@ -8,8 +8,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from moray.model.accounting.cost import SCORES, attention_reaches, forward_flops, pair_flops, seen_pairs
+from moray.model.accounting.cost import (
+    SCORES,
+    attention_reaches,
+    count_adapters,
+    forward_flops,
+    pair_flops,
+    seen_pairs,
+)
 from moray.model.config.architecture import ModelConfig
+from moray.model.lora import LoRA
 
 BACKWARD_AND_FORWARD = 3  # a backward pass costs two forward ones
 
@@ -27,9 +35,12 @@ class Work:
     reaches: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Self:
+    def of(cls, config: ModelConfig, lora: LoRA | None = None) -> Self:
         flops = forward_flops(config, 1)
-        per_token = BACKWARD_AND_FORWARD * sum(value for part, value in flops.items() if part != SCORES)
+        products = sum(value for part, value in flops.items() if part != SCORES)
+        per_token = BACKWARD_AND_FORWARD * products
+        if lora:  # no gradient is formed of what is frozen
+            per_token = 2 * products + BACKWARD_AND_FORWARD * 2 * count_adapters(config, lora).active
         return cls(per_token, BACKWARD_AND_FORWARD * pair_flops(config), attention_reaches(config))
 
     def flops(self, documents_BT: Tensor) -> float:

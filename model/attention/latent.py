@@ -16,7 +16,7 @@ from moray.model.attention.sdpa import Scoring, attend, attend_visible
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
 from moray.model.norm import RMSNorm
-from moray.model.sharded import Linear, RowLinear, WholeTokens, local
+from moray.model.sharded import Linear, RowLinear, WholeTokens
 
 LATENT_EPS = 1e-6
 """Epsilon of the two norms here, whatever the model's: DeepSeek's code (and transformers) leave it at its default."""
@@ -93,7 +93,7 @@ class LatentAttention(nn.Module):
     def _absorbed(self, q_nope_BTHn: Tensor, q_rope_BTHp: Tensor, held_B1Sc: Tensor, cache: KVCache) -> Tensor:
         """Attention to the cached vectors themselves: (W_k c) · q = c · (W_k^T q), sum w (W_v c) = W_v sum w c."""
         latent, (tokens, heads) = self.latent, q_nope_BTHn.shape[1:3]
-        up_Hxr = local(self.kv_up.weight).unflatten(0, (heads, latent.nope_dim + latent.value_dim))
+        up_Hxr = self.kv_up.matrix().unflatten(0, (heads, latent.nope_dim + latent.value_dim))
         k_up_Hnr, v_up_Her = up_Hxr.split([latent.nope_dim, latent.value_dim], dim=1)
         q_BTHr = torch.einsum("bthn,hnr->bthr", q_nope_BTHn, k_up_Hnr)
         # All heads read the same vectors, so they are T * H queries of one head.

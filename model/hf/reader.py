@@ -94,7 +94,7 @@ class HFWeights:
 
 def _open(folder: Path, prefix: str) -> dict[str, Callable[[], Any]]:
     """What opens each tensor's slice; names of a model without its head get their prefix. Headers alone are read."""
-    names = _files(folder)
+    names = weight_files(folder)
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise UserError(f"{folder} lacks files that {INDEX} names: {', '.join(absent)}")
@@ -104,7 +104,7 @@ def _open(folder: Path, prefix: str) -> dict[str, Callable[[], Any]]:
     return {prefix + name if is_bare else name: open_slice for name, open_slice in slices.items()}
 
 
-def _files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """The names of the files; like transformers, a single one before an index."""
     if (folder / SINGLE).is_file():
         return [SINGLE]

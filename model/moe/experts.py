@@ -21,6 +21,9 @@ class Experts(nn.Module):
     Shapes: rows_MD ordered by expert, counts_E (int64, summing to M) -> [M, D].
     """
 
+    MATRICES = ("gate_EFD", "up_EFD", "down_EDF")
+    BIASES = ("gate_bias_EF", "up_bias_EF", "down_bias_ED")
+
     def __init__(self, n_experts: int, d_model: int, width: int, config: FeedForwardConfig) -> None:
         super().__init__()
         self.activation = activation(config.activation)
@@ -36,14 +39,14 @@ class Experts(nn.Module):
         self.down_bias_ED = weight(d_model) if config.bias else None
 
     def forward(self, rows_MD: Tensor, counts_E: Tensor) -> Tensor:
-        up_MF = _project(rows_MD, self.up_EFD, self.up_bias_EF, counts_E)
+        up_MF = self.project(rows_MD, "up_EFD", self.up_bias_EF, counts_E)
         gate_MF = None
         if self.gate_EFD is not None:
-            gate_MF = _project(rows_MD, self.gate_EFD, self.gate_bias_EF, counts_E)
+            gate_MF = self.project(rows_MD, "gate_EFD", self.gate_bias_EF, counts_E)
         hidden_MF = cheap(partial(activated, self.activation), up_MF, gate_MF)
-        return _project(hidden_MF, self.down_EDF, self.down_bias_ED, counts_E)
+        return self.project(hidden_MF, "down_EDF", self.down_bias_ED, counts_E)
 
-
-def _project(x_MI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None, counts_E: Tensor) -> Tensor:
-    out_MO = grouped_linear(x_MI, local(w_EOI), counts_E)
-    return out_MO if bias_EO is None else out_MO + grouped_bias(local(bias_EO), counts_E, len(x_MI))
+    def project(self, x_MI: Tensor, name: str, bias_EO: Tensor | None, counts_E: Tensor) -> Tensor:
+        """Each expert's linear map, by the matrices of that name, over its own run of rows: [M, I] -> [M, O]."""
+        out_MO = grouped_linear(x_MI, local(getattr(self, name)), counts_E)
+        return out_MO if bias_EO is None else out_MO + grouped_bias(local(bias_EO), counts_E, len(x_MI))

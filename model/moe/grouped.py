@@ -16,7 +16,7 @@ def grouped_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """x w^T of each expert and its rows. Shapes: [M, I], [E, O, I], counts [E] (int64) -> [M, O]. What is behind their
     sum is anything.
 
-    An expert without rows still takes part: its gradient is zero, not missing.
+    An expert without rows still takes part: its gradient is zero, not missing. Of frozen weights none is formed.
     """
     # Torch's kernel has no fp64. On the CPU it is a loop, too, whose products leave threads idle; its backward in fp32
     # builds the weights' gradient twice.
@@ -51,10 +51,13 @@ class _Loop(torch.autograd.Function):
         return out_MO
 
     @staticmethod
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x_MI, w_EOI, counts_E = ctx.saved_tensors
-        grad_x_MI, grad_w_EOI = torch.empty_like(x_MI), torch.empty_like(w_EOI)
+        grad_x_MI = torch.empty_like(x_MI)
         multiply(_runs(counts_E, grad_MO, w_EOI, grad_x_MI))
+        if not ctx.needs_input_grad[1]:
+            return grad_x_MI, None, None
+        grad_w_EOI = torch.empty_like(w_EOI)
         # Without rows this is a product over nothing, which is zero.
         multiply((grad.t(), x, grad_w) for grad, grad_w, x in _runs(counts_E, grad_MO, grad_w_EOI, x_MI))
         return grad_x_MI, grad_w_EOI, None

@@ -19,7 +19,7 @@ import torch
 from chaos.check import state_digest
 from ray.cluster_utils import Cluster
 from rich.console import Console
-from tiny import tiny
+from tiny import tiny, tiny_from
 
 from moray import UserError
 from moray.cluster.events import read_events
@@ -140,6 +140,25 @@ def test_a_killed_worker_changes_no_later_step(
     assert list(phases)[:4] == ["killing", "placing", "forking", "starting"]
     assert [name for name in phases if name in ("building", "loading", "step")] == ["building", "loading", "step"]
     assert sum(phases.values()) == pytest.approx(recovered["seconds"], abs=0.01)
+
+
+def test_a_killed_worker_changes_no_adapter(ray_cluster: str, dataset: Path, tmp_path: Path) -> None:
+    """Snapshots hold adapters alone; the base is read again."""
+
+    def train(words: list[str], listener: Listener | None = None) -> None:
+        assert pretrain(load_config(*parse_settings(words)), Console(quiet=True), listener) == 0
+
+    base = tmp_path / "base"
+    train(tiny(dataset, base, train__steps=2))
+    changes = {**ON_FOUR, "cluster__workers": 2, "train__eval_every": 0, "checkpoint__every": 100, "lora__rank": 8}
+    train(tiny_from(base, dataset, tmp_path / "untouched", **changes))
+    train(tiny_from(base, dataset, tmp_path / "killed", **changes, recovery__snapshot_every=1), KillOneWorker())
+    (resume,) = (event for event in read_events(tmp_path / "killed" / "events.jsonl") if event["kind"] == "resume")
+    assert resume["source"] == "memory"
+    (commit,) = list_commits(tmp_path / "killed" / "checkpoints")
+    assert resume["snapshot_bytes"] < 2 * sum(file.size for file in commit.manifest.files.values())
+    assert computed(tmp_path / "killed") == computed(tmp_path / "untouched")
+    assert state_digest(tmp_path / "killed") == state_digest(tmp_path / "untouched")
 
 
 def test_a_killed_driver_and_the_same_command_again(untouched: Path, dataset: Path, tmp_path: Path) -> None:

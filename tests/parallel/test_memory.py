@@ -14,6 +14,7 @@ from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
 from moray.model.accounting.cost import parameters_by_part
+from moray.model.lora import LoRA, targets_in
 from moray.model.objective import MicroBatch
 from moray.model.recompute import Recompute
 from moray.model.sharded import local
@@ -46,6 +47,24 @@ def test_weights_are_those_that_a_rank_holds(pool: Pool, layout: Layout) -> None
     for shards, whole in pool.run(held_elements, layout.world_size, layout):
         assert shards == pytest.approx(expected.weights / FP32_BYTES, rel=0.01)
         assert whole == pytest.approx(expected.gathered / (2 * FP32_BYTES) + own, rel=0.01)
+
+
+def learning_elements(layout: Layout, lora: LoRA) -> list[int]:
+    decoder = build_decoder(DEMO, layout.meshes("cpu"), dtype=torch.float32, compute_dtype=torch.float32, lora=lora)
+    held = [(local(weight).numel(), weight.requires_grad) for weight in decoder.parameters()]
+    return [sum(n for n, _ in held), sum(n for n, learns in held if learns)]
+
+
+@pytest.mark.parametrize("layout", [Layout(dp_shard=2), Layout(dp_shard=2, ep=2)], ids=str)
+def test_gradients_and_moments_are_those_of_what_learns(pool: Pool, layout: Layout) -> None:
+    settings: dict[str, Any] = {"seq_len": 64, "micro_batch": 1, "dtype": torch.float32, "recompute": "none"}
+    lora = LoRA(8, 16.0, targets_in(DEMO))
+    expected = rank_memory(DEMO, layout, stage=3, lora=lora, **settings)
+    for held, learning in pool.run(learning_elements, layout.world_size, layout, lora):
+        assert held == pytest.approx(expected.weights / FP32_BYTES, rel=0.01)
+        assert learning == pytest.approx(expected.gradients / FP32_BYTES, rel=0.01)
+    assert expected.optimizer == 2 * expected.gradients
+    assert expected.head == 0 < rank_memory(DEMO, layout, stage=3, **settings).head
 
 
 SIZES: dict[str, Any] = {"n_layers": 4, "d_model": 384, "vocab_size": 1024, "max_seq_len": 256}
