@@ -9,15 +9,17 @@ from moray.data.tokenizer import load_tokenizer
 from moray.jobs.training.begin import Training
 from moray.parallel.generation import write_greedily
 
-ANSWERS, NEW_TOKENS = 4, 64
+ANSWERS, NEW_TOKENS = 8, 48
+MOST_ASKED = 192
+"""Tokens of a prompt. All of a sequence is computed for each token of its answer: this is to cost a few steps."""
 
 
 def answer_some(training: Training) -> dict[str, Any]:
     """The likeliest answers, beside those that people gave, and the share that ended by itself. Collective.
 
-    Nothing where no dialogue of the validation split leaves room for an answer.
+    Nothing where no dialogue of the validation split is short enough.
     """
-    room = training.config.model.max_seq_len - NEW_TOKENS
+    room = min(MOST_ASKED, training.config.model.max_seq_len - NEW_TOKENS)
     some = list(islice(exchanges(training.dataset, "validation", room), ANSWERS))
     if not some:
         return {}

@@ -207,7 +207,7 @@ def test_the_export_answers_as_the_run_did(moray: Moray, tuned: Path, tmp_path: 
             [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         assert tokenizer.decode(prompt["input_ids"][0]) == answer["prompt"]
-        found = model.generate(**prompt, do_sample=False, max_new_tokens=64)[0, prompt["input_ids"].shape[1] :]
+        found = model.generate(**prompt, do_sample=False, max_new_tokens=48)[0, prompt["input_ids"].shape[1] :]
         assert tokenizer.decode(found) == answer["written"]
 
 
