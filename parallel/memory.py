@@ -87,12 +87,14 @@ def _gathered(
     gradient: int,
 ) -> float:
     """Stage 1 has all weights and gradients (fp32, for they are added up), 3 those outside of layers and the weights of
-    one layer, whose gradients are not there yet when activations are at their most. `gradient`: bytes of a weight's.
+    one layer, whose gradients are not there yet when activations are at their most. `gradient`: bytes of a weight's, 0
+    where they are frozen.
 
     What a rank holds whole in the products' dtype is no copy (`parallel.shard`).
     """
-    is_whole = layout.shard == 1 and dtype.itemsize == FP32_BYTES
-    are_experts_whole = layout.shard * layout.tp == layout.ep and dtype.itemsize == FP32_BYTES
+    is_cast = gradient > 0 and dtype.itemsize != FP32_BYTES
+    is_whole = layout.shard == 1 and not is_cast
+    are_experts_whole = layout.shard * layout.tp == layout.ep and not is_cast
     ends, layers = (0.0, 0.0) if is_whole else (ends, layers)
     experts = 0.0 if are_experts_whole else experts
     weight = dtype.itemsize

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
+from torch.distributed.tensor import DTensor
 
 from moray.jobs.config.sections import OptimizerSection
 from moray.jobs.training.optimizer import build_optimizer
@@ -65,6 +66,24 @@ def test_gradients_and_moments_are_those_of_what_learns(pool: Pool, layout: Layo
         assert learning == pytest.approx(expected.gradients / FP32_BYTES, rel=0.01)
     assert expected.optimizer == 2 * expected.gradients
     assert expected.head == 0 < rank_memory(DEMO, layout, stage=3, **settings).head
+
+
+def copied_elements(lora: LoRA) -> int:
+    """Of what is frozen, that FSDP gathers anew for each use."""
+    meshes = Layout(dp_shard=1).meshes("cpu")
+    decoder = build_decoder(DEMO, meshes, dtype=torch.float32, compute_dtype=torch.bfloat16, lora=lora)
+    frozen = {name: weight for name, weight in decoder.named_parameters() if not weight.requires_grad}
+    return sum(
+        weight.numel() for name, weight in frozen.items() if isinstance(weight, DTensor) and "router" not in name
+    )
+
+
+def test_a_lone_rank_has_no_second_copy_of_what_is_frozen(pool: Pool) -> None:
+    lora = LoRA(8, 16.0, targets_in(DEMO))
+    settings: dict[str, Any] = {"seq_len": 64, "micro_batch": 1, "dtype": torch.bfloat16, "recompute": "none"}
+    assert pool.run(copied_elements, 1, lora) == [0]
+    assert rank_memory(DEMO, Layout(dp_shard=1), stage=3, lora=lora, **settings).gathered == 0
+    assert rank_memory(DEMO, Layout(dp_shard=2), stage=3, lora=lora, **settings).gathered > 0
 
 
 SIZES: dict[str, Any] = {"n_layers": 4, "d_model": 384, "vocab_size": 1024, "max_seq_len": 256}
