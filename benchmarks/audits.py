@@ -16,8 +16,8 @@ from rich.console import Console
 
 from moray.jobs.config.load import load_config
 from moray.jobs.datasets.prepare import prepare
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import pretrain
 
 WARM = 6
 
@@ -40,7 +40,7 @@ def settings_of(data: Path, run: Path, steps: int, **changes: object) -> dict[st
 def rows_of(data: Path, run: Path, steps: int, **changes: object) -> list[dict[str, Any]]:
     """Of each step of such a run."""
     config = load_config("demo", settings_of(data, run, steps, **changes))
-    assert pretrain(config, Console(stderr=True)) == 0
+    assert drive(config, Console(stderr=True)) == 0
     return read_metrics(run)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from moray.jobs.config.load import load_config
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import pretrain
 
 KINDS: dict[str, dict[str, str]] = {
     "AdamW": {},
@@ -43,7 +43,7 @@ def curve(data: Path, folder: Path, steps: int, settings: dict[str, str]) -> tup
         "cluster.launcher": "local",
         "run.trackers": "none",
     }
-    assert pretrain(load_config(None, plan | settings), Console(quiet=True)) == 0
+    assert drive(load_config(None, plan | settings), Console(quiet=True)) == 0
     rows = read_metrics(folder)
     losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     return losses, statistics.median(row["seconds"] for row in rows)

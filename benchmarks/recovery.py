@@ -24,7 +24,7 @@ from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.runs.watcher import Listener
-from moray.jobs.training.pretrain import pretrain
+from moray.jobs.training.drive import drive
 
 STEPS_BETWEEN = 6
 
@@ -85,7 +85,7 @@ def main() -> None:
         prepare(["stdlib"], data, console=console)
     killer = Killer(options.kills)
     changes = dict(word.split("=", 1) for word in options.set)
-    pretrain(config_of(data, run, {"train.steps": "100000", **changes}), console, killer)
+    drive(config_of(data, run, {"train.steps": "100000", **changes}), console, killer)
     print(table(killer.found))
     (run / "recoveries.json").write_text(json.dumps(killer.found, indent=1))
 

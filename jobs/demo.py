@@ -19,9 +19,9 @@ from moray.jobs.datasets.prepare import prepare
 from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.watcher import Listener
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
 from moray.jobs.training.optimizer import build_optimizer
-from moray.jobs.training.pretrain import pretrain
 from moray.model import Decoder, initialise
 from moray.model.objective import MicroBatch
 from moray.parallel.gradients import accumulate_gradients
@@ -48,7 +48,7 @@ def demo(folder: Path) -> int:
         prepare(["stdlib"], data, console=console)
     config = _fitted(data, run, SECONDS - (time.monotonic() - began), console)
     _phase(console, 2, "train", _what(config))
-    code = pretrain(config, console, Saboteur(config.train.steps // 2 + 10, console))
+    code = drive(config, console, Saboteur(config.train.steps // 2 + 10, console))
     if code:
         return code
     _phase(console, 3, "look", "what the run's own log says")

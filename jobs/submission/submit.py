@@ -76,7 +76,7 @@ def _read(command: Sequence[str]) -> tuple[str, RunConfig]:
 
 def _has_steps(config: RunConfig, tell: Callable[[str], None]) -> bool:
     from moray.jobs.runs.folder import check_folder
-    from moray.jobs.training.pretrain import check
+    from moray.jobs.training.drive import check
 
     dataset = check(config, tell)
     dataset.verify()

@@ -27,6 +27,6 @@ def finetune(arguments: list[str]) -> int:
     config = load_config(*parse_settings(arguments), STARTS["finetune"])
     if not config.weights_from:
         raise UserError("model.from is missing: the run or Hugging Face folder that shall be tuned")
-    from moray.jobs.training.pretrain import pretrain
+    from moray.jobs.training.drive import drive
 
-    return pretrain(config)
+    return drive(config)

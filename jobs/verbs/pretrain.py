@@ -24,6 +24,6 @@ def pretrain(arguments: list[str]) -> int:
         return 0
     recipe, overrides = parse_settings(arguments)
     config = load_config(recipe, overrides)
-    from moray.jobs.training.pretrain import pretrain as run
+    from moray.jobs.training.drive import drive
 
-    return run(config)
+    return drive(config)

@@ -32,8 +32,8 @@ from moray.jobs.generation.generate import load_run
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.status import status_of
 from moray.jobs.runs.watcher import Listener
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import pretrain
 from moray.parallel.checkpoint.commits import list_commits
 
 STEPS, EVERY = 12, 3
@@ -86,7 +86,7 @@ def computed(run: Path) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def untouched(ray_cluster: str, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("untouched") / "run"
-    assert pretrain(config(dataset, run), Console(quiet=True)) == 0
+    assert drive(config(dataset, run), Console(quiet=True)) == 0
     return run
 
 
@@ -111,7 +111,7 @@ def test_a_killed_worker_changes_no_later_step(
 ) -> None:
     run, killer = tmp_path / "run", KillOneWorker()
     changes = {"recovery__snapshot_every": snapshot_every}
-    assert pretrain(config(dataset, run, **changes), Console(quiet=True), killer) == 0
+    assert drive(config(dataset, run, **changes), Console(quiet=True), killer) == 0
     assert killer.killed
     events = list(read_events(run / "events.jsonl"))
     kinds = [event["kind"] for event in events]
@@ -146,7 +146,7 @@ def test_a_killed_worker_changes_no_adapter(ray_cluster: str, dataset: Path, tmp
     """Snapshots hold adapters alone; the base is read again."""
 
     def train(words: list[str], listener: Listener | None = None) -> None:
-        assert pretrain(load_config(*parse_settings(words)), Console(quiet=True), listener) == 0
+        assert drive(load_config(*parse_settings(words)), Console(quiet=True), listener) == 0
 
     base = tmp_path / "base"
     train(tiny(dataset, base, train__steps=2))
@@ -189,10 +189,10 @@ def test_another_layout_resumes_and_computes_the_same(untouched: Path, dataset: 
     """Four workers with ep=2 train half-way; two with tp=2 take over: rounding is all that differs."""
     run = tmp_path / "run"
     half = StopAt(STEPS // 2)
-    assert pretrain(config(dataset, run), Console(quiet=True), half) == 75
+    assert drive(config(dataset, run), Console(quiet=True), half) == 75
     stopped = read_metrics(run)[-1]["step"]
     assert STEPS // 2 <= stopped < STEPS
-    assert pretrain(config(dataset, run, cluster__workers=2, layout__ep=1, layout__tp=2), Console(quiet=True)) == 0
+    assert drive(config(dataset, run, cluster__workers=2, layout__ep=1, layout__tp=2), Console(quiet=True)) == 0
     assert computed(run)[:stopped] == computed(untouched)[:stopped]
     for row, expected in zip(read_metrics(run)[stopped:], read_metrics(untouched)[stopped:], strict=True):
         assert row["layout"] != expected["layout"]
@@ -203,7 +203,7 @@ def test_another_layout_resumes_and_computes_the_same(untouched: Path, dataset: 
 
 def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> Path:
     """The folder of a run in which something goes wrong, as poison.py has it."""
-    monkeypatch.setattr("moray.jobs.training.pretrain.train", poison.train)
+    monkeypatch.setattr("moray.jobs.training.drive.train", poison.train)
     run = tmp_path / "run"
     run.mkdir(parents=True)
     (run / "poison.json").write_text(json.dumps(plan))
@@ -217,7 +217,7 @@ def test_a_worker_killed_behind_a_skipped_batch_changes_nothing(
     run = poisoned(tmp_path, monkeypatch, nan=[3], killed_after=5)
     changes = {"cluster__workers": 2, "train__steps": 8, "train__eval_every": 0, "train__on_bad_step": "skip"}
     changes["recovery__snapshot_every"] = 0
-    assert pretrain(config(dataset, run, **changes, train__max_skipped=1), Console(quiet=True)) == 0
+    assert drive(config(dataset, run, **changes, train__max_skipped=1), Console(quiet=True)) == 0
     assert [event["reason"] for event in read_events(run / "events.jsonl") if event["kind"] == "fault"] == [
         "was killed by SIGKILL"
     ]
@@ -238,13 +238,13 @@ def test_a_commit_that_death_cut_off_is_made_up_for(
     ray_cluster: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run goes on from memory, at the step that was to be committed: else the interval would be twice as long."""
-    monkeypatch.setattr("moray.jobs.training.pretrain.train", chaos.worker.train)
+    monkeypatch.setattr("moray.jobs.training.drive.train", chaos.worker.train)
     run = tmp_path / "run"
     run.mkdir()
     for name in ("hurry", "trap-manifest"):
         (run / name).touch()
     changes = {"cluster__workers": 2, "recovery__snapshot_every": 1, "checkpoint__every": 4}
-    assert pretrain(config(dataset, run, **changes), Console(quiet=True)) == 0
+    assert drive(config(dataset, run, **changes), Console(quiet=True)) == 0
     events = list(read_events(run / "events.jsonl"))
     (resume,) = (event for event in events if event["kind"] == "resume")
     commits = [event["step"] for event in events if event["kind"] == "commit"]
@@ -260,7 +260,7 @@ def test_wrong_numbers_are_not_gone_on_from_in_memory(
     run = poisoned(tmp_path, monkeypatch, nan=[5])
     changes = {"cluster__workers": 2, "train__steps": 8, "train__eval_every": 0, "recovery__snapshot_every": 1}
     with pytest.raises(WorkerError, match="failed alike"):
-        pretrain(config(dataset, run, **changes), Console(quiet=True))
+        drive(config(dataset, run, **changes), Console(quiet=True))
     (resume,) = (event for event in read_events(run / "events.jsonl") if event["kind"] == "resume")
     assert (resume["step"], resume["source"]) == (3, "commit")
 
@@ -271,7 +271,7 @@ def test_memory_that_cannot_hold_snapshots_is_a_mistake_told_before_the_first_st
     run = poisoned(tmp_path, monkeypatch, free_bytes=100_000)
     said = r"^recovery\.snapshot_every=1 needs 1 MiB of memory on .* but 0 MiB are free"
     with pytest.raises(UserError, match=said):
-        pretrain(config(dataset, run, cluster__workers=2, recovery__snapshot_every=1), Console(quiet=True))
+        drive(config(dataset, run, cluster__workers=2, recovery__snapshot_every=1), Console(quiet=True))
     assert not {"begin", "ready"} & {event["kind"] for event in read_events(run / "events.jsonl")}
 
 
@@ -309,7 +309,7 @@ def test_a_lost_node_is_recovered_from_the_memory_of_the_one_that_stands_in(
     """Half of the state is gone with the node, and there is no commit yet: only the other node's copy has it."""
     run, killer = tmp_path / "run", LoseANode(two_nodes)
     changes = {"recovery__snapshot_every": 1, "checkpoint__every": STEPS}
-    assert pretrain(config(dataset, run, **changes), Console(quiet=True), killer) == 0
+    assert drive(config(dataset, run, **changes), Console(quiet=True), killer) == 0
     events = list(read_events(run / "events.jsonl"))
     (fault,) = (event for event in events if event["kind"] == "fault")
     assert "was lost" in fault["reason"]
@@ -330,7 +330,7 @@ def test_a_node_that_computes_wrongly_is_found_and_set_aside(
     spare = two_nodes.add_node(num_cpus=2)
     try:
         settings = config(dataset, run, train__audit_every=3)
-        assert pretrain(settings, Console(quiet=True)) == 0
+        assert drive(settings, Console(quiet=True)) == 0
     finally:
         two_nodes.remove_node(spare)
     events = list(read_events(run / "events.jsonl"))
@@ -387,10 +387,10 @@ def test_a_run_goes_on_with_the_workers_that_there_are(
     changes = {"train__steps": steps, "train__micro_batch": 1, "train__exact": exact, "train__eval_every": 0}
     alone = poisoned(tmp_path / "alone", monkeypatch, fp64=not exact)
     of_one = {"cluster__launcher": "local", "cluster__workers": 1, "layout__ep": 1}
-    assert pretrain(config(dataset, alone, **changes, **of_one), Console(quiet=True)) == 0
+    assert drive(config(dataset, alone, **changes, **of_one), Console(quiet=True)) == 0
     run = poisoned(tmp_path / "tide", monkeypatch, fp64=not exact, pause_s=1.0)
     asked = config(dataset, run, **changes, cluster__workers="2:8", layout__ep=ep)
-    assert pretrain(asked, Console(quiet=True), Tide(two_nodes, run, turns)) == 0
+    assert drive(asked, Console(quiet=True), Tide(two_nodes, run, turns)) == 0
     resizes = [event for event in read_events(run / "events.jsonl") if event["kind"] == "resize"]
     assert [event["workers"] for event in resizes] == [[4, 2], [2, 8], [8, 2], [2, 4]][:turns]
     wide, narrow = (f"dp_replicate=1 dp_shard={n} tp=1 ep={ep}" for n in (4, 2))
@@ -461,7 +461,7 @@ def test_rows_tell_what_experts_and_devices_got(untouched: Path) -> None:
 @pytest.fixture(scope="module")
 def placed(ray_cluster: str, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("placed") / "run"
-    assert pretrain(config(dataset, run, layout__placement="balanced"), Console(quiet=True)) == 0
+    assert drive(config(dataset, run, layout__placement="balanced"), Console(quiet=True)) == 0
     return run
 
 
@@ -488,7 +488,7 @@ def test_experts_that_move_change_nothing_but_rounding(
         if commit.step > 6:
             shutil.rmtree(commit.path)
     alone = {"cluster__launcher": "local", "cluster__workers": 1, "layout__ep": 1}
-    assert pretrain(config(dataset, run, **alone), Console(quiet=True)) == 0
+    assert drive(config(dataset, run, **alone), Console(quiet=True)) == 0
     for one, four in zip(read_metrics(run), read_metrics(placed), strict=True):
         assert one["loss"] == pytest.approx(four["loss"], rel=1e-4)
 
@@ -499,7 +499,7 @@ def test_a_kill_changes_nothing_in_where_experts_move(
 ) -> None:
     run, killer = tmp_path / "run", KillOneWorker()
     changes = {"recovery__snapshot_every": snapshot_every, "layout__placement": "balanced"}
-    assert pretrain(config(dataset, run, **changes), Console(quiet=True), killer) == 0
+    assert drive(config(dataset, run, **changes), Console(quiet=True), killer) == 0
     assert killer.killed
     assert computed(run) == computed(placed)
     assert state_digest(run) == state_digest(placed)
@@ -512,9 +512,9 @@ def test_a_run_that_goes_on_with_fixed_experts_moves_none(ray_cluster: str, data
     """Though its commit has counted their tokens since they were placed."""
     run = tmp_path / "run"
     balanced = {"checkpoint__every": STEPS - 1, "layout__placement": "balanced"}
-    assert pretrain(config(dataset, run, **balanced), Console(quiet=True), StopAt(4)) == 75
+    assert drive(config(dataset, run, **balanced), Console(quiet=True), StopAt(4)) == 75
     (commit,) = list_commits(run / "checkpoints")
     assert commit.step < STEPS - 1
     assert commit.manifest.metadata["expert_load"]
-    assert pretrain(config(dataset, run, checkpoint__every=STEPS - 1), Console(quiet=True)) == 0
+    assert drive(config(dataset, run, checkpoint__every=STEPS - 1), Console(quiet=True)) == 0
     assert [event for event in read_events(run / "events.jsonl") if event["kind"] == "placed"] == []

@@ -11,7 +11,7 @@ from chaos.faults import Fault, Repair
 from chaos.run import AT_WORK, Run, words
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
-from moray.jobs.training.pretrain import pretrain
+from moray.jobs.training.drive import drive
 from moray.parallel.checkpoint.commits import list_commits
 
 PROOF_STEPS = 2
@@ -33,7 +33,7 @@ class Outcome:
 def undisturbed(data: Path, folder: Path, steps: int) -> Path:
     """The same run by one process."""
     alone = {"cluster__launcher": "local", "cluster__workers": 1}
-    assert pretrain(load_config(*parse_settings(words(data, folder, steps, **alone))), Console(quiet=True)) == 0
+    assert drive(load_config(*parse_settings(words(data, folder, steps, **alone))), Console(quiet=True)) == 0
     return folder
 
 

@@ -19,8 +19,8 @@ from moray.cluster.events import read_events
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
 from moray.jobs.runs.status import status_of
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import pretrain
 from moray.parallel.checkpoint.commits import list_commits
 
 STEPS = 50
@@ -42,7 +42,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallNode]:
 def untouched(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     run = tmp_path_factory.mktemp("untouched") / "run"
     config = load_config(*parse_settings(tiny(dataset, run, **ON_TWO, cluster__launcher="ray")))
-    assert pretrain(config, Console(quiet=True)) == 0
+    assert drive(config, Console(quiet=True)) == 0
     return computed(run)
 
 

@@ -27,8 +27,8 @@ from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.status import status_of
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.bad_steps import what_is_wrong
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import pretrain
 from moray.parallel.checkpoint.commits import list_commits, read_tensors
 
 BATCH = 4
@@ -91,7 +91,7 @@ def train_without(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *batches: 
 
     with monkeypatch.context() as patch:
         patch.setattr(Stream, "batches", batches_left)
-        assert pretrain(config, Console(quiet=True)) == 0
+        assert drive(config, Console(quiet=True)) == 0
 
 
 class EndError(Exception):
@@ -112,7 +112,7 @@ def run_to_the_end(config: RunConfig, listener: Listener | None = None) -> int:
     """Given again as often as it is interrupted; returns how often."""
     for interruptions in range(9):
         try:
-            assert pretrain(config, Console(quiet=True), listener) == 0
+            assert drive(config, Console(quiet=True), listener) == 0
         except EndError:
             continue
         return interruptions
@@ -127,7 +127,7 @@ def test_skipped_batches_leave_no_trace_but_in_the_ledger(
     train_without(config_of(dataset, tmp_path / "truth"), monkeypatch, 5, 6, 12)
     config = config_of(dataset, tmp_path / "run", **settings)
     with poisoned(config, nan=(5, 6, 12)):
-        assert pretrain(config, Console(quiet=True)) == 0
+        assert drive(config, Console(quiet=True)) == 0
         interrupted = config_of(dataset, tmp_path / "interrupted", **settings)
         assert run_to_the_end(interrupted, EndsAt(6, 10)) == 2
     for run in (tmp_path / "run", tmp_path / "interrupted"):
@@ -172,7 +172,7 @@ def test_it_stops_where_no_more_may_be_skipped(
 ) -> None:
     config = config_of(dataset, tmp_path, **settings)
     with poisoned(config, nan=(5, 6, 7)), pytest.raises(FloatingPointError) as error:
-        pretrain(config, Console(quiet=True))
+        drive(config, Console(quiet=True))
     assert says in str(error.value)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert [commit.step for commit in list_commits(tmp_path / "checkpoints")] == [4]
@@ -187,7 +187,7 @@ def test_rolled_back_it_goes_on_behind_the_bad_batch(
     config = config_of(dataset, tmp_path / "run", **settings)
     interrupted = config_of(dataset, tmp_path / "interrupted", **settings)
     with poisoned(config, nan=(8,)):
-        assert pretrain(config, Console(quiet=True)) == 0
+        assert drive(config, Console(quiet=True)) == 0
         assert run_to_the_end(interrupted, EndsAt(8, 6)) == 2
     for run in (tmp_path / "run", tmp_path / "interrupted"):
         assert computed(run) == computed(tmp_path / "truth")
@@ -203,13 +203,13 @@ def test_a_rollback_needs_an_older_commit_and_stays_within_its_bound(dataset: Pa
     settings: dict[str, object] = {"train__on_bad_step": "rollback", "train__max_skipped": 5}
     config = config_of(dataset, tmp_path / "early", **settings)
     with poisoned(config, nan=(3,)), pytest.raises(FloatingPointError, match=r"step 4: .* there is no older commit"):
-        pretrain(config, Console(quiet=True))
+        drive(config, Console(quiet=True))
     config = config_of(dataset, tmp_path / "often", **settings)
     with (
         poisoned(config, nan=(6, 8, 9)),
         pytest.raises(FloatingPointError, match="6 skipped batches in a row, more than"),
     ):
-        pretrain(config, Console(quiet=True))
+        drive(config, Console(quiet=True))
     # Of step 4 alone: batches 4 to 6, then 4 to 8, then one too many.
     assert [commit.step for commit in list_commits(tmp_path / "often" / "checkpoints")] == [4]
 

@@ -25,8 +25,8 @@ from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.checkpoints import show_checkpoints
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.watcher import Listener
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import pretrain
 from moray.parallel.checkpoint.commits import list_commits, verify
 
 STEPS = 16
@@ -62,7 +62,7 @@ def untouched(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "untouched"
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert pretrain(config_of(dataset, run), Console(quiet=True)) == 0
+        assert drive(config_of(dataset, run), Console(quiet=True)) == 0
     return run
 
 
@@ -73,7 +73,7 @@ def remove(folder: Path) -> None:
 
 def test_checkpoints_removed_while_running_are_made_again(dataset: Path, untouched: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert pretrain(config_of(dataset, run), Console(quiet=True), At(step_7=lambda: remove(run / "checkpoints"))) == 0
+    assert drive(config_of(dataset, run), Console(quiet=True), At(step_7=lambda: remove(run / "checkpoints"))) == 0
     commits = list_commits(run / "checkpoints")
     assert [commit.step for commit in commits] == [12, 14, 16]
     assert not any(verify(commit) for commit in commits)
@@ -102,7 +102,7 @@ def test_a_disk_that_is_full_for_a_while_delays_commits_and_lines_alone(
         ballast.unlink()
         console.print("free again")
 
-    assert pretrain(config_of(dataset, run, checkpoint__keep=9), console, At(step_5=fill, step_11=free)) == 0
+    assert drive(config_of(dataset, run, checkpoint__keep=9), console, At(step_5=fill, step_11=free)) == 0
     kinds = {event["step"]: event["kind"] for event in read_events(run / "events.jsonl") if event.get("step")}
     assert kinds == {step: "commit_failed" if step in (6, 8, 10) else "commit" for step in range(2, STEPS + 1, 2)}
     assert isinstance(console.file, io.StringIO)
@@ -122,7 +122,7 @@ def test_a_disk_that_is_full_for_a_while_delays_commits_and_lines_alone(
 def test_a_run_whose_folder_is_removed_ends_in_one_line(dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(UserError) as end:
-        pretrain(config_of(dataset, run), Console(quiet=True), At(step_7=lambda: remove(run)))
+        drive(config_of(dataset, run), Console(quiet=True), At(step_7=lambda: remove(run)))
     assert str(end.value).startswith(f"run.dir={run} was removed, or its disk unmounted, while the run was writing")
     assert "\n" not in str(end.value)
     assert not run.exists(), "a folder without commits, data and settings would look like a run"
@@ -130,7 +130,7 @@ def test_a_run_whose_folder_is_removed_ends_in_one_line(dataset: Path, tmp_path:
 
 def test_metrics_removed_while_running_lack_what_was_in_them(dataset: Path, untouched: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert pretrain(config_of(dataset, run), Console(quiet=True), At(step_7=(run / "metrics.jsonl").unlink)) == 0
+    assert drive(config_of(dataset, run), Console(quiet=True), At(step_7=(run / "metrics.jsonl").unlink)) == 0
     assert losses(run) == losses(untouched)[7:]
     assert ledger_problems(run) == ["steps 1 to 7 are committed, but metrics.jsonl has no lines of them"]
 
@@ -142,7 +142,7 @@ def half(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         listener = At(step_7=lambda: os.kill(os.getpid(), 15))
-        assert pretrain(config_of(dataset, run), Console(quiet=True), listener) == 75
+        assert drive(config_of(dataset, run), Console(quiet=True), listener) == 75
     return run
 
 
@@ -192,7 +192,7 @@ def test_a_spoilt_history_is_told_and_stops_no_resume(
     shutil.copytree(half, run)
     spoil(run, what)
     told, shown = Console(file=io.StringIO()), Console(file=io.StringIO())
-    assert pretrain(config_of(dataset, run), told) == 0
+    assert drive(config_of(dataset, run), told) == 0
     there = {row["step"]: row["loss"] for row in read_metrics(run)}
     assert [there[step] for step in range(9, STEPS + 1)] == losses(untouched)[8:]
     assert ledger_problems(run) == ([lacking] if lacking else [])

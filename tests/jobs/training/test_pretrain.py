@@ -28,8 +28,8 @@ from moray.jobs.config.load import load_config
 from moray.jobs.generation.generate import load_run
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.status import status_of
+from moray.jobs.training.drive import next_generation
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import next_generation
 from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder, initialise
 from moray.model.accounting.cost import training_state_bytes

@@ -21,8 +21,8 @@ from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.commit import versions
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import pretrain
 from moray.jobs.training.trainer import is_due, train
 from moray.parallel.checkpoint.commits import list_commits, verify
 from moray.parallel.checkpoint.generations import take_generation
@@ -116,10 +116,10 @@ def test_asked_to_stop_an_evaluation_is_skipped_or_left(
 ) -> None:
     """Grace periods are short: the step is committed without its validation loss, and the run goes on from it."""
     listener, config = StopAfter(asked), config_of(dataset, tmp_path)
-    assert pretrain(config, Console(quiet=True), listener) == 75
+    assert drive(config, Console(quiet=True), listener) == 75
     assert listener.steps == told
     assert ["validation_loss" in row for row in read_metrics(tmp_path)] == [False, False]
     (commit,) = list_commits(tmp_path / "checkpoints")
     assert (commit.step, verify(commit)) == (2, [])
-    assert pretrain(config, Console(quiet=True)) == 0
+    assert drive(config, Console(quiet=True)) == 0
     assert ["validation_loss" in row for row in read_metrics(tmp_path)] == [False, False, False, True]

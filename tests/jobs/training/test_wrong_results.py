@@ -22,8 +22,8 @@ from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training.batches import stream_of
 from moray.jobs.training.begin import Training, set_up
+from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
-from moray.jobs.training.pretrain import pretrain
 from moray.jobs.training.trainer import take_step
 from moray.jobs.training.wrong_results import outvoted
 from moray.model.sharded import local
@@ -141,7 +141,7 @@ def test_a_bad_value_that_does_not_come_again_is_the_hardwares(
     hook = nn.modules.module.register_module_forward_hook(spoil)
     try:
         with pytest.raises(WrongResultError) as error:
-            pretrain(config, Console(quiet=True))
+            drive(config, Console(quiet=True))
     finally:
         hook.remove()
     assert error.value.ranks == (0,)

@@ -1,4 +1,4 @@
-"""`moray pretrain`: checks everything that can be wrong, then launches the workers and shows how they get on."""
+"""A run from the driver's side: checks what can be wrong, then launches the workers and shows how they get on."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -35,7 +35,7 @@ from moray.model.config.moe import MoEConfig
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
 
 
-def pretrain(config: RunConfig, console: Console | None = None, listener: Listener | None = None) -> int:
+def drive(config: RunConfig, console: Console | None = None, listener: Listener | None = None) -> int:
     """Runs to the last step, or until asked to stop; returns the exit code.
 
     Raises UserError for a user's mistake, WorkerError of one line where the workers failed for good.
