@@ -43,9 +43,12 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate(Protocol):
-    """How a model's dialogues are written. jinja: the same for others."""
+    """How a model's dialogues are written. jinja: the same for others. turn_end: the token that ends every turn, where
+    that is known beforehand.
+    """
 
     jinja: str
+    turn_end: int | None
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """What the next answer follows: the turns so far and the beginning of an assistant's.
@@ -89,6 +92,7 @@ class ChatML:
                 f"tokenizer={str(name)!r} has no chat template, and {IM_START} and {IM_END}, which dialogues are "
                 "written with then, are not tokens of it; take a tokenizer that has either"
             )
+        self.turn_end: int | None = end
         self._end = end
         self._headers = {role: [begin, *tokenizer.encode(f"{role}\n")] for role in get_args(Role)}
         self._newline = tokenizer.encode("\n")

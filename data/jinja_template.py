@@ -25,6 +25,8 @@ from moray.data.tokenizer import Tokenizer
 class JinjaTemplate:
     """Any chat template. Control tokens in what people wrote would be read as such: such dialogues are left out."""
 
+    turn_end: int | None = None
+
     def __init__(self, jinja: str, tokenizer: Tokenizer, name: object) -> None:
         """name: of the tokenizer's folder, for errors."""
         self.jinja, self._tokenizer, self._name = jinja, tokenizer, name

@@ -62,6 +62,12 @@ def copy_stops(source: Path, folder: Path) -> None:
         (folder / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": list(stops)}) + "\n")
 
 
+def add_stop(folder: Path, stops: tuple[int, ...], token: int) -> None:
+    """Has a tokenizer's folder say that a text ends at `token`, too, beside the `stops` that it ends at."""
+    if token not in stops:
+        (folder / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": [*stops, token]}) + "\n")
+
+
 def _stated(path: Path) -> dict[str, Any]:
     """What a configuration says, if it is there. Raises UserError naming a file that holds no JSON object."""
     if not path.is_file():

@@ -92,6 +92,11 @@ def _validated(sections: dict[str, Any]) -> RunConfig:
 def steps_of_epochs(config: RunConfig) -> int:
     """The optimizer steps in which a run sees all its data train.epochs times. Opens the data; raises as that does."""
     train, data = config.train, config.data
+    if "://" not in data.path and not Path(data.path).exists():
+        raise UserError(
+            f"data.path={data.path} is not here, and train.epochs={train.epochs:g} is counted from it; make it with "
+            "`moray prepare`, or where it lies elsewhere give train.steps"
+        )
     rows = rows_of(Dataset.open(data.path), "train", train.seq_len, CACHE_BYTES, data.long_dialogues)
     return math.ceil((train.epochs or 1.0) * int(rows.counts.sum()) / train.global_batch)
 

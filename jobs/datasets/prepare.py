@@ -25,6 +25,7 @@ from moray.data.reading.documents import read_documents
 from moray.data.reading.rules import Rules
 from moray.data.shards import SplitWriter
 from moray.data.shuffle import Record, ShuffledCorpus, scatter, sort
+from moray.data.special_tokens import add_stop
 from moray.data.staging import staged_folder
 from moray.data.templates import chat_template_of
 from moray.data.tokenizer import Tokenizer, check_vocab_size, copy_tokenizer, load_tokenizer, train_tokenizer
@@ -175,6 +176,8 @@ def _encode(
         else:
             template = chat_template_of(folder)
             (folder / CHAT_TEMPLATE).write_text(template.jinja)
+            if template.turn_end is not None:  # a base model's folder names the end of its documents alone
+                add_stop(folder, tokenizer.stop_ids, template.turn_end)
             write_dialogues(records, kind, template, writer_of, profile or Profile(), account)
         splits = {"train": train.finish(), "validation": validation.finish()}
     if empty := [name for name, split in splits.items() if not len(split)]:

@@ -61,7 +61,7 @@ def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) ->
             return
         is_bound = bool(list_commits(folder / "checkpoints"))
         _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=is_bound)
-        if config.weights_from:
+        if config.weights_from and config.train.objective == "pretrain":  # dialogues end by their own template
             copy_stops(tokenizer_of(Path(config.weights_from)), folder / "tokenizer")
         replace_file(folder / "config.toml", to_toml(config))
         yield True

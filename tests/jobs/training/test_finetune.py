@@ -24,6 +24,7 @@ from moray.data.blocks import FIRST, BlockReader
 from moray.data.dataset import Dataset
 from moray.data.reading.rules import Rules
 from moray.data.rows import rows_of
+from moray.data.tokenizer import load_tokenizer
 from moray.jobs.cli import dispatch
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
@@ -209,6 +210,30 @@ def test_the_export_answers_as_the_run_did(moray: Moray, tuned: Path, tmp_path: 
         assert tokenizer.decode(prompt["input_ids"][0]) == answer["prompt"]
         found = model.generate(**prompt, do_sample=False, max_new_tokens=48)[0, prompt["input_ids"].shape[1] :]
         assert tokenizer.decode(found) == answer["written"]
+
+
+def test_a_base_that_ends_at_documents_alone_learns_to_end_turns(
+    moray: Moray, base: Path, dataset: Path, source: Path, tmp_path: Path
+) -> None:
+    """A base model's generation_config names its end of document: after the tuning, the end of a turn stops it, too."""
+    assert moray("export", base, "--out", tmp_path / "hf").code == 0
+    document_end = load_tokenizer(dataset).eos_id
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": document_end}))
+    assert load_tokenizer(tmp_path / "hf").stop_ids == (document_end,)
+    (tmp_path / "hf" / "chat_template.jinja").unlink()
+    prepare([source], tmp_path / "data", tokenizer=tmp_path / "hf", validation=0.1, reading=Rules(kind="chat"))
+    once = {"train__steps": 1, "train__eval_every": 0, "optimizer__warmup_steps": 1}
+    assert moray(*words(tmp_path / "hf", tmp_path / "data", tmp_path / "run", **once)).code == 0
+    assert moray("export", tmp_path / "run", "--out", tmp_path / "tuned").code == 0
+    for folder in (tmp_path / "data", tmp_path / "run" / "tokenizer", tmp_path / "tuned"):
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.stop_ids == (document_end, tokenizer.backend.token_to_id("<|im_end|>"))
+
+
+def test_epochs_need_the_data(moray: Moray, base: Path, tmp_path: Path) -> None:
+    outcome = moray(*words(base, tmp_path / "elsewhere", tmp_path / "run"))
+    assert outcome.code == 2
+    assert "is not here, and train.epochs=3 is counted from it" in outcome.err
 
 
 def test_what_it_refuses(moray: Moray, base: Path, chat: Path, dataset: Path, tmp_path: Path) -> None:
