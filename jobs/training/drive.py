@@ -92,7 +92,7 @@ def check_kind(dataset: Dataset, config: RunConfig, tell: Callable[[str], None])
         rows = rows_of(dataset, split, config.train.seq_len, CACHE_BYTES, config.data.long_dialogues)
         if isinstance(rows, DialogueRows):
             tell(f"{split}: {rows.fill}")
-    if dataset.kind == "chat" and config.model.moe:
+    if dataset.kind == "chat" and config.model.moe and not config.adapters:  # which freeze routers
         tell(balance_kept(config.model.moe))
 
 
