@@ -16,8 +16,8 @@ from itertools import cycle, islice
 import torch
 
 from moray.cluster.host_memory import keep_freed_memory
+from moray.data.chat.exchanges import documents
 from moray.data.dataset import Dataset
-from moray.data.exchanges import documents
 from moray.data.rows import IGNORE
 from moray.data.shards import TRAINED
 from moray.data.stream import Stream

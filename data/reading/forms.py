@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moray.data.chat import Turn, mistake_in
+from moray.data.chat.turns import Turn, mistake_in
 from moray.data.index import Kind
 from moray.data.reading import pairs, prompts, trees, turns
 from moray.data.reading.records import Reason

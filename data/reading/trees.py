@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moray.data.chat import Turn
+from moray.data.chat.turns import Turn
 from moray.data.reading.records import Reason
 from moray.data.reading.rules import Rules
 from moray.data.reading.turns import ROLES, Unfit, string

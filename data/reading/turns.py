@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from moray.data.chat import Turn
+from moray.data.chat.turns import Turn
 from moray.data.reading.records import Reason
 from moray.data.reading.rules import Rules
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moray.data.chat import ChatTemplate, Rendered, Turn
+from moray.data.chat.turns import ChatTemplate, Rendered, Turn
 from moray.data.index import Kind
 from moray.data.reading.account import Account
 from moray.data.reading.records import Loss, Reason

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moray import UserError
+from moray.data.chat.jinja_template import CHAT_TEMPLATE
+from moray.data.chat.templates import chat_template_of
 from moray.data.dataset import Dataset
 from moray.data.index import Kind, write_index
-from moray.data.jinja_template import CHAT_TEMPLATE
 from moray.data.reading.account import Account
 from moray.data.reading.documents import read_documents
 from moray.data.reading.rules import Rules
@@ -27,7 +28,6 @@ from moray.data.shards import SplitWriter
 from moray.data.shuffle import Record, ShuffledCorpus, scatter, sort
 from moray.data.special_tokens import add_stop
 from moray.data.staging import staged_folder
-from moray.data.templates import chat_template_of
 from moray.data.tokenizer import Tokenizer, check_vocab_size, copy_tokenizer, load_tokenizer, train_tokenizer
 from moray.jobs.datasets.dialogues import texts, write_dialogues
 from moray.jobs.datasets.profile import Profile

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from moray.data.chat import Rendered
+from moray.data.chat.turns import Rendered
 from moray.data.shards import TRAINED
 
 SHOWN, SHOWN_CHARS = 3, 60

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moray import UserError
-from moray.data.chat import ChatTemplate
-from moray.data.templates import chat_template_of
+from moray.data.chat.templates import chat_template_of
+from moray.data.chat.turns import ChatTemplate
 from moray.jobs.evaluation.choices import choice_metrics, choose
 from moray.jobs.evaluation.metrics import Metric
 from moray.jobs.evaluation.overlap import FEWEST_WORDS, MOST_WORDS, overlap

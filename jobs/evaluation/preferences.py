@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moray import UserError
-from moray.data.chat import Rendered, Turn
+from moray.data.chat.turns import Rendered, Turn
 from moray.data.shards import TRAINED
 from moray.jobs.evaluation.metrics import Metric, proportion
 from moray.jobs.evaluation.scoring import Model, Scored, score

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moray.data.chat import ChatTemplate
+from moray.data.chat.turns import ChatTemplate
 from moray.data.tokenizer import Tokenizer
 from moray.jobs.evaluation.ranks import ALONE, Pass, Ranks
 from moray.model import Decoder

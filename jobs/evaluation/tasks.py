@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moray import UserError
-from moray.data.chat import Turn
+from moray.data.chat.turns import Turn
 from moray.data.reading.compression import decompressed
 from moray.data.reading.formats import format_of
 from moray.data.reading.forms import examples

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moray import UserError
-from moray.data.templates import chat_template_of, stated_template
+from moray.data.chat.templates import chat_template_of, stated_template
 from moray.jobs.generation.conversation import Conversation
 from moray.jobs.generation.generate import Sampling, load
 from moray.jobs.models.weights import open_whole

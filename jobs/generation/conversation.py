@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from moray import UserError
-from moray.data.chat import ChatTemplate, Turn
+from moray.data.chat.turns import ChatTemplate, Turn
 from moray.data.tokenizer import Tokenizer
 from moray.jobs.generation.generate import USUAL_NEW_TOKENS, Sampling, generate_tokens, stream_text
 from moray.model import Decoder

@@ -9,11 +9,11 @@ import torch
 from tokenizers import processors
 
 from moray import UserError
-from moray.data.chat import ChatML
-from moray.data.jinja_template import CHAT_TEMPLATE
+from moray.data.chat.chatml import ChatML
+from moray.data.chat.jinja_template import CHAT_TEMPLATE
+from moray.data.chat.templates import stated_template
 from moray.data.special_tokens import GENERATION_CONFIG, IM_START
 from moray.data.staging import staged_folder
-from moray.data.templates import stated_template
 from moray.data.tokenizer import Tokenizer, copy_tokenizer
 from moray.jobs.models.weights import adapted_in, open_whole
 from moray.model.hf import write_pretrained

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moray import UserError
+from moray.data.chat.exchanges import documents, exchanges
 from moray.data.dataset import Dataset
-from moray.data.exchanges import documents, exchanges
 from moray.data.tokenizer import Tokenizer
 from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
 from moray.model import Decoder

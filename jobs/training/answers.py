@@ -4,7 +4,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moray.data.exchanges import exchanges
+from moray.data.chat.exchanges import exchanges
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.training.begin import Training
 from moray.parallel.generation import write_greedily

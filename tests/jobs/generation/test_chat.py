@@ -18,7 +18,8 @@ from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moray import UserError
-from moray.data.chat import ChatML, Turn
+from moray.data.chat.chatml import ChatML
+from moray.data.chat.turns import Turn
 from moray.jobs.cli import dispatch
 from moray.jobs.generation.conversation import Conversation
 from moray.jobs.generation.generate import Sampling, load_run

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from moray.data.chat import ChatML, ChatTemplate
-from moray.data.jinja_template import CHAT_TEMPLATE, JinjaTemplate
+from moray.data.chat.chatml import ChatML
+from moray.data.chat.jinja_template import CHAT_TEMPLATE, JinjaTemplate
+from moray.data.chat.turns import ChatTemplate
 from moray.data.special_tokens import IM_START
 from moray.data.tokenizer import load_tokenizer
 

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 from vocabularies import TEXTS
 
 from moray import UserError
-from moray.data.chat import ChatML, ChatTemplate, Rendered, Turn, mistake_in
+from moray.data.chat.chatml import ChatML
+from moray.data.chat.templates import chat_template_of
+from moray.data.chat.turns import ChatTemplate, Rendered, Turn, mistake_in
 from moray.data.shards import TRAINED, USER_TURN
-from moray.data.templates import chat_template_of
 from moray.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 DIALOGUES = [

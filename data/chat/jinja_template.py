@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moray import UserError
-from moray.data.chat import Rendered, Turn
+from moray.data.chat.turns import Rendered, Turn
 from moray.data.shards import TRAINED, USER_TURN
 from moray.data.tokenizer import Tokenizer
 

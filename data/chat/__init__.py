@@ -1,0 +1,1 @@
+"""Dialogues as tokens: roles, chat templates, and what of them is learnt."""
