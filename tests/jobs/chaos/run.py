@@ -22,8 +22,8 @@ MORAY = f"""
 import sys
 sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
 from chaos import worker
-from moray.jobs.training import pretrain
-pretrain.train = worker.train
+from moray.jobs.training import drive
+drive.train = worker.train
 from moray.jobs.cli import main
 main()
 """
