@@ -96,7 +96,7 @@ class DialogueRows:
         self._split, self._reader = dataset.splits[split], reader
         self._seq_len, self._pad_id = seq_len, dataset.pad_id
         self._begins = lru_cache(maxsize=8)(self._begins_of)
-        self._cuts: list[dict[int, np.ndarray]] = []
+        self._cuts: list[dict[int, tuple[int, int]]] = []
         self._packings: list[Packing] = []
         n_left_out = n_tokens = shortest = 0
         for shard in range(len(self._split)):
@@ -105,8 +105,8 @@ class DialogueRows:
             tried = ((document, self._cut(shard, document)) for document in too_long if long_dialogues == "cut")
             cuts = {document: kept for document, kept in tried if kept is not None}
             self._cuts.append(cuts)
-            for document, kept in cuts.items():
-                lengths[document] = len(kept)
+            for document, (head, turn) in cuts.items():
+                lengths[document] -= turn - head
             fitting = np.flatnonzero(lengths <= seq_len)
             packing = pack(lengths[fitting], seq_len)
             self._packings.append(packing._replace(documents=fitting[packing.documents]))
@@ -144,18 +144,20 @@ class DialogueRows:
 
     def _dialogue(self, shard: int, document: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, flags = self._whole(shard, document)
-        kept = self._cuts[shard].get(document)
-        return (tokens, flags) if kept is None else (tokens[kept], flags[kept])
+        head, turn = self._cuts[shard].get(document, (0, 0))
+        return np.concatenate((tokens[:head], tokens[turn:])), np.concatenate((flags[:head], flags[turn:]))
 
-    def _cut(self, shard: int, document: int) -> np.ndarray | None:
-        """Which tokens stay of one that is too long; None: it cannot be cut."""
+    def _cut(self, shard: int, document: int) -> tuple[int, int] | None:
+        """Of one that is too long stay the tokens before the first of these places, and from the second on; None: it
+        cannot be cut.
+        """
         _, flags = self._whole(shard, document)
         turns = np.flatnonzero(flags & USER_TURN)
         for turn in turns[1:].tolist():
-            kept = np.concatenate([np.arange(turns[0]), np.arange(turn, len(flags))])
-            if len(kept) <= self._seq_len:
+            if (head := int(turns[0])) + len(flags) - turn <= self._seq_len:
                 # The first token is no target: nothing stands before it.
-                return kept if (flags[kept[1:]] & TRAINED).any() else None
+                has_target = (flags[turn + (head == 0) :] & TRAINED).any()
+                return (head, turn) if has_target else None
         return None
 
 

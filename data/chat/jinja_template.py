@@ -6,6 +6,7 @@ dialogue before it. A template that writes earlier turns otherwise once later on
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -22,10 +23,14 @@ from moray.data.shards import TRAINED, USER_TURN
 from moray.data.tokenizer import Tokenizer
 
 
-class JinjaTemplate:
-    """Any chat template. Control tokens in what people wrote would be read as such: such dialogues are left out."""
+class Refused(Exception):  # noqa: N818
+    """What a template itself says against a dialogue, or fails of."""
 
-    turn_end: int | None = None
+
+class JinjaTemplate:
+    """Any chat template. Control tokens in what people wrote would be read as such: such dialogues are left out, and so
+    are those that the template refuses (some know no system's turn, or no tools).
+    """
 
     def __init__(self, jinja: str, tokenizer: Tokenizer, name: object) -> None:
         """name: of the tokenizer's folder, for errors."""
@@ -34,31 +39,49 @@ class JinjaTemplate:
             self._template = _environment().from_string(jinja)
         except TemplateError as error:
             raise UserError(f"the chat template of tokenizer={str(name)!r} is no Jinja: {error}") from None
+        self.turn_end = self._find_turn_end()
+        self._stops = {*tokenizer.stop_ids, *([] if self.turn_end is None else [self.turn_end])}
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         if mark := self._control_token(turns):
             raise UserError(f"the text holds {mark}, which is a control token of the model; write it another way")
-        return self._ids(self._text(turns, answer_follows=True))
+        try:
+            return self._ids(self._text(turns, answer_follows=True))
+        except Refused as refusal:
+            said = f"the chat template of tokenizer={str(self._name)!r} refuses a dialogue of "
+            raise UserError(f"{said}{', '.join(turn.role for turn in turns)}: {refusal}") from None
 
     def render(self, dialogues: Iterable[Sequence[Turn]]) -> Iterator[Rendered | str]:
         for turns in dialogues:
             if mark := self._control_token(turns):
                 yield f"the control token {mark} in a text"
-            else:
+                continue
+            try:
                 yield self._rendered(turns)
+            except Refused as refusal:
+                yield f"refused: {refusal}"
+
+    def _find_turn_end(self) -> int | None:
+        """The control token behind an answer. A base model's folder may not count it among those that end a text."""
+        asked, answered = Turn("user", "a"), Turn("assistant", "b")
+        try:
+            whole, before = self._text([asked, answered]), self._text([asked], answer_follows=True)
+        except Refused:
+            return None
+        ids = self._ids(whole)[len(self._ids(before)) :] if whole.startswith(before) else []
+        return next((token for token in ids if self._word(token) in self._controls), None)
 
     def _rendered(self, turns: Sequence[Turn]) -> Rendered:
         whole = self._text(turns)
         ids = self._ids(whole)
         flags = np.zeros(len(ids), np.uint8)
-        # Before the first answer everything is asked: a system prompt of the template's own, the user's words.
-        flags[len(self._prefix(turns[:1], whole, ids)) if turns[0].role == "system" else self._n_start(ids)] = USER_TURN
+        flags[self._first_user(turns, whole, ids)] = USER_TURN
         for number, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
             start = len(self._prefix(turns[:number], whole, ids, answer_follows=True))
             end = len(self._prefix(turns[: number + 1], whole, ids))
-            stops = [at for at in range(start, end) if ids[at] in self._tokenizer.stop_ids]
+            stops = [at for at in range(start, end) if ids[at] in self._stops]
             if not stops:
                 raise UserError(
                     f"the chat template of tokenizer={str(self._name)!r} ends an answer by none of the tokens at which "
@@ -86,19 +109,24 @@ class JinjaTemplate:
             )
         return prefix
 
-    def _n_start(self, ids: list[int]) -> int:
+    def _first_user(self, turns: Sequence[Turn], whole: str, ids: list[int]) -> int:
+        """Where the first user's turn begins; a system prompt that the template has within that belongs to it."""
+        if turns[0].role == "system":
+            with suppress(Refused, UserError):
+                return len(self._prefix(turns[:1], whole, ids))
         start = list(self._tokenizer.document_start)
         return len(start) if ids[: len(start)] == start else 0
 
     def _text(self, turns: Sequence[Turn], *, answer_follows: bool = False) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        messages = [{"role": turn.role, "content": turn.text.strip()} for turn in turns]
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=answer_follows, tools=None, documents=None, **self._marks
             )
-        except TemplateError as error:
-            said = f"the chat template of tokenizer={str(self._name)!r} refuses a dialogue of "
-            raise UserError(f"{said}{', '.join(turn.role for turn in turns)}: {error}") from None
+        except Exception as error:  # a template is a program of its own
+            raise Refused(
+                f"{error}" if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            ) from None
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
@@ -138,7 +166,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    now = datetime.now()  # one day for all dialogues
+    environment.globals["strftime_now"] = now.strftime
     return environment
 
 

@@ -174,9 +174,20 @@ def _examples(record: Record, account: Account) -> Iterator[Document]:
     for number, example in enumerate(examples(value, account.rules.kind, account.rules), 1):
         if isinstance(example, Unfit):
             account.note(Loss(example.reason, record.place, example.why))
+            continue
+        text = json.dumps(example.content, ensure_ascii=False, sort_keys=True)
+        if _is_utf8(text):
+            yield Document(record.name if number == 1 else f"{record.name}/{number}", text, example.group)
         else:
-            key = record.name if number == 1 else f"{record.name}/{number}"
-            yield Document(key, json.dumps(example.content, ensure_ascii=False, sort_keys=True), example.group)
+            account.note(Loss(Reason.BAD, record.place, "not UTF-8 (half of a surrogate pair)"))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _document(key: str, place: str, raw: bytes, account: Account) -> Iterator[Document]:

@@ -52,7 +52,8 @@ def _asked(record: Mapping[str, Any]) -> list[Turn] | None:
     for field in ("conversations", "conversation", "messages", "prompt"):
         if isinstance(record.get(field), list):
             said = messages(record[field], field)
-            return said if said[0].role == "system" else [*before(record), *said]
+            if said[-1].role in ("user", "tool"):  # or else it has an answer already
+                return said if said[0].role == "system" else [*before(record), *said]
     for field in ("prompt", "question", "instruction", "query"):
         if isinstance(record.get(field), str):
             return asked(record, field, *(["input"] if field == "instruction" else []))

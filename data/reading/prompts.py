@@ -51,7 +51,8 @@ def _asked(record: Mapping[str, Any]) -> list[Turn] | None:
     for field in ("messages", "conversations", "prompt"):
         if isinstance(record.get(field), list):
             said = messages(record[field], field)
-            return said if said[0].role == "system" else [*before(record), *said]
+            if said[-1].role in ("user", "tool"):  # or else it has an answer already
+                return said if said[0].role == "system" else [*before(record), *said]
     for field in ASKED:
         if isinstance(record.get(field), str):
             return asked(record, field, *(["input"] if field == "instruction" else []))

@@ -60,6 +60,8 @@ def _pairs(node: Mapping[str, Any], path: list[Turn]) -> Iterator[dict[str, Any]
 
 def _turn(node: Mapping[str, Any]) -> Turn | Unfit:
     """Its message, or why it and all below it are left out."""
+    if not isinstance(node, dict) or not isinstance(node.get("replies", []), list | None):
+        return Unfit(Reason.BAD, "a message of a tree must be an object, and its replies a list")
     role, text = ROLES.get(str(node.get("role"))), string(node, "text")
     if role not in ("user", "assistant"):
         return Unfit(Reason.BAD, f"a message's role {node.get('role')!r} must be prompter or assistant")
@@ -68,6 +70,6 @@ def _turn(node: Mapping[str, Any]) -> Turn | Unfit:
     return Turn(role, text) if text.strip() else Unfit(Reason.EMPTY, "a message is empty")  # type: ignore[arg-type]
 
 
-def _rank(node: Mapping[str, Any]) -> int:
-    rank = node.get("rank")
+def _rank(node: Any) -> int:
+    rank = node.get("rank") if isinstance(node, dict) else None
     return rank if isinstance(rank, int) else UNRANKED

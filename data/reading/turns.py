@@ -86,6 +86,8 @@ def _text(value: Mapping[str, Any], content: str, field: str) -> str:
     if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
         text = "".join(part["text"] for part in text)
     if calls := value.get("tool_calls"):
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise Unfit(Reason.BAD, f"field {field!r}: tool_calls must be a list of objects")
         text = "\n".join(filter(None, [text, *(as_json(call.get("function", call)) for call in calls)]))
     if not isinstance(text, str):
         raise Unfit(Reason.BAD, f"field {field!r}: {content} must be text, not {type(text).__name__}")

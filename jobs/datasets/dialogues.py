@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moray import UserError
 from moray.data.chat.turns import ChatTemplate, Rendered, Turn
 from moray.data.index import Kind
 from moray.data.reading.account import Account
@@ -29,7 +30,7 @@ def write_dialogues(
     Trained on are all answers of a dialogue; of a pair's two, the one that differs; of a prompt, none.
     """
     if kind == "prompts":
-        _write_prompts(records, template, writer_of)
+        _write_prompts(records, template, writer_of, account)
         return
     records, again = tee(records)
     rendered = template.render(turns for record in again for turns in _whole(json.loads(record.text)))
@@ -50,12 +51,16 @@ def write_dialogues(
 
 
 def _write_prompts(
-    records: Iterable[Record], template: ChatTemplate, writer_of: Callable[[Record], SplitWriter]
+    records: Iterable[Record], template: ChatTemplate, writer_of: Callable[[Record], SplitWriter], account: Account
 ) -> None:
     for record in records:
         content = json.loads(record.text)
         (turns,) = _whole(content)
-        tokens = np.array(template.prompt(turns), np.uint32)
+        try:
+            tokens = np.array(template.prompt(turns), np.uint32)
+        except UserError as error:
+            account.note(Loss(Reason.UNWRITTEN, record.key.decode(), str(error)))
+            continue
         flags = np.zeros(len(tokens), np.uint8)
         writer_of(record).add(record.key.decode(), tokens, flags, reference=content["reference"])
 

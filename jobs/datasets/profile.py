@@ -10,7 +10,7 @@ from moray.data.chat.turns import Rendered
 from moray.data.shards import TRAINED
 
 SHOWN, SHOWN_CHARS = 3, 60
-MOST_ANSWERS = 200_000  # counted at a time; of more, those that came once are forgotten
+MOST_ANSWERS = 200_000  # counted at a time; of more, those that came least often are forgotten
 LIMITS = (512, 1024, 2048, 4096)
 
 
@@ -32,7 +32,7 @@ class Profile:
             # A digest tells long ones apart; what is shown is their beginning.
             self._answers[hashlib.blake2b(answer.encode(), digest_size=8).digest(), answer[:SHOWN_CHARS]] += 1
         if len(self._answers) > MOST_ANSWERS:
-            self._answers = Counter({answer: count for answer, count in self._answers.items() if count > 1})
+            self._answers = Counter(dict(self._answers.most_common(MOST_ANSWERS // 2)))
 
     def lines(self) -> list[str]:
         lengths = np.frombuffer(self._lengths, np.uint32)

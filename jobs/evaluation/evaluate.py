@@ -84,12 +84,18 @@ def template_of(folder: Path) -> ChatTemplate | None:
 def report_of(model: Model, weights: Weights, asked: Asked) -> dict[str, Any]:
     """The same of a model that is loaded, on every rank that shares it."""
     commit = read_commit(weights.path).manifest.digest if weights.is_commit else None
-    tasks = list(read_tasks(asked))
-    found = [_evaluated(model, task, kind, asked) for task, kind in tasks]
-    if asked.overlap:
-        shared = overlap([task for task, _ in tasks], asked.overlap)
-        found = [each | {"overlap": of_task} for each, of_task in zip(found, shared, strict=True)]
-    return {"model": {"folder": str(weights.path.resolve()), "commit": commit}, "tasks": found}
+    found = [_evaluated(model, task, kind, asked) for task, kind in list(read_tasks(asked))]
+    report = {"model": {"folder": str(weights.path.resolve()), "commit": commit}, "tasks": found}
+    return with_overlap(report, asked)
+
+
+def with_overlap(report: dict[str, Any], asked: Asked) -> dict[str, Any]:
+    """The report, with what its tasks share with a dataset, if that is asked."""
+    if not asked.overlap:
+        return report
+    shared = overlap([task for task, _ in read_tasks(asked)], asked.overlap)
+    tasks = [each | {"overlap": of_task} for each, of_task in zip(report["tasks"], shared, strict=True)]
+    return report | {"tasks": tasks}
 
 
 def evaluate_tasks(model: Model, asked: Asked) -> Iterator[dict[str, Metric]]:

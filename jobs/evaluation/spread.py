@@ -1,7 +1,7 @@
 """`moray evaluate` over several workers, under any layout: what one process finds, for models that it cannot hold."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from moray.cluster.group import Group, Hooks
 from moray.cluster.launch import launch
 from moray.cluster.launchers import Launcher
 from moray.cluster.worker import WorkerContext
-from moray.jobs.evaluation.evaluate import Asked, report_of, template_of
+from moray.jobs.evaluation.evaluate import Asked, report_of, template_of, with_overlap
 from moray.jobs.evaluation.ranks import Ranks
 from moray.jobs.evaluation.scoring import Model
 from moray.jobs.generation.generate import tokenizer_for
@@ -54,8 +54,9 @@ def evaluate_spread(
             found[:] = [status["report"]]
 
     group = Group(spread.workers, max_restarts=0)
-    launch(_evaluate, _Order(weights.path, asked, layout), spread.launcher, group, Hooks(on_status=on_status))
-    return found[0] if found else None
+    order = _Order(weights.path, replace(asked, overlap=None), layout)
+    launch(_evaluate, order, spread.launcher, group, Hooks(on_status=on_status))
+    return with_overlap(found[0], asked) if found else None  # which needs no model, and takes its time
 
 
 def _evaluate(context: WorkerContext, order: _Order) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from moray import UserError
 from moray.data.chat.chatml import ChatML
 from moray.data.chat.jinja_template import CHAT_TEMPLATE
 from moray.data.chat.templates import stated_template
-from moray.data.special_tokens import GENERATION_CONFIG, IM_START
+from moray.data.special_tokens import GENERATION_CONFIG
 from moray.data.staging import staged_folder
 from moray.data.tokenizer import Tokenizer, copy_tokenizer
 from moray.jobs.models.weights import adapted_in, open_whole
@@ -89,8 +90,9 @@ def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) ->
         **{name: tokenizer.backend.id_to_token(token) for name, token in names.items() if token is not None},
     }
     _update_json(path, {name: value for name, value in missing.items() if said.get(name) is None})
-    if stated_template(folder) is None and tokenizer.backend.token_to_id(IM_START) is not None:
-        (folder / CHAT_TEMPLATE).write_text(ChatML(tokenizer, folder).jinja)
+    if stated_template(folder) is None:
+        with suppress(UserError):  # ChatML does not suit every tokenizer
+            (folder / CHAT_TEMPLATE).write_text(ChatML(tokenizer, folder).jinja)
     if not tokenizer.prompt_start and tokenizer.bos_id is not None:
         bos = tokenizer.backend.id_to_token(tokenizer.bos_id)
         tokenizer.backend.post_processor = processors.TemplateProcessing(

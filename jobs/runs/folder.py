@@ -229,6 +229,7 @@ def _remove_partials(folder: Path) -> None:
             path.unlink()
 
 
-def _tokenizer_bytes(folder: Path) -> bytes | None:
-    path = folder / "tokenizer.json"
-    return path.read_bytes() if path.is_file() else None
+def _tokenizer_bytes(folder: Path) -> list[bytes | None]:
+    """And how dialogues are written with it."""
+    paths = (folder / "tokenizer.json", folder / "chat_template.jinja")
+    return [path.read_bytes() if path.is_file() else None for path in paths]

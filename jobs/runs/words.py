@@ -100,6 +100,7 @@ _WORDS: dict[str, str | Callable[[Fields], str | None]] = {
     "stop": "stopping: the workers finish their step and commit",
     "short_of_memory": _short_of_memory,
     "straggler": _straggler,
+    "tasks_failed": "step {step}: eval.tasks cannot be asked: {error}; the run goes on without",
     "tracker_failed": "{tracker} failed: {error}; the run goes on without it, and the next start sends what it lacks",
     "unprotected": (
         "the Ray at {address} asks for no token: whoever reaches it can run code as you; start it with "

@@ -16,7 +16,7 @@ from moray.parallel.gradients import forget_counts
 
 
 def ask_tasks(training: Training) -> dict[str, float]:
-    """`eval/FILE/METRIC` of each task file. Collective. Raises UserError for what cannot be read here any more."""
+    """`eval/FILE/METRIC` of each task file; nothing, and an event, where one cannot be asked. Collective."""
     config, layout = training.config, training.layout
     tokenizer = load_tokenizer(Path(config.run.dir) / "tokenizer")
     ranks = Ranks(layout.dp_rank(training.context.rank), layout.dp, layout.tp, training.pulse.again)
@@ -28,11 +28,15 @@ def ask_tasks(training: Training) -> dict[str, float]:
         template_of(Path(config.run.dir) / "tokenizer"),
     )
     asked = asked_of(config)
-    found = {
-        f"eval/{name}/{metric}": value.value
-        for name, metrics in zip(names_of(asked.tasks), evaluate_tasks(model, asked), strict=True)
-        for metric, value in metrics.items()
-    }
+    try:
+        found = {
+            f"eval/{name}/{metric}": value.value
+            for name, metrics in zip(names_of(asked.tasks), evaluate_tasks(model, asked), strict=True)
+            for metric, value in metrics.items()
+        }
+    except UserError as error:  # of the files: all ranks meet it, before a pass; hours of training are not to end by it
+        training.note("tasks_failed", step=training.step, error=str(error))
+        return {}
     forget_counts(training.decoder)  # what travelled here is no step's
     return found
 

@@ -224,6 +224,38 @@ def test_control_tokens_under_another_template(folder: Path, tmp_path: Path) -> 
 def test_no_jinja(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no Jinja"):
         chat_template_of(with_template(folder, tmp_path / "broken", "{% for"))
-    refusing = chat_template_of(with_template(folder, tmp_path / "refusing", "{{ raise_exception('no tools') }}"))
-    with pytest.raises(UserError, match=r"refuses a dialogue of user, assistant: no tools"):
-        rendered(refusing, [Turn("user", "a"), Turn("assistant", "b")])
+
+
+@pytest.mark.parametrize(
+    ("does", "says"), [("raise_exception('no system')", "no system"), ("1 // 0", "ZeroDivisionError")]
+)
+def test_a_dialogue_that_a_template_refuses_is_left_out(folder: Path, tmp_path: Path, does: str, says: str) -> None:
+    """One system's turn among a million must not end the preparation; the others are written."""
+    picky = "{% if messages[0]['role'] == 'system' %}{{ " + does + " }}{% endif %}" + LIKE_LLAMA_3
+    template = chat_template_of(with_template(folder, tmp_path / "picky", picky))
+    plain, system = DIALOGUES[0], DIALOGUES[1]
+    first, second = template.render([plain, system])
+    assert isinstance(first, Rendered)
+    assert str(second).startswith(f"refused: {says}")
+    with pytest.raises(UserError, match=f"refuses a dialogue of system, user: {says}"):
+        template.prompt(system[:2])
+
+
+def test_white_space_around_a_turn_is_no_part_of_it(folder: Path, tmp_path: Path) -> None:
+    """Or an answer that begins with a line end would be joined to what was asked."""
+    plain = LIKE_LLAMA_3.replace(" | trim", "")
+    template = chat_template_of(with_template(folder, tmp_path / "plain", plain))
+    spaced = [Turn("user", "a\n"), Turn("assistant", "\n\nb ")]
+    ours = rendered(template, spaced)
+    assert ours.tokens.tolist() == rendered(template, [Turn("user", "a"), Turn("assistant", "b")]).tokens.tolist()
+
+
+def test_a_base_whose_folder_does_not_name_the_end_of_a_turn(folder: Path, tmp_path: Path) -> None:
+    """Qwen's base models: the template ends turns by `<|im_end|>`, the folder names the end of documents alone."""
+    other = with_template(folder, tmp_path / "base", LIKE_LLAMA_3.replace("<|eos|>", "<|im_end|>"))
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": load_tokenizer(folder).eos_id}))
+    tokenizer, template = load_tokenizer(other), chat_template_of(other)
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    assert end not in tokenizer.stop_ids
+    assert template.turn_end == end
+    assert runs(tokenizer, rendered(template, DIALOGUES[0])) == ["red<|im_end|>"]

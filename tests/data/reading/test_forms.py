@@ -131,6 +131,10 @@ def test_siblings_are_pairs_by_rank() -> None:
          "rejected": [{"role": "assistant", "content": "b"}]},
         {"prompt": "q", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
          "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]},
+        # UltraFeedback, binarized: `messages` are the chosen dialogue.
+        {"prompt": "q", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+         "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
+         "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
          "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]},
     ],
@@ -158,6 +162,15 @@ def test_pairs_that_are_none() -> None:
         ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "7"}}, "7"),
         ({"instruction": "q", "input": "", "reference": ["a", "b"]}, ["a", "b"]),
         ({"query": "q", "answer": "plain"}, "plain"),
+        (
+            {
+                "problem": "q",
+                "solution": "long",
+                "answer": "7",
+                "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "long"}],
+            },
+            "long",
+        ),
     ],
 )
 def test_a_prompt_and_its_reference(record: dict[str, Any], reference: Any) -> None:
@@ -175,6 +188,8 @@ def test_a_prompt_and_its_reference(record: dict[str, Any], reference: Any) -> N
         ({"instruction": "c", "output": "d", "history": ["a"]}, "field 'history' must be a list of pairs"),
         ({"messages": []}, "field 'messages' must be a list of messages, not '[]'"),
         ({"messages": [{"role": "user", "content": 3}]}, "field 'messages': content must be text, not int"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": ["f"]}]}, "tool_calls must be a list of"),
+        ({"prompt": {"role": "prompter", "text": "q", "replies": ["x"]}}, "a message of a tree must be an object"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "nobody answers"),
         (
             {"conversations": [{"from": "gpt", "value": "x"}]},

@@ -165,6 +165,10 @@ def test_bad_records_are_named_and_bounded(tmp_path: Path) -> None:
         tmp_path / "x.jsonl", [*SUMS, {"body": "x"}, {"messages": [{"role": "assistant", "content": "a"}]}]
     )
     said = str(prepared(tmp_path / "out", source))
+    (tmp_path / "half.jsonl").write_text('{"instruction": "hi \\ud83d", "output": "yes"}\n')
+    assert "line 1: not UTF-8 (half of a surrogate pair)" in str(
+        prepared(tmp_path / "2", source, tmp_path / "half.jsonl")
+    )
     assert "x.jsonl, line 61: of no form that is known as chat; its fields: ['body']" in said
     assert "x.jsonl, line 62: roles out of order: turn 1 is assistant's" in said
     with pytest.raises(UserError, match=r"line 62: .*; more than max_bad=1 records are bad"):
@@ -181,6 +185,13 @@ def test_nothing_to_learn_from(tmp_path: Path) -> None:
 def test_repeated_answers_are_told(tmp_path: Path) -> None:
     records = [{"instruction": f"Is {i} odd?", "output": "Yes" if i % 2 else f"No, {i} is not."} for i in range(60)]
     assert "repeated   30 times 'Yes'" in str(prepared(tmp_path / "out", written(tmp_path / "x.jsonl", records)))
+
+
+def test_as_many_repeats_as_there_may_be_cost_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond what is counted at a time, the rarest are forgotten, half of them at once."""
+    monkeypatch.setattr("moray.jobs.datasets.profile.MOST_ANSWERS", 10)
+    records = [{"instruction": f"{i}", "output": "often" if i % 2 else f"a{i % 48}"} for i in range(96)]
+    assert "repeated   48 times 'often'" in str(prepared(tmp_path / "out", written(tmp_path / "x.jsonl", records)))
 
 
 @pytest.mark.parametrize(

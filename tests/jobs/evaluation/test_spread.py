@@ -113,6 +113,18 @@ def test_task_files_are_looked_at_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_tasks_that_cannot_be_asked_end_no_training(moray: Moray, dataset: Path, tmp_path: Path) -> None:
+    """What only the model can tell, hours later: an answer that is longer than it takes."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "q", "chosen": "x y " * 3000, "rejected": "b"}) + "\n")
+    changes: dict[str, Any] = {"train__steps": 2, "train__eval_every": 0, "eval__tasks": pairs}
+    assert moray("pretrain", *tiny(dataset, tmp_path / "run", **changes)).code == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (failed,) = [event for event in events if event["kind"] == "tasks_failed"]
+    assert "the model takes max_seq_len=2048" in failed["error"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+
+
 def test_several_workers_say_what_one_says(
     moray: Moray, dataset: Path, tasks: list[Path], tmp_path: Path, ray_cluster: str
 ) -> None:
