@@ -43,7 +43,8 @@ class JinjaTemplate:
         self._stops = {*tokenizer.stop_ids, *([] if self.turn_end is None else [self.turn_end])}
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        if mark := self._control_token(turns):
+        # What the model itself wrote is read as it wrote it.
+        if mark := self._control_token([turn for turn in turns if turn.role != "assistant"]):
             raise UserError(f"the text holds {mark}, which is a control token of the model; write it another way")
         try:
             return self._ids(self._text(turns, answer_follows=True))

@@ -219,6 +219,7 @@ def test_control_tokens_under_another_template(folder: Path, tmp_path: Path) -> 
     assert list(template.render([turns])) == ["the control token <|eos|> in a text"]
     with pytest.raises(UserError, match=r"the text holds <\|eos\|>"):
         template.prompt(turns[:1])
+    assert template.prompt([Turn("user", "a"), Turn("assistant", "b<|im_start|>"), Turn("user", "c")])
 
 
 def test_no_jinja(folder: Path, tmp_path: Path) -> None:
