@@ -45,10 +45,8 @@ class ChatML:
         self._check(start, name)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        ids = list(self._tokenizer.document_start)
-        for turn, text in zip(turns, self._encoded(turns), strict=True):
-            ids += [*self._headers[turn.role], *text, self._end, *self._newline]
-        return ids + self._headers["assistant"]
+        said = self._joined([(turn.role, text) for turn, text in zip(turns, self._encoded(turns), strict=True)])
+        return [*said.tokens.tolist(), *self._headers["assistant"]]
 
     def render(self, dialogues: Iterable[Sequence[Turn]]) -> Iterator[Rendered | str]:
         rest = iter(dialogues)

@@ -6,7 +6,7 @@ from typing import Any
 from moray.data.chat.turns import Turn
 from moray.data.reading.records import Reason
 from moray.data.reading.rules import Rules
-from moray.data.reading.turns import Unfit, asked, before, message, messages
+from moray.data.reading.turns import Unfit, message, messages, question_of
 
 SIDES = (
     ("chosen", "rejected"),
@@ -28,7 +28,7 @@ def pairs(record: Mapping[str, Any], _: Rules) -> Iterator[dict[str, Any] | Unfi
 
 def _pair(record: Mapping[str, Any], better: str, worse: str) -> dict[str, Any]:
     chosen, rejected = (_answer(record[name], name) for name in (better, worse))
-    turns = _asked(record)
+    turns = question_of(record)
     if turns is None:  # two whole dialogues, which begin alike
         length = next((n for n, both in enumerate(zip(chosen, rejected, strict=False)) if both[0] != both[1]), 0)
         length = length or min(len(chosen), len(rejected)) - 1
@@ -45,16 +45,3 @@ def _answer(value: Any, field: str) -> list[Turn]:
     if isinstance(value, str):
         return [Turn("assistant", value)]
     return [message(value, field)] if isinstance(value, dict) else messages(value, field)
-
-
-def _asked(record: Mapping[str, Any]) -> list[Turn] | None:
-    """What was asked, under its usual names; None: that is part of the answers."""
-    for field in ("conversations", "conversation", "messages", "prompt"):
-        if isinstance(record.get(field), list):
-            said = messages(record[field], field)
-            if said[-1].role in ("user", "tool"):  # or else it has an answer already
-                return said if said[0].role == "system" else [*before(record), *said]
-    for field in ("prompt", "question", "instruction", "query"):
-        if isinstance(record.get(field), str):
-            return asked(record, field, *(["input"] if field == "instruction" else []))
-    return None

@@ -4,16 +4,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moray.data.chat.turns import Turn
 from moray.data.reading.records import Reason
 from moray.data.reading.rules import Rules
-from moray.data.reading.turns import Unfit, asked, before, messages
+from moray.data.reading.turns import Unfit, question_of
 
 MARK = "####"
 """Before the answer itself, in GSM8K."""
 _NUMBER = re.compile(r"\s*(-?[\d,]*\.?\d+)")
 REFERENCES = ("reference", "reference_answer", "ground_truth", "gold", "target", "solution", "label")
-ASKED = ("prompt", "question", "problem", "instruction", "query")
 
 
 def reference_of(record: Mapping[str, Any]) -> Any:
@@ -37,7 +35,7 @@ def reference_of(record: Mapping[str, Any]) -> Any:
 def prompts(record: Mapping[str, Any], _: Rules) -> Iterator[dict[str, Any] | Unfit] | None:
     reference = reference_of(record)
     reference = record.get("answer") if reference is None else reference
-    turns = _asked(record)
+    turns = question_of(record)
     if reference is None or turns is None:
         return None
     if not isinstance(reference, str | int | float | list | dict):
@@ -45,15 +43,3 @@ def prompts(record: Mapping[str, Any], _: Rules) -> Iterator[dict[str, Any] | Un
     if reference == "":
         raise Unfit(Reason.EMPTY, "the reference is empty")
     return iter([{"turns": turns, "reference": reference}])
-
-
-def _asked(record: Mapping[str, Any]) -> list[Turn] | None:
-    for field in ("messages", "conversations", "prompt"):
-        if isinstance(record.get(field), list):
-            said = messages(record[field], field)
-            if said[-1].role in ("user", "tool"):  # or else it has an answer already
-                return said if said[0].role == "system" else [*before(record), *said]
-    for field in ASKED:
-        if isinstance(record.get(field), str):
-            return asked(record, field, *(["input"] if field == "instruction" else []))
-    return None

@@ -100,6 +100,19 @@ def asked(record: Mapping[str, Any], *fields: str) -> list[Turn]:
     return [*before(record), Turn("user", "\n\n".join(part for part in parts if part))]
 
 
+def question_of(record: Mapping[str, Any]) -> list[Turn] | None:
+    """What is asked in a record that has its answers elsewhere, under the usual names; None: it is not said apart."""
+    for field in ("messages", "conversations", "conversation", "prompt"):
+        if isinstance(record.get(field), list):
+            said = messages(record[field], field)
+            if said[-1].role in ("user", "tool"):  # or else it has an answer already
+                return said if said[0].role == "system" else [*before(record), *said]
+    for field in ("prompt", "question", "problem", "instruction", "query"):
+        if isinstance(record.get(field), str):
+            return asked(record, field, *(["input"] if field == "instruction" else []))
+    return None
+
+
 def before(record: Mapping[str, Any]) -> list[Turn]:
     """The system prompt, with the tools that a model may call, and the pairs of turns of LLaMA-Factory's `history`."""
     tools = record.get("tools") or ""

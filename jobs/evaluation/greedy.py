@@ -20,7 +20,7 @@ def continue_greedily(model: Model, prompts: Sequence[np.ndarray], new: int) -> 
 
     Padding stands where no token sees it: a prompt goes on as it would alone. A spread decoder computes all of a
     sequence for each token (`parallel.generation`).
-    Raises FloatingPointError at logits that are not finite.
+    Raises FloatingPointError at logits that are not finite, unless the decoder is spread.
     """
     compute = _write_together if model.ranks.are_several else _continue_batch
     lengths = [len(prompt) + new for prompt in prompts]

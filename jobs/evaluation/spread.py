@@ -33,7 +33,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class _Order:
-    """What a worker is told. model: what `locate` found, whose digests the driver does not check: the workers do."""
+    """What a worker is told. model: a commit or a Hugging Face folder."""
 
     model: Path
     asked: Asked

@@ -37,7 +37,8 @@ def ask_tasks(training: Training) -> dict[str, float]:
     except UserError as error:  # of the files: all ranks meet it, before a pass; hours of training are not to end by it
         training.note("tasks_failed", step=training.step, error=str(error))
         return {}
-    forget_counts(training.decoder)  # what travelled here is no step's
+    finally:
+        forget_counts(training.decoder)  # what travelled here is no step's
     return found
 
 
