@@ -259,8 +259,9 @@ def test_a_node_that_is_told_to_go_is_left_in_time(
         two_nodes.remove_node(farewell.node)
     assert code == (0 if has_spare else 75)
     found = [kind for kind, _ in farewell.events]
-    # Workers that were told have ended before anybody could ask them to.
-    assert found == [kind for kind in kinds if kind != "stop" or how != "SIGTERM to all"]
+    # Workers that were told themselves mostly have ended before anybody could ask them to; on a busy machine not.
+    told_first = [kind for kind in kinds if kind != "stop"]
+    assert found in ([kinds, told_first] if how == "SIGTERM to all" else [kinds])
     steps = [step for step, _ in history(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert (len(steps) == 300) == has_spare
