@@ -12,7 +12,7 @@ A process that opens an index of any size has read a page or two of it, and shar
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -140,8 +140,11 @@ class GrowingArray:
         return self._length
 
     def append(self, record: Any) -> None:
-        self._file.write(np.array([record], self._dtype).tobytes())
-        self._length += 1
+        self.extend(np.array([record], self._dtype))
+
+    def extend(self, records: np.ndarray) -> None:
+        self._file.write(records.tobytes())
+        self._length += len(records)
 
     def finish(self) -> np.ndarray:
         """Flushes it to disk; returns it, mapped."""
@@ -160,6 +163,22 @@ class GrowingArray:
         descr = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": descr, "fortran_order": False, "shape": (self._length,)}
         np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def joined(folder: Path, split: str, kind: Kind, parts: Sequence[Path]) -> Split:
+    """The arrays of a split, written in `folder`, out of those that describe its shards one after another."""
+    arrays = []
+    for name, dtype in arrays_of(split, kind).items():
+        whole = GrowingArray(folder / name, dtype)
+        n_samples = 0
+        for part in parts:
+            records = np.array(np.load(part / name, mmap_mode="r"))
+            if dtype == SHARD:
+                records["end"] += n_samples
+                n_samples = int(records["end"][-1]) if len(records) else n_samples
+            whole.extend(records)
+        arrays.append(whole.finish())
+    return Split(split, *arrays)
 
 
 def shard_name(split: str, number: int) -> str:

@@ -96,7 +96,7 @@ class SplitWriter:
     """Writes the documents of one split, in the order they come, into `folder/SPLIT-00000.tar` and so on.
 
     A block holds at most `block_tokens` and a shard at most `shard_tokens`, unless a single document is longer.
-    Memory: one block.
+    first: the number of its first shard, where others write those before it. Memory: one block.
     """
 
     def __init__(
@@ -106,8 +106,9 @@ class SplitWriter:
         block_tokens: int = BLOCK_TOKENS,
         shard_tokens: int = SHARD_TOKENS,
         kind: Kind = "text",
+        first: int = 0,
     ) -> None:
-        self._folder, self._split = folder, split
+        self._folder, self._split, self._first = folder, split, first
         self._block_tokens, self._shard_tokens = block_tokens, shard_tokens
         self._shard: ShardFile | None = None
         self._keys: list[str] = []
@@ -169,7 +170,7 @@ class SplitWriter:
         ends = np.cumsum([len(document) for document in self._block], dtype=np.int64)
         if self._shard and self._n_tokens + len(tokens) > self._shard_tokens:
             self._end_shard(self._shard)
-        name = shard_name(self._split, len(self._shards))
+        name = shard_name(self._split, self._first + len(self._shards))
         if self._shard is None:
             self._shard = ShardFile(self._folder / name)
         tokens_npy, ends_npy = _npy(tokens), _npy(ends)

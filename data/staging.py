@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,10 +16,11 @@ REPLACED_SUFFIX = ".moray-replaced"
 
 
 @contextmanager
-def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged_folder(out: Path, *, overwrite: bool, keep: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
     """Yields an empty folder beside `out` that becomes `out` when the block ends, and vanishes if it raises.
 
-    What a killed process left there is cleared first; a process that still writes there is left in peace.
+    What a killed process left there is cleared first; a process that still writes there is left in peace. Where `keep`
+    says so of it, the folder is neither cleared nor does it vanish.
     Raises UserError for a full disk, and if `out` holds a dataset (unless `overwrite`) or anything else.
     """
     out = out.expanduser().resolve()
@@ -29,13 +30,15 @@ def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     lock = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
-        _clear(staging)
+        if not keep(staging):
+            _clear(staging)
         yield staging
         _replace(out, staging)
     except BlockingIOError:
         raise UserError(f"out={out}: another process is writing it; wait for it or choose another") from None
     except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not keep(staging):
+            shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = f"the disk is full ({error.strerror}); free space or choose another disk"
             raise UserError(f"out={out}: {why}") from None

@@ -13,11 +13,15 @@ NAMED = 10
 
 @dataclass
 class Account:
-    """What reading left out: how many for each reason, and the first few by name (memory stays bounded)."""
+    """What reading left out: how many for each reason, and the first few by name (memory stays bounded).
+
+    n_records: those that were met, good or bad but for their format.
+    """
 
     rules: Rules
     counts: Counter[Reason] = field(default_factory=Counter)
     named: dict[Reason, list[Loss]] = field(default_factory=dict)
+    n_records: int = 0
 
     def note(self, loss: Loss) -> None:
         """Counts a loss. Raises UserError for the bad record that is one too many."""
@@ -25,10 +29,23 @@ class Account:
         named = self.named.setdefault(loss.reason, [])
         if len(named) < NAMED:
             named.append(loss)
-        if loss.reason is Reason.BAD and self.counts[loss.reason] > self.rules.max_bad:
-            first = f", {named[0].place} the first" if len(named) > 1 else ""
-            limit = f"more than max_bad={self.rules.max_bad} records are bad{first}"
-            raise UserError(f"{loss}; {limit}; mend them, or bear more by --max-bad")
+        self._check(loss)
+
+    def add(self, other: "Account") -> None:
+        """Counts what another reading left out. Raises UserError as `note` does."""
+        self.n_records += other.n_records
+        for reason, losses in other.named.items():
+            self.counts[reason] += other.counts[reason]
+            named = self.named.setdefault(reason, [])
+            named += losses[: NAMED - len(named)]
+            self._check(losses[-1])
+
+    def _check(self, newest: Loss) -> None:
+        if newest.reason is Reason.BAD and self.counts[Reason.BAD] > self.rules.max_bad:
+            first, *others = self.named[Reason.BAD]
+            begin = f", {first.place} the first" if others else ""
+            limit = f"more than max_bad={self.rules.max_bad} records are bad{begin}"
+            raise UserError(f"{newest}; {limit}; mend them, or bear more by --max-bad")
 
     def damaged(self, path: Path, why: str) -> None:
         """Counts a file that cannot be read, or not to its end. Raises UserError unless such are to be skipped."""

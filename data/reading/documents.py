@@ -16,6 +16,7 @@ from moray.data.reading.formats import Format
 from moray.data.reading.forms import examples, kinds_of
 from moray.data.reading.json_files import read_json, read_json_lines
 from moray.data.reading.parquet import read_parquet
+from moray.data.reading.pieces import Piece, within
 from moray.data.reading.records import BadRecord, Damage, Item, Loss, Reason, Record, damage_of
 from moray.data.reading.rules import Rules
 from moray.data.reading.sources import Source, SourceFile, find
@@ -25,7 +26,7 @@ from moray.data.reading.turns import Unfit
 
 BOM = b"\xef\xbb\xbf"
 _NOTHING_VISIBLE = re.compile("[\\s\u200b-\u200d\u2060\ufeff]*")
-_READERS = {"text": read_text, "jsonl": read_json_lines, "json": read_json, "tar": read_tar, "parquet": read_parquet}
+_READERS = {"text": read_text, "jsonl": read_json_lines, "json": read_json, "tar": read_tar}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def read_documents(sources: Sequence[str | Path], account: Account) -> Iterator[
     Memory: the largest record that the rules allow, five times over; of parquet, three times a page and 4 MiB of rows;
     of zstd, the window that its writer chose (at most 8 MiB by default, 2 GiB with `--long=31`).
     """
-    usable = [_tried(source, account) for source in find(sources)]
+    usable = [tried(source, account) for source in find(sources)]
     return (document for source in usable for document in _of_source(source, account))
 
 
@@ -63,7 +64,7 @@ def found_kind(sources: Sequence[str | Path], rules: Rules) -> Kind:
     if file is None or file.format.kind == "text":
         return "text"
     try:
-        items = _items(file, replace(rules, kind="chat"))
+        items = _items(Piece(file), replace(rules, kind="chat"))
         first = next((item for item in items if isinstance(item, Record)), None)
     except Exception as error:
         if damage_of(error) is None:
@@ -79,8 +80,8 @@ def found_kind(sources: Sequence[str | Path], rules: Rules) -> Kind:
     return kinds[0] if kinds else "text"
 
 
-def _tried(source: Source, account: Account) -> Source:
-    """The source without those of its files that cannot be read at all."""
+def tried(source: Source, account: Account) -> Source:
+    """The source without those of its files that cannot be read at all. Raises UserError as `read_documents` does."""
     for loss in source.losses:
         account.note(loss)
     usable = []
@@ -90,7 +91,7 @@ def _tried(source: Source, account: Account) -> Source:
             usable.append(file)
         except Exception as error:
             _account_for(error, file, account)
-    return Source(source.given, tuple(usable))
+    return replace(source, files=tuple(usable), losses=())
 
 
 def _try(file: SourceFile, rules: Rules) -> None:
@@ -100,7 +101,7 @@ def _try(file: SourceFile, rules: Rules) -> None:
     if file.format == Format("text"):
         return
     bad = None
-    for item in islice(_items(file, rules), 1 + rules.max_bad):
+    for item in islice(_items(Piece(file), rules), 1 + rules.max_bad):
         if isinstance(item, Record):
             next(iter(item.blocks), None)
             return
@@ -110,31 +111,47 @@ def _try(file: SourceFile, rules: Rules) -> None:
         raise Damage(f"none of its first records can be read; {bad}")
 
 
-def _items(file: SourceFile, rules: Rules) -> Iterator[Item]:
+def _items(piece: Piece, rules: Rules) -> Iterator[Item]:
+    file = piece.file
     with open(file.path, "rb") as packed:
         if file.format.kind != "text" and not file.path.stat().st_size:
             raise Damage("holds no documents: it is empty (0 bytes)")
-        # Parquet is read from its end.
-        content = decompressed(packed, file.format.compression) if file.format.kind != "parquet" else packed
-        yield from _READERS[file.format.kind](content, rules)
+        if file.format.kind == "parquet":  # which is read from its end
+            yield from read_parquet(packed, rules, piece.n_before, piece.range)
+        elif piece.range:
+            yield from read_json_lines(within(packed, *piece.range), rules, piece.n_before)
+        else:
+            yield from _READERS[file.format.kind](decompressed(packed, file.format.compression), rules)
 
 
 def _of_source(source: Source, account: Account) -> Iterator[Document]:
-    any_record, first_loss = False, ""
+    before = account.n_records
     for file in source.files:
-        path, n_documents = str(file.path), 0
-        try:
-            for item in _items(file, account.rules):
-                item = item.within(path, file.key)
-                any_record |= isinstance(item, Record)
-                first_loss = first_loss or (f"; {item.reason}: {item}" if isinstance(item, Loss) else "")
-                for document in _documents(item, account):
-                    yield document
-                    n_documents += 1
-        except Exception as error:
-            _account_for(error, file, account, f"after {n_documents:,} documents ")
-    if not any_record:
-        raise UserError(f"source {source.given!r} holds no documents{first_loss}")
+        yield from read_piece(Piece(file), account)
+    check_any(source, account.n_records - before, account)
+
+
+def read_piece(piece: Piece, account: Account) -> Iterator[Document]:
+    """The documents of a file, or of a range of it, one in memory at a time. Raises UserError as `read_documents`."""
+    file, n_documents = piece.file, 0
+    try:
+        for item in _items(piece, account.rules):
+            account.n_records += isinstance(item, Record)
+            for document in _documents(item.within(str(file.path), file.key), account):
+                yield document
+                n_documents += 1
+    except Exception as error:
+        _account_for(error, file, account, f"after {n_documents:,} documents ")
+
+
+def check_any(source: Source, n_records: int, account: Account) -> None:
+    """Raises UserError for a source in which there is no record, with what there is instead."""
+    if not n_records:
+        paths = {str(file.path) for file in source.files}
+        losses = (loss for named in account.named.values() for loss in named)
+        mine = (loss for loss in losses if loss.place.partition(", ")[0] in paths)
+        first = next((f"; {loss.reason}: {loss}" for loss in mine), "")
+        raise UserError(f"source {source.given!r} holds no documents{first}")
 
 
 def _account_for(error: Exception, file: SourceFile, account: Account, progress: str = "") -> None:

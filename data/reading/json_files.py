@@ -22,9 +22,11 @@ MAX_DIGITS = 4000
 _MARKS = re.compile(rb'\\.|"|\[|\]|\{|\}|,', re.DOTALL)
 
 
-def read_json_lines(file: io.BufferedReader, rules: Rules) -> Iterator[Item]:
-    """A document a line, from the field of `rules`, named by its `id` if it has one, else by its line number."""
-    yield from _line_items(_lines(file, rules.max_record_bytes), rules)
+def read_json_lines(file: io.BufferedReader, rules: Rules, n_before: int = 0) -> Iterator[Item]:
+    """A document a line, from the field of `rules`, named by its `id` if it has one, else by its line number, which
+    counts the `n_before` lines that were read elsewhere.
+    """
+    yield from _line_items(_lines(file, rules.max_record_bytes), rules, n_before)
 
 
 def read_values(file: io.BufferedReader, limit: int) -> Iterator[tuple[int, Any]]:
@@ -61,8 +63,8 @@ def read_json(file: io.BufferedReader, rules: Rules) -> Iterator[Item]:
         yield _item(whole if len(whole) <= limit else None, "", None, rules)
 
 
-def _line_items(lines: Iterable[bytes | None], rules: Rules) -> Iterator[Item]:
-    for number, line in enumerate(lines, 1):
+def _line_items(lines: Iterable[bytes | None], rules: Rules, n_before: int = 0) -> Iterator[Item]:
+    for number, line in enumerate(lines, 1 + n_before):
         if line is not None and not line.strip(BLANK):
             continue
         item = _item(line, f"line {number}", number, rules)

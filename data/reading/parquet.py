@@ -14,20 +14,26 @@ BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 128  # one text that stands in many rows takes no room in the file
 
 
-def read_parquet(file: IO[bytes], rules: Rules) -> Iterator[Item]:
-    """A document a row, from the column of `rules`, named by column `id` if there is one, else by its row number."""
+def read_parquet(
+    file: IO[bytes], rules: Rules, n_before: int = 0, groups: tuple[int, int] | None = None
+) -> Iterator[Item]:
+    """A document a row, from the column of `rules`, named by column `id` if there is one, else by its row number.
+
+    groups: the first row group and the one behind the last, where others read the rest: the `n_before` rows before it.
+    """
     # Pre-buffering would hold whole row groups.
     table = optional("pyarrow.parquet", "a .parquet file").ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    numbers = range(*groups) if groups else range(table.metadata.num_row_groups)
     if rules.kind != "text":
-        yield from _rows(table)
+        yield from _rows(table, numbers, n_before)
         return
     columns = [table.schema.column(n).path for n in range(len(table.schema))]
     field = rules.text_field
     if field not in columns:
         raise Damage(missing("column", field, columns))
-    has_id, number = "id" in columns, 0
+    has_id, number = "id" in columns, n_before
     n_rows = _batch_rows(table.metadata, columns.index(field))
-    for batch in table.iter_batches(n_rows, columns=[field, "id"] if has_id else [field]):
+    for batch in table.iter_batches(n_rows, numbers, columns=[field, "id"] if has_id else [field]):
         texts = _values(batch, field)
         names = _values(batch, "id") if has_id else [None] * len(texts)
         for text, name in zip(texts, names, strict=True):
@@ -41,10 +47,16 @@ def read_parquet(file: IO[bytes], rules: Rules) -> Iterator[Item]:
                 yield Loss(Reason.BAD, place, f"column {field!r} must hold text, not {type(text).__name__}")
 
 
-def _rows(table: Any) -> Iterator[Item]:
+def row_groups(file: IO[bytes]) -> list[tuple[int, int]]:
+    """Rows and bytes, before compression, of each row group."""
+    metadata = optional("pyarrow.parquet", "a .parquet file").ParquetFile(file, pre_buffer=False).metadata
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def _rows(table: Any, groups: range, number: int) -> Iterator[Item]:
     """Whole rows, as JSON."""
-    number = 0
-    for batch in table.iter_batches(MAX_BATCH_ROWS):
+    for batch in table.iter_batches(MAX_BATCH_ROWS, groups):
         for row in batch.to_pylist():
             number += 1
             yield Record(f"row {number}", name_of(row.get("id"), number), (json.dumps(row, default=str).encode(),))

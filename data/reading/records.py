@@ -26,7 +26,6 @@ class Reason(StrEnum):
     CUT = "cut"
     REFUSED = "refused by people"
     ALIKE = "pairs of equal answers"
-    UNWRITTEN = "not written by the chat template"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,10 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A source as it was given, the files to be read, and what of it is not."""
+    """A source as it was given, what its keys begin with, the files to be read, and what of it is not."""
 
     given: str
+    label: str
     files: tuple[SourceFile, ...]
     losses: tuple[Loss, ...] = ()
 
@@ -69,18 +70,18 @@ def _source(given: str, path: Path, label: str) -> Source:
     if given == STDLIB:
         walked = _walk(Path(sysconfig.get_path("stdlib")), label, STDLIB_LEAVES_OUT)
         texts = (file for file in walked if isinstance(file, SourceFile) and file.format == Format("text"))
-        return Source(given, tuple(texts))
+        return Source(given, label, tuple(texts))
     if path.is_file():
         if (format := format_of(path.name)) is None:
             raise UserError(f"source {given!r} has no known format; one of: {KNOWN}")
-        return Source(given, (SourceFile(path, label, format),))
+        return Source(given, label, (SourceFile(path, label, format),))
     found = list(_walk(path, label))
     files = tuple(file for file in found if isinstance(file, SourceFile))
     losses = tuple(loss for loss in found if isinstance(loss, Loss))
     if not files:
         instead = f"; found {', '.join(Path(loss.place).name for loss in losses[:5])}" if losses else ""
         raise UserError(f"source {given!r} holds no documents: no file of a known format ({KNOWN}){instead}")
-    return Source(given, files, losses)
+    return Source(given, label, files, losses)
 
 
 def _walk(folder: Path, label: str, leave_out: frozenset[str] = frozenset()) -> Iterator[SourceFile | Loss]:

@@ -1,48 +1,61 @@
-"""`moray prepare`: text in, a dataset out. Read and scatter, shuffle, make the tokenizer, encode into shards, commit.
+"""`moray prepare`: text in, a dataset out.
 
-All of it happens in `OUT.moray-unfinished`, which a killed run leaves and the next one clears; OUT appears whole.
+Stages of tasks, each of which leaves its result in a folder of its own (`data.preparation.tasks`): parts of the sources
+are read into runs of documents sorted by digest; ranges of hashes are searched for near-duplicates; buckets of digests
+are sorted, which is the shuffle; shards are encoded out of buckets. All of it happens in `OUT.moray-unfinished`, in
+which the same command goes on after a kill; OUT appears whole.
 """
 
+import json
+import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from itertools import tee
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moray import UserError
-from moray.data.chat.jinja_template import CHAT_TEMPLATE
 from moray.data.chat.templates import chat_template_of
 from moray.data.dataset import Dataset
-from moray.data.index import Kind, write_index
+from moray.data.index import Kind, Split, joined, shard_name, write_index
+from moray.data.preparation import bucket, near
+from moray.data.preparation.bucket import SortBucket
+from moray.data.preparation.encode import EncodeShard
+from moray.data.preparation.ledger import Ledger
+from moray.data.preparation.near import FindNear
+from moray.data.preparation.profile import Profile
+from moray.data.preparation.read import ReadPart, account_of_json, parts_of
+from moray.data.preparation.runs import BAND, RUN_BYTES, Run, buckets_for, runs_in
+from moray.data.preparation.selection import Selection
+from moray.data.preparation.tasks import Done, Task
+from moray.data.preparation.vocabulary import MakeTokenizer, put_tokenizer
 from moray.data.reading.account import Account
-from moray.data.reading.documents import read_documents
+from moray.data.reading.documents import check_any, tried
 from moray.data.reading.rules import Rules
-from moray.data.shards import SplitWriter
-from moray.data.shuffle import Record, ShuffledCorpus, scatter, sort
-from moray.data.special_tokens import add_stop
-from moray.data.staging import staged_folder
-from moray.data.tokenizer import Tokenizer, check_vocab_size, copy_tokenizer, load_tokenizer, train_tokenizer
-from moray.jobs.datasets.dialogues import texts, write_dialogues
-from moray.jobs.datasets.profile import Profile
+from moray.data.reading.sources import Source, find
+from moray.data.tokenizer import check_vocab_size, load_tokenizer
+from moray.jobs.datasets.engine import Engine, processes_for
+from moray.jobs.datasets.plan import PLAN, SCRATCH, name_of, planned_folder
+from moray.jobs.datasets.progress import StageBar, stage_bars
+from moray.jobs.datasets.report import REPORT, as_json, lines_of
 
-# The first documents of the shuffled training split are a random sample; more text than this moves few merges.
-TOKENIZER_SAMPLE_BYTES = 16 << 20
+WORTH_PROCESSES = 32 << 20
+"""Bytes of sources below which processes take longer to start than they save."""
 
-T = TypeVar("T")
 Dedup = Literal["auto", "exact", "none"]
+T = TypeVar("T", bound=Task)
 NAMES: Mapping[Kind, str] = {
     "text": "documents",
     "chat": "dialogues",
     "preference": "dialogues, two a pair",
     "prompts": "prompts",
 }
+SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -51,15 +64,20 @@ class Summary:
 
     dataset: Dataset
     vocab_size: int  # of the tokenizer
-    n_duplicates: int
+    ledger: Ledger
     account: Account  # of what was read
-    n_bytes: int  # of distinct text, UTF-8
+    n_bytes: int  # of text in the shards, UTF-8
     seconds: float
     profile: Profile | None = None  # of dialogues and pairs
 
     @property
     def bytes_per_token(self) -> float:
         return self.n_bytes / sum(split.n_tokens for split in self.dataset.splits.values())
+
+    @property
+    def n_duplicates(self) -> int:
+        """Exact ones."""
+        return self.ledger.total("exact duplicates")[0]
 
     def __str__(self) -> str:
         what = NAMES[self.dataset.kind]
@@ -70,8 +88,10 @@ class Summary:
         # Of other kinds the bytes are those of JSON.
         per_token = f", {self.bytes_per_token:.2f} bytes a token" if self.dataset.kind == "text" else ""
         lines.append(f"{'tokenizer':<10} {self.vocab_size:,} entries{per_token}")
-        lines += self.profile.lines() if self.profile else []
-        lines.append(f"{'dropped':<10} {self.n_duplicates:,} exact duplicates")
+        if self.profile:
+            lengths = [split.all_lengths for split in self.dataset.splits.values() if split.all_lengths is not None]
+            lines += self.profile.lines(np.concatenate(lengths))
+        lines += lines_of(self.ledger)
         lines += self.account.lines()
         lines.append(f"{'where':<10} {self.dataset.folder} ({self.seconds:.1f} s)")
         lines.append(f"{'identity':<10} {self.dataset.fingerprint}")
@@ -89,6 +109,8 @@ def prepare(
     overwrite: bool = False,
     reading: Rules | None = None,
     dedup: Dedup = "auto",
+    workers: int | None = None,
+    memory_mb: int | None = None,
     console: Console | None = None,
 ) -> Summary:
     """Prepares the sources (see `data.reading`) as a dataset in the folder `out`.
@@ -96,120 +118,244 @@ def prepare(
     A tokenizer of `vocab_size` entries is trained on the training split, or taken from the folder `tokenizer`.
     `validation` is the share of documents held out, by hash of their key and text; of dialogues, by hash of the first
     thing that a user says. `dedup`: equal documents are kept once (exact) or all (none); auto: once, of text alone.
-    The same documents, seed and settings give the same bytes. Memory, whatever the sources: see docs/datasets.md; disk:
-    twice the text.
-    Raises UserError for a bad setting, source or folder, a damaged source, and a full disk.
+    `workers` processes do it: as many as there are cores, and half of the free memory has room for, or `memory_mb`.
+    The same documents, seed and settings give the same bytes, whoever reads them in whatever order, and after any kill.
+    Memory, whatever the sources: see docs/datasets.md; disk: twice the text.
+    Raises UserError for a bad setting, source or folder, a damaged source, an interrupted preparation with other
+    settings, and a full disk.
     """
     started = time.monotonic()
     if not 0 < validation < 1:
         raise UserError(f"validation={validation} must lie between 0 and 1, for example 0.01")
-    own = None if tokenizer is None else Path(tokenizer)
+    own = None if tokenizer is None else Path(tokenizer).absolute()
     # What can be wrong is found out before the reading, not after it.
     reading = reading or Rules()
     if own:
         _ = chat_template_of(own) if reading.kind != "text" else load_tokenizer(own)
     else:
         check_vocab_size(vocab_size)
+    n_processes = processes_for(workers, memory_mb)
     console = console or Console(stderr=True)
     account = Account(reading)
-    profile = None if reading.kind in ("text", "prompts") else Profile()
-    documents = read_documents(sources, account)
+    found = [tried(source, account) for source in find(sources)]
+    plan = {
+        "kind": reading.kind,
+        "answers": reading.answers,
+        "text_field": reading.text_field,
+        "max_document_bytes": reading.max_document_bytes,
+        "long_documents": reading.long_documents,
+        "dedup": dedup,
+        "seed": seed,
+        "validation": validation,
+        "vocab_size": None if own else vocab_size,
+        "tokenizer": own and str(own),
+    }
     keep_equal = dedup == "none" or (dedup == "auto" and reading.kind != "text")
-    with staged_folder(Path(out), overwrite=overwrite) as folder:
-        with _progress(console) as progress:
-            scratch = folder / "scratch"
-            with _phase(progress, "reading", documents) as documents:
-                scatter(documents, scratch, seed)
-            with _phase(progress, "shuffling", sort(scratch, keep_equal=keep_equal), unit="buckets") as sorting:
-                corpus = _last(sorting, account)
-            limit = corpus.validation_limit(validation)
-            with _phase(progress, "tokenizer", _tokenizer_sample(corpus, limit, reading.kind)) as sample:
-                words = train_tokenizer(sample, folder, vocab_size) if own is None else copy_tokenizer(own, folder)
-            with _phase(progress, "encoding", corpus, corpus.n_documents) as records:
-                _encode(records, words, folder, limit, account, profile)
-        shutil.rmtree(scratch)
+    with planned_folder(Path(out), plan, overwrite=overwrite) as folder:
+        _clear_all_but_scratch(folder)
+        sizes = sum(file.path.stat().st_size for source in found for file in source.files)
+        with Engine(n_processes if workers or sizes > WORTH_PROCESSES else 1) as engine, stage_bars(console) as bars:
+            story = _Story(folder / SCRATCH, engine, bars, found, account, Selection())
+            runs = story.read(seed)
+            buckets = story.sort(runs, keep_equal)
+            limit = story.limit(buckets, validation)
+            made = story.make_tokenizer(buckets, runs, limit, vocab_size, own)
+            shards = story.encode(buckets, runs, limit, made.folder)
+        index = _Index(folder, reading.kind, made)
+        splits = index.splits(shards)
+        if empty := [name for name, split in splits.items() if not len(split)]:
+            why = "; ".join([*lines_of(story.ledger), *account.lines()])
+            raise UserError(f"no {NAMES[reading.kind]} are left for the {empty[0]} split: {why}")
+        index.write(splits, max(shard.found["highest_id"] for shard in shards))
+        story.ledger.check()
+        (folder / REPORT).write_text(json.dumps(as_json(story.ledger, plan), indent=1, ensure_ascii=False) + "\n")
+    n_bytes = story.ledger.total("kept")[1]
+    profile = None if reading.kind in ("text", "prompts") else story.profile
     seconds = time.monotonic() - started
-    counted = words.vocab_size, corpus.n_duplicates, account, corpus.n_bytes
+    counted = made.found["vocab_size"], story.ledger, account, n_bytes
     summary = Summary(Dataset.open(out), *counted, seconds, profile)
     console.print(str(summary), highlight=False, markup=False, soft_wrap=True)  # names may hold [brackets]
     return summary
 
 
-def _last(sorting: Iterator[ShuffledCorpus], account: Account) -> ShuffledCorpus:
-    last = deque(sorting, maxlen=1)
-    if not last:
-        left_out = ", ".join(
-            f"{count:,} {reason}: {account.named[reason][0]}" for reason, count in account.counts.items()
+@dataclass
+class _Story:
+    """The stages of a preparation, and what they have found so far."""
+
+    scratch: Path
+    engine: Engine
+    bars: StageBar
+    sources: list[Source]
+    account: Account
+    selection: Selection
+    ledger: Ledger = field(default_factory=Ledger)
+    profile: Profile = field(default_factory=Profile)
+
+    def __post_init__(self) -> None:
+        self.labels = tuple(source.label for source in self.sources)
+
+    def read(self, seed: int) -> tuple[Run, ...]:
+        tasks = []
+        for number, source in enumerate(self.sources):
+            for pieces in parts_of(source):
+                # What a file holds is taken to be the same while its size and time are.
+                files = [(piece, os.stat(piece.file.path).st_mtime_ns) for piece in pieces]
+                out = self.scratch / "parts" / name_of(files, source.label)
+                tasks.append(ReadPart(out, pieces, number, source.label, self.account.rules, seed, RUN_BYTES))
+        done = self._do("reading", tasks)
+        for number, source in enumerate(self.sources):
+            n_records = 0
+            for task, part in zip(tasks, done, strict=True):
+                if task.source == number:
+                    found = account_of_json(part.found["account"], self.account.rules)
+                    n_records += found.n_records
+                    self.account.add(found)
+            check_any(source, n_records, self.account)
+        self._n_bytes = sum(part.found["n_bytes"] for part in done)
+        self._n_bands = sum(part.found["n_bands"] for part in done)
+        if not any(part.found["n_documents"] for part in done):
+            counts = self.account.counts.items()
+            left_out = ", ".join(f"{count:,} {reason}: {self.account.named[reason][0]}" for reason, count in counts)
+            raise UserError(f"the sources hold no usable document; left out: {left_out}")
+        return runs_in([part.folder for part in done])
+
+    def sort(self, runs: tuple[Run, ...], keep_equal: bool) -> list[Done]:
+        name = self._name = name_of(runs)
+        n_bytes = self._n_bands * BAND.itemsize
+        n = buckets_for(n_bytes, near.BUCKET_BYTES) if n_bytes else 0
+        finders = [
+            FindNear(self.scratch / f"near-{name}" / f"{number:05d}", runs, self.selection, number, n, n_bytes // n)
+            for number in range(n)
+        ]
+        found = tuple(done.folder for done in self._do("comparing", finders))
+        n = buckets_for(self._n_bytes, bucket.BUCKET_BYTES)
+        sorters = [
+            SortBucket(out, runs, self.labels, found, self.selection, keep_equal, number, n, self._n_bytes // n)
+            for number in range(n)
+            for out in [self.scratch / f"buckets-{name}" / f"{number:05d}"]
+        ]
+        return self._do("shuffling", sorters)
+
+    def limit(self, buckets: Sequence[Done], fraction: float) -> int:
+        """Documents whose side is below this are for validation: `fraction` of them, but at least one on each side.
+
+        Raises UserError if there are no two documents to tell apart.
+        """
+        sides = [side for bucket in buckets for side in bucket.found["sides"]]
+        if not sides or min(sides) == max(sides):
+            n_documents = sum(bucket.found["n_documents"] for bucket in buckets)
+            raise UserError(
+                f"the sources hold only {n_documents} distinct document, and a validation split needs at least 2; "
+                "give more, for example a .jsonl with one text a line"
+            )
+        return min(max(int(fraction * (1 << 64)), min(sides) + 1), max(sides))
+
+    def make_tokenizer(
+        self, buckets: Sequence[Done], runs: tuple[Run, ...], limit: int, vocab_size: int, own: Path | None
+    ) -> Done:
+        folders = tuple(bucket.folder for bucket in buckets)
+        out = self.scratch / f"tokenizer-{self._name}" / name_of(limit)
+        (made,) = self._do(
+            "tokenizer",
+            [MakeTokenizer(out, folders, runs, limit, self.account.rules.kind, vocab_size, own)],
+            alone=True,
         )
-        raise UserError(f"the sources hold no usable document; left out: {left_out}")
-    return last[0]
+        return made
+
+    def encode(self, buckets: Sequence[Done], runs: tuple[Run, ...], limit: int, tokenizer: Path) -> list[Done]:
+        tasks = [
+            EncodeShard(
+                self.scratch / f"shards-{self._name}" / f"{split}-{number:05d}",
+                tuple(bucket.folder for bucket in group),
+                runs,
+                self.labels,
+                tokenizer,
+                self.account.rules.kind,
+                split,
+                number,
+                limit,
+                n_bytes,
+            )
+            for split in SPLITS
+            for number, (group, n_bytes) in enumerate(_shards(buckets, split, limit))
+        ]
+        done = self._do("encoding", tasks)
+        for shard in done:
+            self.profile.add(shard.found["profile"])
+        return done
+
+    def _do(self, stage: str, tasks: Sequence[T], *, alone: bool = False) -> list[Done]:
+        """What the tasks of a stage found, in their order. alone: in this process."""
+        found: list[Done | None] = [None] * len(tasks)
+        with self.bars.stage(stage, sum(task.size for task in tasks)) as bar:
+            for number, done in (Engine(1) if alone else self.engine).do(tasks, bar.tick):
+                found[number] = done
+                bar.done(tasks[number].size)
+                if "ledger" in done.found:
+                    self.ledger.add(Ledger.of_json(done.found["ledger"]))
+        return [done for done in found if done is not None]
 
 
-def _tokenizer_sample(corpus: ShuffledCorpus, limit: int, kind: Kind) -> Iterator[str]:
-    n_bytes = 0
-    for record in corpus:
-        if n_bytes >= TOKENIZER_SAMPLE_BYTES:
-            return
-        if record.side >= limit:
-            n_bytes += len(record.text)
-            yield from [record.text.decode()] if kind == "text" else texts(record)
+def _shards(buckets: Sequence[Done], split: str, limit: int) -> Iterator[tuple[list[Done], int]]:
+    """The buckets of each shard of a split, and their bytes: a bucket or, of few bytes each, several in a row."""
+    group: list[Done] = []
+    size = 0
+    for each in buckets:
+        order = np.load(each.folder / "order.npy", mmap_mode="r")
+        n_bytes = int(order["text_bytes"][(order["side"] < limit) == (split == "validation")].sum())
+        if group and size + n_bytes > bucket.BUCKET_BYTES:
+            yield group, size
+            group, size = [], 0
+        if n_bytes:
+            group.append(each)
+            size += n_bytes
+    if group:
+        yield group, size
 
 
-def _encode(
-    records: Iterable[Record],
-    tokenizer: Tokenizer,
-    folder: Path,
-    limit: int,
-    account: Account,
-    profile: Profile | None,
-) -> None:
-    """Writes the shards of both splits and, last, the index."""
-    kind = account.rules.kind
-    train, validation = (SplitWriter(folder, name, kind=kind) for name in ("train", "validation"))
-    with closing(train), closing(validation):
+@dataclass(frozen=True)
+class _Index:
+    """Puts the parts of a dataset together in its folder."""
 
-        def writer_of(record: Record) -> SplitWriter:
-            return validation if record.side < limit else train
+    folder: Path
+    kind: Kind
+    tokenizer: Done
 
-        if kind == "text":
-            _encode_texts(records, tokenizer, writer_of)
-        else:
-            template = chat_template_of(folder)
-            (folder / CHAT_TEMPLATE).write_text(template.jinja)
-            if template.turn_end is not None:  # a base model's folder names the end of its documents alone
-                add_stop(folder, tokenizer.stop_ids, template.turn_end)
-            write_dialogues(records, kind, template, writer_of, profile or Profile(), account)
-        splits = {"train": train.finish(), "validation": validation.finish()}
-    if empty := [name for name, split in splits.items() if not len(split)]:
-        raise UserError(f"no {NAMES[kind]} are left for the {empty[0]} split: " + "; ".join(account.lines()))
-    # An embedding needs a row for what the data holds, whatever else the tokenizer knows; any token can pad.
-    vocab_size = 1 + max(train.highest_id, validation.highest_id)
-    pad_id = tokenizer.pad_id if tokenizer.pad_id < vocab_size else tokenizer.eos_id
-    write_index(folder, vocab_size, pad_id, splits, kind)
+    def splits(self, shards: Sequence[Done]) -> dict[str, Split]:
+        put_tokenizer(self.tokenizer.folder, self.folder)
+        splits = {}
+        for split in SPLITS:
+            mine = [shard.folder for shard in shards if shard.folder.name.startswith(f"{split}-")]
+            for number, shard in enumerate(mine):
+                name = shard_name(split, number)
+                with suppress(FileNotFoundError):  # a template may refuse all of a shard
+                    _link(shard / name, self.folder / name)
+            splits[split] = joined(self.folder, split, self.kind, mine)
+        return splits
 
-
-def _encode_texts(records: Iterable[Record], tokenizer: Tokenizer, writer_of: Callable[[Record], SplitWriter]) -> None:
-    records, again = tee(records)  # one of them is ahead by what is encoded at a time
-    for record, tokens in zip(records, tokenizer.encode_documents(r.text.decode() for r in again), strict=True):
-        writer_of(record).add(record.key.decode(), tokens)
+    def write(self, splits: Mapping[str, Split], highest_id: int) -> None:
+        # An embedding needs a row for what the data holds, whatever else the tokenizer knows; any token can pad.
+        vocab_size, pad_id = 1 + highest_id, self.tokenizer.found["pad_id"]
+        write_index(
+            self.folder,
+            vocab_size,
+            pad_id if pad_id < vocab_size else self.tokenizer.found["eos_id"],
+            splits,
+            self.kind,
+        )
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} {task.fields[unit]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
+def _link(path: Path, name: Path) -> None:
+    try:
+        name.hardlink_to(path)
+    except FileNotFoundError:
+        raise
+    except OSError:  # not every file system knows links
+        shutil.copyfile(path, name)
 
 
-@contextmanager
-def _phase(
-    progress: Progress, name: str, items: Iterable[T], total: int | None = None, unit: str = "documents"
-) -> Iterator[Iterator[T]]:
-    """A line of progress that counts the items taken and stands still when the block ends."""
-    task = progress.add_task(name, total=total, unit=unit)
-    yield iter(progress.track(items, total=total, task_id=task))
-    done = progress.tasks[task].completed
-    progress.update(task, total=done, completed=done)
+def _clear_all_but_scratch(folder: Path) -> None:
+    """What an interrupted preparation had begun to put together."""
+    for path in folder.iterdir():
+        if path.name not in (PLAN, SCRATCH):
+            path.unlink()

@@ -135,7 +135,7 @@ def test_pairs_stand_side_by_side_and_differ_in_what_is_trained_on(tmp_path: Pat
 
 
 def test_a_pair_is_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moray.jobs.datasets.prepare.SplitWriter", partial(SplitWriter, block_tokens=40))
+    monkeypatch.setattr("moray.data.preparation.encode.SplitWriter", partial(SplitWriter, block_tokens=40))
     records = [{"prompt": f"p {i}", "chosen": "a " * i, "rejected": "b"} for i in range(1, 40)]
     dataset = prepared(tmp_path / "out", written(tmp_path / "x.jsonl", records), kind="preference").dataset
     blocks = [
@@ -189,7 +189,7 @@ def test_repeated_answers_are_told(tmp_path: Path) -> None:
 
 def test_as_many_repeats_as_there_may_be_cost_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond what is counted at a time, the rarest are forgotten, half of them at once."""
-    monkeypatch.setattr("moray.jobs.datasets.profile.MOST_ANSWERS", 10)
+    monkeypatch.setattr("moray.data.preparation.profile.MOST_ANSWERS", 10)
     records = [{"instruction": f"{i}", "output": "often" if i % 2 else f"a{i % 48}"} for i in range(96)]
     assert "repeated   48 times 'often'" in str(prepared(tmp_path / "out", written(tmp_path / "x.jsonl", records)))
 

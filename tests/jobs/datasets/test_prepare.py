@@ -18,9 +18,10 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from moray.data.dataset import Dataset
+from moray.data.preparation.encode import EncodeShard
+from moray.data.preparation.read import ReadPart
 from moray.data.reading.rules import Rules
 from moray.data.tokenizer import load_tokenizer
-from moray.jobs.datasets import prepare as preparing
 from moray.jobs.datasets.prepare import Summary, prepare
 from moray.jobs.verbs.prepare import prepare as verb
 
@@ -149,13 +150,41 @@ def test_a_finished_dataset_is_not_overwritten_unasked(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_failure_keeps_what_was_there_and_what_was_read(tmp_path: Path) -> None:
     first = prepared(tmp_path / "out")
-    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n')
+    rows, again = tmp_path / "rows.jsonl", {"overwrite": True, "reading": Rules(max_bad=0)}
+    rows.write_text('{"text": "fine"}\n{"body": "not"}\n')
     with pytest.raises(ValueError, match="line 2: no field 'text'"):
-        prepared(tmp_path / "out", *SOURCES, tmp_path / "rows.jsonl", overwrite=True, reading=Rules(max_bad=0))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+        prepared(tmp_path / "out", rows, *SOURCES, **again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"], "nothing had been read"
+    with pytest.raises(ValueError, match="line 2: no field 'text'"):
+        prepared(tmp_path / "out", *SOURCES, rows, **again)
     assert Dataset.open(tmp_path / "out").fingerprint == first.dataset.fingerprint
+    parts = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out.moray-unfinished/scratch/parts/*/done.json")}
+    assert len(parts) == len(SOURCES)
+    rows.write_text('{"text": "fine"}\n{"text": "mended"}\n')
+    n_read = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = ReadPart.run
+        patch.setattr(ReadPart, "run", lambda task, folder: (n_read.append(task), run(task, folder))[1])
+        mended = prepared(tmp_path / "out", *SOURCES, rows, **again)
+    assert [task.label for task in n_read] == ["rows.jsonl"], "the rest had been read"
+    assert mended.dataset.fingerprint == prepared(tmp_path / "whole", rows, *SOURCES).dataset.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl", "whole"]
+
+
+def test_an_interrupted_preparation_with_other_settings_is_not_mixed_with(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "fine"}\n' + 200 * '{"body": "not"}\n')
+    with pytest.raises(ValueError, match="max_bad=100"):
+        prepared(tmp_path / "out", *SOURCES, rows)
+    with pytest.raises(ValueError, match=r"preparation there has seed=0, validation=0.01, this one seed=1, valid"):
+        prepared(tmp_path / "out", *SOURCES, seed=1, validation=0.1)
+    prepared(tmp_path / "out", *SOURCES)
+    with pytest.raises(ValueError, match="max_bad=100"):
+        prepared(tmp_path / "anew", *SOURCES, rows)
+    assert prepared(tmp_path / "anew", *SOURCES, seed=1, overwrite=True)
+    assert not list(tmp_path.glob("*.moray-unfinished"))
 
 
 @pytest.mark.parametrize(
@@ -185,15 +214,19 @@ def test_folders_that_cannot_be_the_output(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # /dev/full answers every write with ENOSPC; the shards are made to land there.
-    def link(name: str) -> None:
-        os.symlink("/dev/full", tmp_path / "out.moray-unfinished" / name)
+    # /dev/full answers every write with ENOSPC; a shard is made to land there.
+    run = EncodeShard.run
 
-    encode = preparing._encode
-    monkeypatch.setattr(preparing, "_encode", lambda *rest: (link("train-00000.tar"), encode(*rest)))
-    with pytest.raises(ValueError, match="out: the disk is full"):
-        prepared(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    def full(task: EncodeShard, folder: Path) -> dict:
+        os.symlink("/dev/full", folder / "train-00000.tar")
+        return run(task, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodeShard, "run", full)
+        with pytest.raises(ValueError, match="out: the disk is full"):
+            prepared(tmp_path / "out")
+    assert prepared(tmp_path / "out").dataset.fingerprint == prepared(tmp_path / "whole").dataset.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 COMMAND = """

@@ -10,27 +10,27 @@ import numpy as np
 from moray import UserError
 from moray.data.chat.turns import ChatTemplate, Rendered, Turn
 from moray.data.index import Kind
-from moray.data.reading.account import Account
-from moray.data.reading.records import Loss, Reason
+from moray.data.preparation.profile import Profile
+from moray.data.preparation.runs import Record
 from moray.data.shards import TRAINED, SplitWriter
-from moray.data.shuffle import Record
-from moray.jobs.datasets.profile import Profile
+
+LeaveOut = Callable[[Record, str], None]
 
 
 def write_dialogues(
     records: Iterable[Record],
     kind: Kind,
     template: ChatTemplate,
-    writer_of: Callable[[Record], SplitWriter],
+    writer: SplitWriter,
     profile: Profile,
-    account: Account,
+    leave_out: LeaveOut,
 ) -> None:
-    """Writes each record as one document, or a pair's as two. Notes what the template cannot write, which is left out.
+    """Writes each record as one document, or a pair's as two. What the template cannot write is left out, and told why.
 
     Trained on are all answers of a dialogue; of a pair's two, the one that differs; of a prompt, none.
     """
     if kind == "prompts":
-        _write_prompts(records, template, writer_of, account)
+        _write_prompts(records, template, writer, leave_out)
         return
     records, again = tee(records)
     rendered = template.render(turns for record in again for turns in _whole(json.loads(record.text)))
@@ -39,30 +39,28 @@ def write_dialogues(
         wholes = _whole(content)
         found = [next(rendered) for _ in wholes]
         if unwritten := [why for why in found if isinstance(why, str)]:
-            account.note(Loss(Reason.UNWRITTEN, record.key.decode(), unwritten[0]))
+            leave_out(record, unwritten[0])
             continue
         for number, (turns, each) in enumerate(zip(wholes, found, strict=True)):
             assert isinstance(each, Rendered)
             flags = _last_answer(each.flags) if kind == "preference" else each.flags
             key = record.key.decode()
-            writer_of(record).add(key, each.tokens, flags, together=number > 0)
+            writer.add(key, each.tokens, flags, together=number > 0)
             answers = [turn.text.strip() for turn in turns if turn.role == "assistant"]
             profile.note(Rendered(each.tokens, flags), answers, len(turns))
 
 
-def _write_prompts(
-    records: Iterable[Record], template: ChatTemplate, writer_of: Callable[[Record], SplitWriter], account: Account
-) -> None:
+def _write_prompts(records: Iterable[Record], template: ChatTemplate, writer: SplitWriter, leave_out: LeaveOut) -> None:
     for record in records:
         content = json.loads(record.text)
         (turns,) = _whole(content)
         try:
             tokens = np.array(template.prompt(turns), np.uint32)
         except UserError as error:
-            account.note(Loss(Reason.UNWRITTEN, record.key.decode(), str(error)))
+            leave_out(record, str(error))
             continue
         flags = np.zeros(len(tokens), np.uint8)
-        writer_of(record).add(record.key.decode(), tokens, flags, reference=content["reference"])
+        writer.add(record.key.decode(), tokens, flags, reference=content["reference"])
 
 
 def _whole(content: dict[str, Any]) -> list[list[Turn]]:

@@ -1,0 +1,106 @@
+"""Reads a part of the sources: what is good of it, as runs of documents; what is not, in the ledger."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moray.data.preparation.ledger import READ, Ledger
+from moray.data.preparation.progress import tick
+from moray.data.preparation.runs import RunWriter, record_of
+from moray.data.reading.account import Account
+from moray.data.reading.documents import Document, read_piece
+from moray.data.reading.pieces import PIECE_BYTES, Piece, pieces_of
+from moray.data.reading.records import Loss, Reason
+from moray.data.reading.rules import Rules
+from moray.data.reading.sources import Source
+
+BATCH_BYTES = 1 << 20
+NOT_DOCUMENTS = (Reason.UNREAD, Reason.DAMAGED, Reason.CUT)
+MOST_PIECES = 1000  # of a part: of small files there may be many
+
+
+def parts_of(source: Source) -> Iterator[tuple[Piece, ...]]:
+    """The files of a source in parts of about PIECE_BYTES: pieces of large ones, several small ones together."""
+    part: list[Piece] = []
+    for file in source.files:
+        for piece in pieces_of(file):
+            if part and (sum(held.size for held in part) + piece.size > PIECE_BYTES or len(part) == MOST_PIECES):
+                yield tuple(part)
+                part = []
+            part.append(piece)
+    if part:
+        yield tuple(part)
+
+
+@dataclass(frozen=True)
+class ReadPart:
+    """A part of source number `source`, named `label` -> runs.
+
+    seed: of the shuffle. run_bytes: of text held in memory.
+    """
+
+    out: Path
+    pieces: tuple[Piece, ...]
+    source: int
+    label: str
+    rules: Rules
+    seed: int
+    run_bytes: int
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        ledger, account = Ledger(), Account(self.rules)
+        writer = RunWriter(folder, self.run_bytes)
+        for batch in _batches(self._documents(account, ledger)):
+            for document in batch:
+                writer.add(record_of(document, self.seed, self.source))
+        writer.flush()
+        for reason, count in account.counts.items():
+            if reason not in NOT_DOCUMENTS:
+                ledger.count(self.label, READ, "", 0, count)
+                ledger.count(self.label, "reading", reason, 0, count)
+        return {
+            "ledger": ledger.as_json(),
+            "account": account_as_json(account),
+            "n_documents": writer.n_documents,
+            "n_bytes": writer.n_bytes,
+            "n_bands": writer.n_bands,
+        }
+
+    def _documents(self, account: Account, ledger: Ledger) -> Iterator[Document]:
+        for piece in self.pieces:
+            for document in read_piece(piece, account):
+                ledger.count(self.label, READ, "", len(document.text.encode()))
+                yield document
+            tick(piece.size)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def account_as_json(account: Account) -> dict[str, Any]:
+    named = {reason: [[loss.place, loss.why] for loss in losses] for reason, losses in account.named.items()}
+    return {"counts": dict(account.counts), "named": named, "n_records": account.n_records}
+
+
+def account_of_json(content: dict[str, Any], rules: Rules) -> Account:
+    named = {
+        Reason(reason): [Loss(Reason(reason), *loss) for loss in losses] for reason, losses in content["named"].items()
+    }
+    counts = Counter({Reason(reason): count for reason, count in content["counts"].items()})
+    return Account(rules, counts, named, content["n_records"])

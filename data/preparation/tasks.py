@@ -1,0 +1,53 @@
+"""Tasks whose result is a folder that is there whole or not at all: a kill costs those under way, and no other."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+LEDGER = "done.json"
+PARTIAL = ".partial"
+
+
+class Task(Protocol):
+    """A function of its fields. out: the folder that it makes; size: how much work it is, compared with its like."""
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Fills the folder; returns what is to be known of it, as JSON."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task that is: its folder, and what it returned."""
+
+    folder: Path
+    found: dict[str, Any]
+
+
+def perform(task: Task) -> Done:
+    """Does a task, unless it has been done."""
+    if (done := done_before(task)) is not None:
+        return done
+    partial = task.out.with_name(task.out.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    found = task.run(partial)
+    with open(partial / LEDGER, "w") as file:
+        json.dump(found, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(task.out)
+    return Done(task.out, found)
+
+
+def done_before(task: Task) -> Done | None:
+    path = task.out / LEDGER
+    return Done(task.out, json.loads(path.read_text())) if path.exists() else None

@@ -1,0 +1,98 @@
+"""Who does the tasks of a stage: this process, or several of this machine."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from moray import UserError
+from moray.cluster.parent import die_with_parent
+from moray.data.preparation.progress import listen
+from moray.data.preparation.tasks import Done, Task, perform
+
+POLL_S = 0.2
+_WORKER_MB = 640
+"""What a process holds at most: a run of documents, or a bucket, several times over (docs/datasets.md)."""
+
+
+class Engine:
+    """Does tasks in `workers` processes; with one, in this one. Use it as a context: it ends its processes."""
+
+    def __init__(self, workers: int) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            # Forked children of a process with threads, as this one is, may wait for ever.
+            context = multiprocessing.get_context("spawn")
+            self._ticks: Any = context.Value("q", 0)
+            self._pool = ProcessPoolExecutor(workers, context, _begin, (self._ticks,))
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def do(self, tasks: Sequence[Task], on_tick: Callable[[int], None]) -> Iterator[tuple[int, Done]]:
+        """Each task's number and what it found, as they are done. on_tick hears of bytes that were gone through.
+
+        Raises whatever a task raises, and UserError where a process was killed.
+        """
+        if self._pool is None:
+            stop = listen(on_tick)
+            try:
+                yield from ((number, perform(task)) for number, task in enumerate(tasks))
+            finally:
+                stop()
+            return
+        futures: dict[Future[Done], int] = {self._pool.submit(perform, task): n for n, task in enumerate(tasks)}
+        try:
+            while futures:
+                done, _ = wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                with self._ticks.get_lock():
+                    ticked, self._ticks.value = self._ticks.value, 0
+                on_tick(ticked)
+                for future in done:
+                    yield futures.pop(future), future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a process of the preparation was killed, perhaps because memory ran out; the same command goes on "
+                "from what is done, and a lower --memory-mb takes less"
+            ) from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def processes_for(workers: int | None, memory_mb: int | None) -> int:
+    """How many processes are to work: those asked for, or one a core that has its share of the memory.
+
+    Raises UserError for numbers that cannot be.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers={workers} must be at least 1")
+    if memory_mb is not None and memory_mb < _WORKER_MB:
+        raise UserError(f"memory_mb={memory_mb} must be at least {_WORKER_MB}, which one process takes")
+    fit = (memory_mb if memory_mb is not None else _available_mb() // 2) // _WORKER_MB
+    if workers is not None and memory_mb is not None and workers > fit:
+        raise UserError(f"workers={workers} take {workers * _WORKER_MB} MB, more than memory_mb={memory_mb}; use {fit}")
+    return workers or max(min(fit, len(os.sched_getaffinity(0))), 1)
+
+
+def _available_mb() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def _begin(ticks: Any) -> None:
+    die_with_parent()
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of tokenizers: there are as many processes as cores
+
+    def count(n_bytes: int) -> None:
+        with ticks.get_lock():
+            ticks.value += n_bytes
+
+    listen(count)
