@@ -23,7 +23,7 @@ def shingles(words: list[str]) -> set[tuple[str, ...]]:
 
 
 def pairs(vocabulary: list[str], join: str, n: int) -> tuple[list[str], np.ndarray]:
-    """2n texts, every other one with words of the last one changed, and the Jaccard index of each pair by brute force."""
+    """2n texts, every other one made of the one before it, and the Jaccard index of each pair by brute force."""
     chance = random.Random(join)
     texts, jaccard = [], []
     for _ in range(n):
