@@ -8,9 +8,10 @@ from typing import Any
 from moray import UserError
 from moray.data.chat.templates import chat_template_of
 from moray.data.chat.turns import ChatTemplate
+from moray.data.curation.contamination import FEWEST_WORDS, MOST_WORDS
 from moray.jobs.evaluation.choices import choice_metrics, choose
 from moray.jobs.evaluation.metrics import Metric
-from moray.jobs.evaluation.overlap import FEWEST_WORDS, MOST_WORDS, overlap
+from moray.jobs.evaluation.overlap import overlap
 from moray.jobs.evaluation.preferences import prefer, preference_metrics
 from moray.jobs.evaluation.questions import answer, answer_metrics
 from moray.jobs.evaluation.scoring import Model

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moray.data.blocks import FIRST, BlockReader
+from moray.data.curation.contamination import FEWEST_WORDS, MOST_WORDS
 from moray.data.dataset import Dataset
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.evaluation.tasks import Choice, Item, Pair, Question, Task, Text
 
-MOST_WORDS, FEWEST_WORDS = 13, 8
 _WORD = re.compile(r"\w+")
 Run = tuple[str, ...]
 
