@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moray.data.preparation.curate import Curation, curate
 from moray.data.preparation.ledger import READ, Ledger
 from moray.data.preparation.progress import tick
 from moray.data.preparation.runs import RunWriter, record_of
+from moray.data.preparation.selection import SCORES
 from moray.data.reading.account import Account
 from moray.data.reading.documents import Document, read_piece
 from moray.data.reading.pieces import PIECE_BYTES, Piece, pieces_of
@@ -38,7 +42,7 @@ def parts_of(source: Source) -> Iterator[tuple[Piece, ...]]:
 class ReadPart:
     """A part of source number `source`, named `label` -> runs.
 
-    seed: of the shuffle. run_bytes: of text held in memory.
+    curation: what is done to each document. seed: of the shuffle. run_bytes: of text held in memory.
     """
 
     out: Path
@@ -46,6 +50,7 @@ class ReadPart:
     source: int
     label: str
     rules: Rules
+    curation: Curation
     seed: int
     run_bytes: int
 
@@ -55,11 +60,14 @@ class ReadPart:
 
     def run(self, folder: Path) -> dict[str, Any]:
         ledger, account = Ledger(), Account(self.rules)
-        writer = RunWriter(folder, self.run_bytes)
+        writer = RunWriter(folder, self.run_bytes, has_bands=self.curation.bands is not None)
+        scores = np.zeros(SCORES, np.int64)
         for batch in _batches(self._documents(account, ledger)):
-            for document in batch:
-                writer.add(record_of(document, self.seed, self.source))
+            for each in curate(batch, self.curation, self.seed, self.label, ledger):
+                writer.add(record_of(each.document, self.seed, self.source, each.score, each.bands))
+                scores[each.score] += 1
         writer.flush()
+        np.save(folder / "scores.npy", scores)
         for reason, count in account.counts.items():
             if reason not in NOT_DOCUMENTS:
                 ledger.count(self.label, READ, "", 0, count)

@@ -53,13 +53,18 @@ def record_of(
     document: Document, seed: int, source: int = 0, score: int = 0, bands: np.ndarray | None = None
 ) -> Record:
     key, text = document.key.encode("utf-8", "replace"), document.text.encode()
-    digest = hashlib.blake2b(text, digest_size=16, key=(seed % (1 << 64)).to_bytes(8, "little")).digest()
     if document.group is None:
         # Of the text too: files may give one id to all their documents, which a hash of keys could not split.
         side = hashlib.blake2b(text, digest_size=8, key=hashlib.blake2b(key).digest()).digest()
     else:
         side = hashlib.blake2b(document.group.encode(), digest_size=8).digest()
+    digest = digest_of(document.text, seed)
     return Record(digest, int.from_bytes(side, "little"), key, text, source, score, bands)
+
+
+def digest_of(text: str, seed: int) -> bytes:
+    """A document's place in the shuffle."""
+    return hashlib.blake2b(text.encode(), digest_size=16, key=(seed % (1 << 64)).to_bytes(8, "little")).digest()
 
 
 class RunWriter:

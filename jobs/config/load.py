@@ -124,14 +124,17 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
         raise UserError(f"model.from={named}: {error}") from None
 
 
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """The tables of a recipe. Raises UserError where there is none of that name, or where it is not TOML."""
+def read_recipe(recipe: str, package: str = "moray.jobs.config.recipes") -> dict[str, Any]:
+    """The tables of a recipe: a .toml file, or one of the package's by name.
+
+    Raises UserError where there is none of that name, or where it is not TOML.
+    """
     if recipe.endswith(".toml"):
         path: Any = Path(recipe)
         if not path.is_file():
             raise UserError(f"--recipe {recipe} does not exist")
     else:
-        folder = resources.files("moray.jobs.config.recipes")
+        folder = resources.files(package)
         path = folder / f"{recipe}.toml"
         known = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
         if recipe not in known:

@@ -25,13 +25,15 @@ from moray.data.dataset import Dataset
 from moray.data.index import Kind, Split, joined, shard_name, write_index
 from moray.data.preparation import bucket, near
 from moray.data.preparation.bucket import SortBucket
+from moray.data.preparation.curate import Curation
 from moray.data.preparation.encode import EncodeShard
 from moray.data.preparation.ledger import Ledger
 from moray.data.preparation.near import FindNear
+from moray.data.preparation.paragraphs import FILTER_HASHES, CutRepeats, FindRepeats, HashParagraphs
 from moray.data.preparation.profile import Profile
 from moray.data.preparation.read import ReadPart, account_of_json, parts_of
 from moray.data.preparation.runs import BAND, RUN_BYTES, Run, buckets_for, runs_in
-from moray.data.preparation.selection import Selection
+from moray.data.preparation.selection import SCORES, Selection
 from moray.data.preparation.tasks import Done, Task
 from moray.data.preparation.vocabulary import MakeTokenizer, put_tokenizer
 from moray.data.reading.account import Account
@@ -39,9 +41,11 @@ from moray.data.reading.documents import check_any, tried
 from moray.data.reading.rules import Rules
 from moray.data.reading.sources import Source, find
 from moray.data.tokenizer import check_vocab_size, load_tokenizer
+from moray.jobs.datasets.curation import curation_of, selection_of, settings_of
 from moray.jobs.datasets.engine import Engine, processes_for
 from moray.jobs.datasets.plan import PLAN, SCRATCH, name_of, planned_folder
 from moray.jobs.datasets.progress import StageBar, stage_bars
+from moray.jobs.datasets.recipe import Recipe
 from moray.jobs.datasets.report import REPORT, as_json, lines_of
 
 WORTH_PROCESSES = 32 << 20
@@ -109,6 +113,7 @@ def prepare(
     overwrite: bool = False,
     reading: Rules | None = None,
     dedup: Dedup = "auto",
+    recipe: Recipe | None = None,
     workers: int | None = None,
     memory_mb: int | None = None,
     console: Console | None = None,
@@ -118,6 +123,7 @@ def prepare(
     A tokenizer of `vocab_size` entries is trained on the training split, or taken from the folder `tokenizer`.
     `validation` is the share of documents held out, by hash of their key and text; of dialogues, by hash of the first
     thing that a user says. `dedup`: equal documents are kept once (exact) or all (none); auto: once, of text alone.
+    `recipe`: what else is done to texts; nothing by default.
     `workers` processes do it: as many as there are cores, and half of the free memory has room for, or `memory_mb`.
     The same documents, seed and settings give the same bytes, whoever reads them in whatever order, and after any kill.
     Memory, whatever the sources: see docs/datasets.md; disk: twice the text.
@@ -129,7 +135,8 @@ def prepare(
         raise UserError(f"validation={validation} must lie between 0 and 1, for example 0.01")
     own = None if tokenizer is None else Path(tokenizer).absolute()
     # What can be wrong is found out before the reading, not after it.
-    reading = reading or Rules()
+    reading, recipe = reading or Rules(), recipe or Recipe()
+    recipe.check_kind(reading.kind)
     if own:
         _ = chat_template_of(own) if reading.kind != "text" else load_tokenizer(own)
     else:
@@ -149,15 +156,19 @@ def prepare(
         "validation": validation,
         "vocab_size": None if own else vocab_size,
         "tokenizer": own and str(own),
+        **settings_of(recipe),
     }
     keep_equal = dedup == "none" or (dedup == "auto" and reading.kind != "text")
     with planned_folder(Path(out), plan, overwrite=overwrite) as folder:
         _clear_all_but_scratch(folder)
+        curation = curation_of(recipe, folder / SCRATCH)
         sizes = sum(file.path.stat().st_size for source in found for file in source.files)
         with Engine(n_processes if workers or sizes > WORTH_PROCESSES else 1) as engine, stage_bars(console) as bars:
-            story = _Story(folder / SCRATCH, engine, bars, found, account, Selection())
-            runs = story.read(seed)
-            buckets = story.sort(runs, keep_equal)
+            story = _Story(folder / SCRATCH, engine, bars, found, account)
+            runs, scores = story.read(seed, curation)
+            buckets = story.sort(runs, selection_of(recipe.quality, scores), keep_equal)
+            if recipe.duplicates.paragraphs:
+                buckets, runs = story.cut_repeats(buckets, runs)
             limit = story.limit(buckets, validation)
             made = story.make_tokenizer(buckets, runs, limit, vocab_size, own)
             shards = story.encode(buckets, runs, limit, made.folder)
@@ -187,21 +198,21 @@ class _Story:
     bars: StageBar
     sources: list[Source]
     account: Account
-    selection: Selection
     ledger: Ledger = field(default_factory=Ledger)
     profile: Profile = field(default_factory=Profile)
 
     def __post_init__(self) -> None:
         self.labels = tuple(source.label for source in self.sources)
 
-    def read(self, seed: int) -> tuple[Run, ...]:
+    def read(self, seed: int, curation: Curation) -> tuple[tuple[Run, ...], np.ndarray]:
+        """The runs, and how many documents have each score."""
         tasks = []
         for number, source in enumerate(self.sources):
             for pieces in parts_of(source):
                 # What a file holds is taken to be the same while its size and time are.
                 files = [(piece, os.stat(piece.file.path).st_mtime_ns) for piece in pieces]
                 out = self.scratch / "parts" / name_of(files, source.label)
-                tasks.append(ReadPart(out, pieces, number, source.label, self.account.rules, seed, RUN_BYTES))
+                tasks.append(ReadPart(out, pieces, number, source.label, self.account.rules, curation, seed, RUN_BYTES))
         done = self._do("reading", tasks)
         for number, source in enumerate(self.sources):
             n_records = 0
@@ -217,24 +228,55 @@ class _Story:
             counts = self.account.counts.items()
             left_out = ", ".join(f"{count:,} {reason}: {self.account.named[reason][0]}" for reason, count in counts)
             raise UserError(f"the sources hold no usable document; left out: {left_out}")
-        return runs_in([part.folder for part in done])
+        scores = sum((np.load(part.folder / "scores.npy") for part in done), np.zeros(SCORES, np.int64))
+        return runs_in([part.folder for part in done]), scores
 
-    def sort(self, runs: tuple[Run, ...], keep_equal: bool) -> list[Done]:
+    def sort(self, runs: tuple[Run, ...], selection: Selection, keep_equal: bool) -> list[Done]:
         name = self._name = name_of(runs)
         n_bytes = self._n_bands * BAND.itemsize
         n = buckets_for(n_bytes, near.BUCKET_BYTES) if n_bytes else 0
         finders = [
-            FindNear(self.scratch / f"near-{name}" / f"{number:05d}", runs, self.selection, number, n, n_bytes // n)
+            FindNear(self.scratch / f"near-{name}" / f"{number:05d}", runs, selection, number, n, n_bytes // n)
             for number in range(n)
         ]
         found = tuple(done.folder for done in self._do("comparing", finders))
         n = buckets_for(self._n_bytes, bucket.BUCKET_BYTES)
         sorters = [
-            SortBucket(out, runs, self.labels, found, self.selection, keep_equal, number, n, self._n_bytes // n)
+            SortBucket(out, runs, self.labels, found, selection, keep_equal, number, n, self._n_bytes // n)
             for number in range(n)
             for out in [self.scratch / f"buckets-{name}" / f"{number:05d}"]
         ]
         return self._do("shuffling", sorters)
+
+    def cut_repeats(self, buckets: list[Done], runs: tuple[Run, ...]) -> tuple[list[Done], tuple[Run, ...]]:
+        """The buckets without paragraphs that stood before, and the runs with those that have changed."""
+        size = self._n_bytes // len(buckets)
+        names = [bucket.folder.name for bucket in buckets]
+        hashers = [
+            HashParagraphs(self.scratch / f"paragraphs-{self._name}" / name, bucket.folder, runs, size)
+            for name, bucket in zip(names, buckets, strict=True)
+        ]
+        hashed = self._do("paragraphs", hashers)
+        n = buckets_for(sum(done.found["n_paragraphs"] for done in hashed), FILTER_HASHES)
+        folders = tuple(done.folder for done in hashed)
+        out = self.scratch / f"repeats-{self._name}"
+        repeats = self._do("repeats", [FindRepeats(out / f"{number:05d}", folders, number, n) for number in range(n)])
+        cutters = [
+            CutRepeats(
+                self.scratch / f"cut-{self._name}" / names[number],
+                bucket.folder,
+                runs,
+                self.labels,
+                folders[number],
+                tuple(done.folder for done in repeats),
+                number,
+                len(runs) + number,
+                size,
+            )
+            for number, bucket in enumerate(buckets)
+        ]
+        cut = self._do("cutting", cutters)
+        return cut, (*runs, *(Run(done.folder / "run-000.documents") for done in cut))
 
     def limit(self, buckets: Sequence[Done], fraction: float) -> int:
         """Documents whose side is below this are for validation: `fraction` of them, but at least one on each side.

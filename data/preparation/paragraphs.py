@@ -1,0 +1,146 @@
+"""Paragraphs that have stood before: each stays where it comes first in the order of the shuffle, and nowhere else.
+
+Three stages, as memory is bounded: buckets tell the hashes of their paragraphs; each range of hashes goes through those
+of all buckets, in their order, with a Bloom filter of its own; buckets are written anew without what was there before.
+Of a new paragraph one in a million is taken for an old one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moray.data.curation.bloom import Bloom
+from moray.data.curation.paragraphs import hashes, without
+from moray.data.preparation.bucket import read_bucket
+from moray.data.preparation.ledger import Ledger, Sample, excerpt
+from moray.data.preparation.runs import Record, Run
+
+BATCH_BYTES = 1 << 20
+RATE = 1e-6
+FILTER_HASHES = 1 << 23  # of one filter, which takes 32 MiB
+
+
+@dataclass(frozen=True)
+class HashParagraphs:
+    """A bucket -> `hashes.npy`: uint64, of its paragraphs in their order."""
+
+    out: Path
+    bucket: Path
+    runs: tuple[Run, ...]
+    size: int = 1
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        parts = [np.zeros(0, np.uint64)]
+        for batch in _batches(read_bucket(np.load(self.bucket / "order.npy"), self.runs)):
+            parts.append(hashes([record.text.decode() for record in batch])[0])
+        found = np.concatenate(parts)
+        np.save(folder / "hashes.npy", found)
+        return {"n_paragraphs": len(found)}
+
+
+@dataclass(frozen=True)
+class FindRepeats:
+    """One of `n_ranges` ranges of hashes, over all buckets -> `repeated.npy`: bool, whether each was there before."""
+
+    out: Path
+    hashed: tuple[Path, ...]
+    number: int
+    n_ranges: int
+    size: int = 1
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        counts = [int(_in_range(hashed, self.number, self.n_ranges).sum()) for hashed in self.hashed]
+        bloom = Bloom.sized(sum(counts), RATE)
+        repeated = [np.zeros(0, bool)]
+        for hashed in self.hashed:
+            here = _in_range(hashed, self.number, self.n_ranges)
+            repeated.append(bloom.add(np.load(hashed / "hashes.npy", mmap_mode="r")[here]))
+        np.save(folder / "repeated.npy", np.concatenate(repeated))
+        np.save(folder / "ends.npy", np.cumsum(counts))
+        return {}
+
+
+@dataclass(frozen=True)
+class CutRepeats:
+    """A bucket without repeated paragraphs -> its `order.npy`, and the documents that changed as a run of their own.
+
+    number: of the bucket. run_number: of that run. repeats: the folders of all ranges.
+    """
+
+    out: Path
+    bucket: Path
+    runs: tuple[Run, ...]
+    labels: tuple[str, ...]
+    hashed: Path
+    repeats: tuple[Path, ...]
+    number: int
+    run_number: int
+    size: int = 1
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        ledger, order, repeated = Ledger(), np.load(self.bucket / "order.npy"), self._repeated()
+        stays, at, offset, n = np.ones(len(order), bool), 0, 0, 0
+        with open(folder / "run-000.documents", "wb") as file:
+            for batch in _batches(read_bucket(order, self.runs)):
+                texts = [record.text.decode() for record in batch]
+                _, first, spans = hashes(texts)
+                for number, record in enumerate(batch):
+                    here = slice(*first[number : number + 2].tolist())
+                    mine = repeated[at + here.start : at + here.stop]
+                    if mine.any():
+                        text = without(texts[number], spans[here], mine).encode()
+                        stays[n] = bool(text)
+                        if text:
+                            ledger.clean(self.labels[record.source], "paragraphs", len(record.text) - len(text))
+                            key_bytes = int(order["key_bytes"][n])
+                            order["run"][n], order["offset"][n] = self.run_number, offset
+                            order["text_bytes"][n] = len(text)
+                            offset += file.write(record.key[:key_bytes]) + file.write(text)
+                        else:
+                            self._drop(ledger, record)
+                    n += 1
+                at += int(first[-1])
+        order = order[stays]
+        np.save(folder / "order.npy", order)
+        sides = order["side"]
+        return {
+            "ledger": ledger.as_json(),
+            "n_documents": len(order),
+            "sides": [int(sides.min()), int(sides.max())] if len(order) else [],
+        }
+
+    def _drop(self, ledger: Ledger, record: Record) -> None:
+        sample = Sample(record.digest.hex(), record.key.decode(), "", excerpt(record.text.decode()))
+        ledger.drop(self.labels[record.source], "paragraphs", "nothing else", len(record.text), sample)
+
+    def _repeated(self) -> np.ndarray:
+        """Of each paragraph of the bucket, in its order."""
+        repeated = np.zeros(len(np.load(self.hashed / "hashes.npy", mmap_mode="r")), bool)
+        for number, folder in enumerate(self.repeats):
+            ends = np.load(folder / "ends.npy")
+            begin, end = (int(ends[n]) if n >= 0 else 0 for n in (self.number - 1, self.number))
+            flags = np.load(folder / "repeated.npy", mmap_mode="r")[begin:end]
+            repeated[_in_range(self.hashed, number, len(self.repeats))] = flags
+        return repeated
+
+
+def _in_range(hashed: Path, number: int, n_ranges: int) -> np.ndarray:
+    """Which of a bucket's paragraphs have hashes in one of equally many ranges, a power of two; bool."""
+    found = np.load(hashed / "hashes.npy", mmap_mode="r")
+    return (found >> np.uint64(48)) // np.uint64((1 << 16) // n_ranges) == number
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,69 @@
+"""From a person's recipe to what the stages are told."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moray import UserError
+from moray.data.curation.classifier import Classifier, bin_of, probability_of
+from moray.data.curation.cleaning import Cleaning
+from moray.data.curation.contamination import Benchmarks
+from moray.data.preparation.curate import Curation, save_benchmarks
+from moray.data.preparation.selection import SCORES, Selection, by_pareto, cut_for
+from moray.jobs.config.load import flatten
+from moray.jobs.datasets.benchmarks import texts_of_tasks
+from moray.jobs.datasets.recipe import QualitySection, Recipe
+
+BENCHMARKS = "benchmarks.npz"
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe for a plan: with the digests of the files that it names. Raises UserError for one that is no such."""
+    settings = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in flatten(recipe.model_dump())
+    }
+    if recipe.quality.classifier:
+        settings["quality.classifier"] = Classifier.load(Path(recipe.quality.classifier)).fingerprint
+    settings["benchmarks.tasks"] = [_digest(Path(path)) for path in recipe.benchmarks.tasks]
+    return settings
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"benchmarks.tasks: {path} cannot be read ({error.strerror})") from None
+
+
+def curation_of(recipe: Recipe, scratch: Path) -> Curation:
+    """What is done to each document by itself. Puts what all processes need into `scratch`."""
+    benchmarks = None
+    if recipe.benchmarks.tasks:
+        texts = texts_of_tasks([Path(path) for path in recipe.benchmarks.tasks])
+        found = Benchmarks.of(texts)
+        if not found.n_texts:
+            raise UserError(
+                f"benchmarks.tasks: none of {found.n_short:,} items has 8 words, by which it could be found"
+            )
+        benchmarks = scratch / BENCHMARKS
+        save_benchmarks(found, benchmarks)
+    cleaning = Cleaning(**recipe.clean.model_dump())
+    return Curation(
+        cleaning=cleaning if cleaning != Cleaning(characters=False) else None,
+        rules=recipe.rules.rules,
+        bands=recipe.duplicates.bands,
+        classifier=Path(recipe.quality.classifier) if recipe.quality.classifier else None,
+        benchmarks=benchmarks,
+    )
+
+
+def selection_of(quality: QualitySection, scores: np.ndarray) -> Selection:
+    """Which scores stay, of documents counted by score, int64 [65,536]."""
+    if quality.sample:
+        return Selection(chances=by_pareto(np.array([probability_of(score) for score in range(SCORES)])))
+    if quality.keep is not None:
+        return Selection(cut=cut_for(scores, quality.keep))
+    return Selection(cut=0 if quality.cut is None else bin_of(quality.cut))

@@ -1,0 +1,1 @@
+"""Named starting points for `moray prepare --recipe NAME`."""
