@@ -1,5 +1,4 @@
 """The tokens of the pieces against those that tokenizers gives for the whole text, for every family of tokenizers."""
-# ruff: noqa: RUF001
 
 import json
 import os
