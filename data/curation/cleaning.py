@@ -1,0 +1,159 @@
+"""Cleans a text: its characters, broken encodings, the lines of a web page that are no prose, and personal marks."""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, Literal
+
+from moray import UserError
+from moray.data.curation.lines import TERMINALS
+from moray.data.curation.masking import masked
+from moray.data.curation.words import Words
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is cleaned. Steps run in the order mojibake, characters, lines, mask."""
+
+    characters: bool = True
+    """One form for what looks the same: newlines, NFC, no control or zero-width characters, no white space at ends."""
+    mojibake: bool = False
+    """Undo wrong decodings ("schÃ¶n") by ftfy; 3 MB a second."""
+    lines: bool = False
+    """C4's rules: only lines of three words or more that end as sentences do, and no cookie or JavaScript notices."""
+    mask: tuple[Literal["email", "ip", "card"], ...] = ()
+    """Put placeholders for these."""
+
+
+def clean(text: str, how: Cleaning) -> tuple[str, dict[str, int]]:
+    """The text cleaned, and for each step taken the UTF-8 bytes by which it became shorter.
+
+    A step that made it longer has a negative number, so the bytes of the text less all of these are those of the
+    cleaned one. Cleaning what is clean changes nothing, ftfy aside, which promises no such thing.
+    Raises UserError where `how.mojibake` is set and ftfy isn't installed.
+    """
+    steps = {
+        "mojibake": (how.mojibake, _decoded_rightly),
+        "characters": (how.characters, clean_characters),
+        "lines": (how.lines, prose_lines),
+        "mask": (bool(how.mask), lambda text: masked(text, how.mask)),
+    }
+    removed = {}
+    for name, (asked, step) in steps.items():
+        if asked:
+            before, text = text, step(text)
+            removed[name] = 0 if text == before else _n_bytes(before) - _n_bytes(text)
+    return text, removed
+
+
+# Control characters but tabs and what ends lines; soft hyphens, zero-width spaces, word joiners and the invisible
+# operators behind them, byte order marks; halves of surrogate pairs, which no file of UTF-8 can hold.
+_NOTHING = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060-\u2064\ufeff\ud800-\udfff]+")
+_NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+_JOINERS = re.compile("[\u200c\u200d]+")
+_BLANK_LINES = re.compile(r"\n{4,}")
+
+MAX_MARKS = 30
+"""Marks in a row that stay: no script needs more. Source: UAX #15, section 13 (Stream-Safe Text Format)."""
+
+
+def clean_characters(text: str) -> str:
+    """Rules of `Cleaning.characters`; linear in the text's length, whatever is in it."""
+    # What is removed goes first: "\r\0\n" is one newline.
+    text = _NEWLINE.sub("\n", _JOINERS.sub(_joiner, _NOTHING.sub("", text)))
+    if not text.isascii():
+        # Normalising takes a time quadratic in the length of a run of marks (minutes for 300 kB of them). Some
+        # letters come apart into a letter and a mark, so a run may be too long only afterwards.
+        text = _too_many_marks().sub(r"\1", unicodedata.normalize("NFC", _too_many_marks().sub(r"\1", text)))
+    return _outlined("\n".join([line.rstrip() for line in text.split("\n")]))
+
+
+def _joiner(run: re.Match[str]) -> str:
+    """Joiners shape Indic, Arabic and Persian words and hold emoji together; elsewhere they are nothing."""
+    text, start, end = run.string, run.start(), run.end()
+    if start == 0:
+        return ""
+    # Behind a virama one stands even at the end of a word.
+    after_virama = unicodedata.combining(text[start - 1]) == 9
+    return run[0][0] if after_virama or (_joinable(text[start - 1]) and _joinable(text[end : end + 1])) else ""
+
+
+def _joinable(char: str) -> bool:
+    """Whether this is a letter, a mark or an emoji."""
+    return char != "" and (unicodedata.category(char)[0] in "LM" or unicodedata.category(char) in ("So", "Sk"))
+
+
+@lru_cache(maxsize=1)
+def _too_many_marks() -> re.Pattern[str]:
+    marks = "".join(char for char in map(chr, range(0x110000)) if unicodedata.combining(char))
+    return re.compile(f"([{marks}]{{{MAX_MARKS}}})[{marks}]+")
+
+
+def _outlined(text: str) -> str:
+    """At most two blank lines in a row, none first or last."""
+    return _BLANK_LINES.sub("\n\n\n", text).strip()
+
+
+# C4's own list. Source: `_POLICY_SUBSTRINGS` in TFDS's text/c4_utils.py, the code that made C4.
+_NOTICES = (
+    "javascript",
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "uses cookies",
+    "use of cookies",
+    "use cookies",
+)
+_MIN_WORDS = 3
+
+
+def prose_lines(text: str) -> str:
+    """The lines that end in terminal punctuation or a quotation mark, of three words or more, that are no notices.
+
+    Blank lines stay, where C4 loses them: they are what parts paragraphs. Characters of Chinese and Japanese are
+    words, and their marks end lines, a double ellipsis as well; other ellipses do not: such lines are cut off.
+    Source: Raffel et al., JMLR 2020, section 2.2.
+    """
+    lines = text.split("\n")
+    n_words = Words.of(lines).counts.tolist()
+    kept = [
+        line
+        for line, n in zip(lines, n_words, strict=True)
+        if not line.strip() or (n >= _MIN_WORDS and _is_prose(line))
+    ]
+    return _outlined("\n".join(kept))
+
+
+def _is_prose(line: str) -> bool:
+    line = line.strip()
+    is_cut_off = line.endswith(("...", "…")) and not line.endswith("……")
+    return line.endswith(TERMINALS) and not is_cut_off and not any(notice in line.lower() for notice in _NOTICES)
+
+
+def _decoded_rightly(text: str) -> str:
+    ftfy = _ftfy()
+    # Of all that ftfy can do the encoding alone: the rest changes what was meant so ("…" to "...", ligatures, quotes).
+    only_encoding = ftfy.TextFixerConfig(
+        unescape_html=False,
+        remove_terminal_escapes=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        fix_line_breaks=False,
+        remove_control_chars=False,
+        normalization=None,
+    )
+    return str(ftfy.fix_text(text, only_encoding))
+
+
+def _ftfy() -> Any:
+    try:
+        return import_module("ftfy")
+    except ImportError:
+        raise UserError("cleaning with mojibake=true needs ftfy: pip install 'moray-train[clean]'") from None
+
+
+def _n_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))

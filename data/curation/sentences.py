@@ -1,0 +1,40 @@
+"""How many sentences a text has, by sentencex."""
+
+import re
+
+import sentencex
+
+from moray.data.curation.scripts import shares
+from moray.data.curation.words import Words
+
+_LANGUAGES = {
+    "cyrillic": "ru",
+    "greek": "el",
+    "arabic": "ar",
+    "devanagari": "hi",
+    "thai": "th",
+    "kana": "ja",
+    "han": "zh",
+}
+"""Whose abbreviations are looked for where a script is that of most letters. The rest is read as English."""
+
+_PIECE = 4_000
+# sentencex's time is quadratic in the quotation marks of a paragraph: 300,000 of them take half a minute. So it is
+# given pieces that end behind a line or a full stop where there is one.
+_PIECES = re.compile(rf"(?s:.{{1,{_PIECE}}}(?:(?<=[\n.?!。！？])|$))|(?s:.{{1,{_PIECE}}})")
+
+
+def n_sentences(text: str) -> int:
+    """Sentences of the text; a blank line ends one, a single newline doesn't.
+
+    One that is cut, as it is longer than 4,000 characters or an abbreviation ends such a piece, counts twice.
+    """
+    language = language_of(text)
+    pieces = _PIECES.findall(text) if len(text) > _PIECE else [text]
+    return sum(not part.isspace() for piece in pieces for part in sentencex.segment(language, piece))
+
+
+def language_of(text: str) -> str:
+    """By the script of most of the letters of the text's beginning."""
+    found = shares(Words.of([text[:1_000]]))
+    return next((language for script, language in _LANGUAGES.items() if found[script][0] > 0.5), "en")

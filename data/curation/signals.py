@@ -1,0 +1,111 @@
+"""Numbers that tell prose from what is none, of a batch of texts at once. Rules (`rules.py`) are bounds on them."""
+
+# Shapes: D texts.
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from moray.data.curation import repetition
+from moray.data.curation.lines import LINE_SIGNALS, duplicate_chars, duplicates, lines_of, paragraphs_of
+from moray.data.curation.scripts import NO_LETTER, SCRIPTS, SPACE, scripts_of, shares
+from moray.data.curation.sentences import n_sentences
+from moray.data.curation.words import Words
+
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+"""Source: Rae et al. 2021 (Gopher), A1.1."""
+
+
+def _n_words(words: Words) -> np.ndarray:
+    return words.counts.astype(np.float64)
+
+
+def _mean_word_length(words: Words) -> np.ndarray:
+    total = np.concatenate([[0], np.cumsum(words.lengths)])
+    return np.diff(total[words.first]) / np.maximum(words.counts, 1)
+
+
+def _alphabetic_words(words: Words) -> np.ndarray:
+    """Of what white space parts, not of `Words`: those are letters and digits only, and tables are full of neither."""
+    scripts = scripts_of(words.codes)
+    begins = np.ones(len(scripts), bool)
+    begins[1:] = scripts[:-1] == SPACE
+    begins[words.text_ends[words.text_ends < len(scripts)]] = True
+    starts = np.flatnonzero(begins & (scripts != SPACE))
+    if not len(starts):
+        return np.zeros(len(words.text_ends))
+    text = np.searchsorted(words.text_ends, starts, side="right")
+    has_letter = np.logical_or.reduceat(scripts > NO_LETTER, starts)
+    n_alphabetic = np.bincount(text, weights=has_letter, minlength=len(words.text_ends))
+    return n_alphabetic / np.maximum(np.bincount(text, minlength=len(words.text_ends)), 1)
+
+
+def _stop_words(words: Words) -> np.ndarray:
+    short = np.flatnonzero(words.lengths <= max(map(len, STOP_WORDS)))
+    text = np.searchsorted(words.first, short, side="right") - 1
+    is_there = np.zeros((len(words.counts), len(STOP_WORDS)), bool)
+    for place, word in enumerate(STOP_WORDS):
+        forms = Words.of([word, word.capitalize(), word.upper()]).hashes
+        is_there[text[np.isin(words.hashes[short], forms)], place] = True
+    return is_there.sum(1).astype(np.float64)
+
+
+_OF_WORDS: dict[str, Callable[[Words], np.ndarray]] = {
+    "n_words": _n_words,
+    "mean_word_length": _mean_word_length,
+    "alphabetic_words": _alphabetic_words,
+    "stop_words": _stop_words,
+}
+_OF_TEXT: dict[str, Callable[[str], float]] = {
+    "duplicate_line_chars": lambda text: duplicate_chars(lines_of(text), len(text)),
+    "duplicate_paragraphs": lambda text: duplicates(paragraphs_of(text)),
+    "duplicate_paragraph_chars": lambda text: duplicate_chars(paragraphs_of(text), len(text)),
+    "lorem_ipsum": lambda text: text.lower().count("lorem ipsum"),
+    "curly_brackets": lambda text: text.count("{"),
+    "n_sentences": n_sentences,
+}
+_PER_WORD: dict[str, Callable[[str], float]] = {
+    "symbol_to_word": lambda text: max(text.count("#"), text.count("...") + text.count("…")),
+    "newlines_per_word": lambda text: text.count("\n"),
+}
+
+SIGNALS = (
+    *_OF_WORDS,
+    *LINE_SIGNALS,
+    *_OF_TEXT,
+    *_PER_WORD,
+    *repetition.TOP,
+    *repetition.DUPLICATE,
+    *SCRIPTS,
+    "unspaced",
+)
+"""All there are.
+
+n_words, n_sentences, lorem_ipsum, curly_brackets: how many. mean_word_length: in characters. symbol_to_word: '#', or
+ellipses if there are more, for each word. newlines_per_word: too. alphabetic_words: share with a letter. stop_words:
+how many different ones of Gopher's eight. The rest are shares: of lines (`lines.py`), of characters (`repetition.py`),
+of letters (`scripts.py`).
+"""
+
+
+def signals(texts: Sequence[str], wanted: Collection[str] = SIGNALS) -> dict[str, np.ndarray]:
+    """The signals wanted, float64 [D] each, and no work for others; words are found once for all.
+
+    Give texts of a megabyte together: the work for a batch hardly depends on how many texts are in it.
+    """
+    words = Words.of(texts)
+    found = {name: of_words(words) for name, of_words in _OF_WORDS.items() if name in wanted}
+    if LINE_SIGNALS.keys() & set(wanted):
+        lines = [lines_of(text) for text in texts]
+        found |= {name: _array(map(of, lines)) for name, of in LINE_SIGNALS.items() if name in wanted}
+    found |= {name: _array(map(of, texts)) for name, of in _OF_TEXT.items() if name in wanted}
+    n_words = np.maximum(words.counts, 1)
+    found |= {name: _array(map(of, texts)) / n_words for name, of in _PER_WORD.items() if name in wanted}
+    found |= repetition.repetition(words, wanted)
+    if {*SCRIPTS, "unspaced"} & set(wanted):
+        found |= shares(words)
+    return {name: found[name] for name in wanted}
+
+
+def _array(values: "map[float]") -> np.ndarray:
+    return np.array(list(values), np.float64)
