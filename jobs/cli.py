@@ -17,6 +17,7 @@ from moray.cluster.exit_codes import EXIT_FAILED, EXIT_KILLED_BY_KEYBOARD, EXIT_
 from moray.cluster.launchers import is_another_rank
 from moray.cluster.signals import hold_sigterm, leave_on_sigterm
 from moray.jobs.completion import SHELLS, completion
+from moray.jobs.config.arguments import split_settings
 from moray.jobs.options import bind
 from moray.jobs.verbs.chat import chat
 from moray.jobs.verbs.checkpoints import checkpoints
@@ -50,6 +51,7 @@ VERBS: dict[str, Callable[..., int]] = {
 }  # fmt: skip
 TRAIN = ("pretrain", "finetune")
 READ_THEIR_OWN_WORDS = (*TRAIN, "submit")
+TAKE_SETTINGS = ("prepare",)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -68,6 +70,9 @@ def dispatch(arguments: list[str]) -> int:
         raise UserError(f"{name} is not a verb of moray; there are {', '.join(VERBS)}")
     if name in READ_THEIR_OWN_WORDS:
         return VERBS[name](rest)
+    if name in TAKE_SETTINGS:
+        words, settings = split_settings(rest)
+        return bind(VERBS[name], f"moray {name}", words)(settings=settings)
     return bind(VERBS[name], f"moray {name}", rest)()
 
 

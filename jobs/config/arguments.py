@@ -25,6 +25,20 @@ def parse_settings(arguments: list[str]) -> tuple[str | None, dict[str, str]]:
     return recipe, overrides
 
 
+def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Settings (`--section.key value`) out of the words of a command that has options, too: the words, the settings."""
+    words: list[str] = []
+    settings: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and "." in word.partition("=")[0]:
+            settings += [word] if "=" in word or not rest else [word, rest.pop(0)]
+        else:
+            words.append(word)
+    return words, parse_settings(settings)[1]
+
+
 def check_utf8(name: str, value: str) -> None:
     """Raises UserError for bytes of a command line that are no text, as Python passes them on."""
     try:

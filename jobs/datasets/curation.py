@@ -21,9 +21,7 @@ BENCHMARKS = "benchmarks.npz"
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe for a plan: with the digests of the files that it names. Raises UserError for one that is no such."""
-    settings = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in flatten(recipe.model_dump())
-    }
+    settings: dict[str, Any] = dict(flatten(recipe.model_dump(mode="json")))
     if recipe.quality.classifier:
         settings["quality.classifier"] = Classifier.load(Path(recipe.quality.classifier)).fingerprint
     settings["benchmarks.tasks"] = [_digest(Path(path)) for path in recipe.benchmarks.tasks]

@@ -34,7 +34,7 @@ class RulesSection(Section):
     sets: tuple[str, ...] = ()
     """Rules that a document must keep: gopher-quality, gopher-repetition, c4, fineweb, chinese."""
     bounds: tuple[str, ...] = ()
-    """Other bounds for some of them: n_words=20..100000,mean_word_length=2..12."""
+    """Other bounds for some of them: gopher_n_words=20..100000,gopher_mean_word_length=2..12."""
 
     @field_validator("sets", "bounds", mode="before")
     @classmethod
@@ -149,7 +149,7 @@ def _listed(value: Any) -> Any:
 def _bound(text: str) -> tuple[str, str]:
     name, equals, bound = text.partition("=")
     if not equals:
-        raise UserError(f"rules.bounds={text} must be NAME=LOW..HIGH, for example n_words=20..100000")
+        raise UserError(f"rules.bounds={text} must be NAME=LOW..HIGH, for example gopher_n_words=20..100000")
     return name, bound
 
 

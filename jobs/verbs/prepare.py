@@ -18,14 +18,23 @@ def prepare(
     seed: int = 0,
     overwrite: bool = False,
     answers: Literal["all", "best", "first"] = "all",
+    recipe: str = "none",
     dedup: Literal["auto", "exact", "none"] = "auto",
+    workers: int | None = None,
+    memory_mb: int | None = None,
     text_field: str = "text",
     max_document_bytes: int = 16 << 20,
     long_documents: Literal["cut", "drop"] = "cut",
     max_bad: int = 100,
     on_damage: Literal["stop", "skip"] = "stop",
+    settings: tyro.conf.Suppress[dict[str, str] | None] = None,
 ) -> int:
     """Turn text into a dataset: tokenizer, shuffled WebDataset shards and their index.
+
+    What is done to text on the way is said by a recipe and by settings of the form --section.key value, which win over
+    it: clean.characters, clean.lines, clean.mask, clean.mojibake, rules.sets, rules.bounds, duplicates.near,
+    duplicates.paragraphs, quality.classifier, quality.keep, quality.cut, quality.sample, benchmarks.tasks
+    (docs/datasets.md says what they mean). A preparation that was interrupted goes on by the same command.
 
     Args:
         sources: stdlib, or files (.txt .md .rst .py .jsonl .json .tar, with .gz .zst .bz2 .xz; .parquet) and folders.
@@ -39,17 +48,23 @@ def prepare(
         seed: Decides on the documents' order.
         overwrite: Replace a finished dataset in `out`.
         answers: Which of several answers to one message become dialogues: all, the best, or the first.
+        recipe: What is done to text: web, books, chat, none, or a .toml file with settings.
         dedup: What is kept of equal documents: exact, one of them; none, all. auto: of text one, of other kinds all.
+        workers: Processes; as many as there are cores and memory has room for, unless it is said.
+        memory_mb: What they may take together, in MB; half of the free memory, unless it is said.
         text_field: The field of JSON and parquet that holds the text; data.text is a field within a field.
         max_document_bytes: A longer document is cut or dropped.
         long_documents: What is done with one: cut (after a paragraph, a line or a word) or drop.
         max_bad: Bad records (not UTF-8, not JSON, without a text) that are left out before it is an error.
         on_damage: Stop at a damaged file, or skip the rest of it.
+        settings: Settings by name.
     """
     from moray.data.reading.documents import found_kind
     from moray.data.reading.rules import Rules
     from moray.jobs.datasets.prepare import prepare as run
+    from moray.jobs.datasets.recipe import load_recipe
 
+    curation = load_recipe(recipe, settings or {})
     reading = Rules(text_field, max_document_bytes, long_documents, max_bad, on_damage, answers=answers)
     run(
         sources,
@@ -61,5 +76,8 @@ def prepare(
         overwrite=overwrite,
         reading=replace(reading, kind=found_kind(sources, reading) if kind == "auto" else kind),
         dedup=dedup,
+        recipe=curation,
+        workers=workers,
+        memory_mb=memory_mb,
     )
     return 0
