@@ -74,8 +74,7 @@ class Stream:
         """This rank's lanes of global batch n: a pure function of n."""
         first = n * self.global_batch
         places = self._order.locate(first + self._lanes)
-        where = zip(places.shards.tolist(), places.sequences.tolist(), strict=True)
-        return _stack([self._rows.row(shard, number) for shard, number in where], first, n)
+        return _batch(self._rows.rows(places.shards, places.sequences), first, n)
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """Batches start, start + 1, …, read ahead by a thread that lives as long as the iterator.
@@ -136,19 +135,18 @@ def evaluation_batches(
 def _evaluation_batches(all_rows: Rows, empty: np.ndarray, global_batch: int, lanes: Sequence[int]) -> Iterator[Batch]:
     ends = np.cumsum(all_rows.counts)
     for step, first in enumerate(range(0, int(ends[-1]), global_batch)):
-        rows = []
-        for position in (first + lane for lane in lanes):
-            if position < ends[-1]:
-                shard = int(np.searchsorted(ends, position, side="right"))
-                sequence = position - (int(ends[shard - 1]) if shard else 0)
-                rows.append(all_rows.row(shard, sequence))
-            else:
-                rows.append(empty)
-        yield _stack(rows, first, step)
+        positions = first + np.asarray(lanes)
+        rows = np.repeat(empty[:, None], len(lanes), axis=1)
+        if (is_there := positions < ends[-1]).any():
+            shards = np.searchsorted(ends, positions[is_there], side="right")
+            numbers = positions[is_there] - (ends - all_rows.counts)[shards]
+            rows[:, is_there] = all_rows.rows(shards, numbers)
+        yield _batch(rows, first, step)
 
 
-def _stack(rows: list[np.ndarray], first: int, step: int) -> Batch:
-    tokens_BT, targets_BT, positions_BT, documents_BT = torch.from_numpy(np.stack(rows, axis=1))
+def _batch(rows: np.ndarray, first: int, step: int) -> Batch:
+    """Of int64 [4, B, T]."""
+    tokens_BT, targets_BT, positions_BT, documents_BT = torch.from_numpy(rows)
     return Batch(tokens_BT, targets_BT, positions_BT, documents_BT, first, step)
 
 
