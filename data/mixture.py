@@ -96,6 +96,6 @@ def counts_of(weights: Mapping[str, Fraction]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def least_weight(weights: Mapping[str, Fraction]) -> Fraction:
-    """That of one slot, beside these."""
-    return sum(weights.values(), Fraction(0)) / CYCLE
+def least_weight(others: Fraction) -> Fraction:
+    """That of one slot of a cycle, beside others that add up to this."""
+    return others / (CYCLE - 1)

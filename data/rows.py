@@ -37,7 +37,7 @@ def rows_of(dataset: Dataset, split: str, seq_len: int, cache_bytes: int, long_d
         return TextRows(dataset, split, seq_len, reader)
     if dataset.kind == "chat":
         return DialogueRows(dataset, split, seq_len, reader, long_dialogues)
-    raise UserError(f"data.path={dataset.folder} holds {dataset.kind}, which have no next token to learn from")
+    raise UserError(f"{dataset.called}={dataset.folder} holds {dataset.kind}, which have no next token to learn from")
 
 
 class TextRows:
@@ -124,8 +124,8 @@ class DialogueRows:
         self.counts = np.array([len(packing.ends) for packing in self._packings], np.int64)
         if not self.counts.sum():
             raise UserError(
-                f"train.seq_len={seq_len} is under every dialogue of the {split} split of data.path={dataset.folder}, "
-                f"whose shortest has {shortest} tokens; raise it"
+                f"train.seq_len={seq_len} is under every dialogue of the {split} split of "
+                f"{dataset.called}={dataset.folder}, whose shortest has {shortest} tokens; raise it"
             )
         n_dialogues = sum(len(packing.documents) for packing in self._packings)
         n_cut = sum(map(len, self._cuts))
