@@ -130,8 +130,8 @@ class Dataset:
         """Raises UserError, naming both fingerprints, if a run was trained on other data than this."""
         if self.fingerprint != expected:
             raise UserError(
-                f"{self.called}={self.folder} has fingerprint {self.fingerprint}, but this run was trained on {expected}; "
-                f"point {self.called} at that data or start a new run"
+                f"{self.called}={self.folder} has fingerprint {self.fingerprint}, but this run was trained on "
+                f"{expected}; point {self.called} at that data or start a new run"
             )
 
 

@@ -78,9 +78,9 @@ class Sources:
 
 def in_turn(each: Iterable[Iterable[T]]) -> Iterator[T]:
     """The first of each, then the second of each, and so on, as far as they go."""
-    nothing = object()
-    for row in zip_longest(*each, fillvalue=nothing):
-        yield from (item for item in row if item is not nothing)
+    boxes = [((item,) for item in items) for items in each]
+    for row in zip_longest(*boxes):
+        yield from (box[0] for box in row if box)
 
 
 def _called(name: str) -> str:

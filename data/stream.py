@@ -1,8 +1,8 @@
 """What a rank iterates: global batches, pure functions of (datasets, seed, batch number), prefetched by a thread.
 
 Law 2: global batch n holds positions [nB, (n+1)B), which `data/mixture.py` deals out to the sources; each gives its
-sequences in its own order (`data/order.py`), across epoch ends. A rank reads the lanes it owns. Joined over the ranks, the lanes are the same for every world size and after every restart: the
-data state of a run is one integer.
+sequences in its own order (`data/order.py`), across epoch ends. A rank reads the lanes it owns. Joined over the ranks,
+the lanes are the same for every world size and after every restart: the data state of a run is one integer.
 """
 
 # Shapes: B lanes of this rank, T tokens of a sequence (seq_len).
@@ -57,8 +57,8 @@ class Source:
 class Stream:
     """An endless stream of training batches over one split of a dataset, or of several that a mixture mixes.
 
-    Memory: `prefetch` batches, and of each dataset a cache of blocks, 256 MiB by default: the window of its order, whose
-    blocks a smaller one would read again for each row. The first read of a block verifies it.
+    Memory: `prefetch` batches, and of each dataset a cache of blocks, 256 MiB by default: what a window of its order
+    takes; from a smaller one, blocks would be read again for every row. The first read of a block verifies it.
     Raises UserError for an unknown split, a sequence or batch without a token, or lanes outside the global batch;
     while reading, for a damaged shard.
     """
