@@ -9,7 +9,7 @@ import torch.distributed as dist
 from moray.cluster.worker import WorkerContext
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training.memory import free, needed
-from moray.parallel.checkpoint.commits import list_commits
+from moray.parallel.checkpoint.commits import list_commits, newest_record
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
 
@@ -58,12 +58,13 @@ def as_recorded(config: RunConfig, commits: Path) -> RunConfig:
     So a change of weights is a phase, in the settings that the next commit holds; and what a run has seen stays what it
     was, from whichever commit it goes on.
     """
-    for commit in list_commits(commits)[-1:]:
-        there = commit.manifest.metadata
-        batch = there.get("data", {}).get("position", 0) // config.train.global_batch
-        data = config.data.going_on_from(there["config"].get("data", {}), batch)
-        config = config.model_copy(update={"data": data})
-    return config
+    newest = newest_record(commits) if config.data.mix else None
+    if newest is None:
+        return config
+    there = newest.metadata
+    batch = there.get("data", {}).get("position", 0) // config.train.global_batch
+    data = config.data.going_on_from(there["config"].get("data", {}), batch)
+    return config.model_copy(update={"data": data})
 
 
 def has_fast_bf16(device: torch.device) -> bool:

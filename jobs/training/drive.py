@@ -48,8 +48,7 @@ def drive(config: RunConfig, console: Console | None = None, listener: Listener 
     is_first = not rank
     console = console or Console(stderr=True, quiet=not is_first)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    if config.data.mix:
-        config = as_recorded(config, checkpoints_of(config))
+    config = as_recorded(config, checkpoints_of(config))
     sources = check(config, tell)
     if is_first:
         sources.verify()
