@@ -15,6 +15,8 @@ from moray.cluster.launch import launch
 from moray.cluster.launchers import own_rank
 from moray.cluster.worker import WorkerError
 from moray.data.blocks import CACHE_BYTES
+from moray.data.chat.jinja_template import CHAT_TEMPLATE
+from moray.data.dataset import Dataset
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.sources import Sources
 from moray.data.tokenizer import same_vocabulary
@@ -96,6 +98,12 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
             f"{dataset.called}={dataset.folder} is of kind {dataset.kind}, which {which}; train.objective="
             f"{config.train.objective} wants kind {'text' if config.train.objective == 'pretrain' else 'chat'}"
         )
+    for other in sources.datasets.values():
+        if _template(other) != _template(dataset):
+            raise UserError(
+                f"{dataset.called}={dataset.folder} and {other.called}={other.folder} write dialogues by different "
+                "templates; prepare one of them with `--tokenizer` and the folder of the other"
+            )
     sequences = {}
     for name, dataset in sources.datasets.items():
         for split in dataset.splits:
@@ -110,6 +118,11 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
             tell(line)
     if dataset.kind == "chat" and config.model.moe and not config.adapters:  # which freeze routers
         tell(balance_kept(config.model.moe))
+
+
+def _template(dataset: Dataset) -> bytes | None:
+    path = Path(dataset.folder, CHAT_TEMPLATE)
+    return path.read_bytes() if path.is_file() else None
 
 
 def epochs(sequences: Mapping[str, int], drawn: Sequence[int]) -> Iterator[str]:
