@@ -99,7 +99,7 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
             f"{config.train.objective} wants kind {'text' if config.train.objective == 'pretrain' else 'chat'}"
         )
     for other in sources.datasets.values():
-        if _template(other) != _template(dataset):
+        if dataset.kind == "chat" and _template(other) != _template(dataset):
             raise UserError(
                 f"{dataset.called}={dataset.folder} and {other.called}={other.folder} write dialogues by different "
                 "templates; prepare one of them with `--tokenizer` and the folder of the other"

@@ -93,6 +93,14 @@ def test_shares_are_exact_at_every_cycles_end_and_near_in_between() -> None:
     assert (drift.max(0) < 4 * np.sqrt(CYCLE * counts / CYCLE * (1 - counts / CYCLE)) / 2).all()
 
 
+def test_a_source_without_weight_changes_nothing_for_the_others() -> None:
+    """So that it may come later, under whatever name."""
+    for at in range(4):
+        more = [Phase(one.start, (*one.counts[:at], 0, *one.counts[at:])) for one in PHASES]
+        moved = [(source + (source >= at), index) for source, index in place(Mixture(PHASES, SEED), range(END))]
+        assert place(Mixture(more, SEED), range(END)) == moved
+
+
 def test_a_lone_source_is_every_position_itself() -> None:
     assert place(Mixture([phase(0, "1")], SEED), range(2 * CYCLE + 5)) == [(0, n) for n in range(2 * CYCLE + 5)]
 

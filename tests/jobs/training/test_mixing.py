@@ -29,7 +29,9 @@ from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.generation.generate import load_run
+from moray.jobs.report.report import render
 from moray.jobs.runs.ledger import ledger_problems
+from moray.jobs.runs.status import status_of
 from moray.jobs.training.drive import check
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits, read_tensors
@@ -153,6 +155,14 @@ def test_the_validation_loss_is_told_of_each_source_and_of_the_tokens_of_all(
     assert row["validation_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_report_shows_each_source(untouched: Path, dataset: Path, mail: Path) -> None:
+    page = render(untouched, status_of(untouched), 4)
+    for name, folder in (("json", dataset), ("mail", mail)):
+        assert f"validation, {name}" in page
+        assert str(folder) in page
+    assert "fingerprint" not in page, "why no samples were drawn"
+
+
 def test_weights_that_change_at_a_resume_are_a_phase_from_there_on(
     dataset: Path, mail: Path, untouched: Path, planned: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +217,15 @@ def test_a_source_may_come_later_and_none_may_go(dataset: Path, mail: Path, unto
     other = {"data__mix": f"json=1:{mail},mail=1:{mail},again=2:{mail}"}
     with pytest.raises(ValueError, match=rf"^data.mix: json={mail} has fingerprint"):
         dispatch(arguments(dataset, mail, run, train__steps=9, **other))
+
+
+def test_a_run_on_one_dataset_becomes_no_mixture(dataset: Path, mail: Path, tmp_path: Path) -> None:
+    alone: dict[str, object] = {"data__mix": "", "data__path": dataset, "train__steps": 2, "train__eval_every": 0}
+    assert dispatch(arguments(dataset, mail, tmp_path, **alone)) == 0
+    data = list_commits(tmp_path / "checkpoints")[-1].manifest.metadata["data"]
+    assert data["fingerprint"] == Dataset.open(dataset).fingerprint
+    with pytest.raises(ValueError, match=r"^data.mix is without data.path, which this run was trained on"):
+        dispatch(arguments(dataset, mail, tmp_path))
 
 
 def test_two_processes_mix_as_one_does(dataset: Path, mail: Path, planned: Path, tmp_path: Path) -> None:
