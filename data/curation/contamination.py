@@ -6,16 +6,15 @@ evaluation text that has 8 to 12; below that, chance is as good an explanation.
 
 # Shapes: D documents, E runs of words of the evaluation texts, W runs of those of the documents.
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from moray.data.curation.words import Words, folded, spans
+from moray.data.curation.words import Words, folded, folded_words, spans
 
 MOST_WORDS, FEWEST_WORDS = 13, 8
-_TEXTS = 1000  # read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,17 +31,17 @@ class Benchmarks:
     n_short: int
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> "Benchmarks":
-        parts, lengths, n_short = [np.zeros(0, np.uint64)], set[int](), 0
-        for low in range(0, len(texts), _TEXTS):
-            words = Words.of([folded(text) for text in texts[low : low + _TEXTS]])
+    def of(cls, texts: Iterable[str]) -> "Benchmarks":
+        parts, lengths, n_texts, n_short = [np.zeros(0, np.uint64)], set[int](), 0, 0
+        for words in folded_words(texts):
             own = np.minimum(words.counts, MOST_WORDS)
             for length in range(FEWEST_WORDS, MOST_WORDS + 1):
                 starts = _starts(words, np.where(own == length, words.counts - length + 1, 0))
                 parts.append(spans(words.hashes, starts, starts + length))
             lengths |= {*own[own >= FEWEST_WORDS].tolist()}
+            n_texts += int((own >= FEWEST_WORDS).sum())
             n_short += int((own < FEWEST_WORDS).sum())
-        return cls(np.unique(np.concatenate(parts)), tuple(sorted(lengths)), len(texts) - n_short, n_short)
+        return cls(np.unique(np.concatenate(parts)), tuple(sorted(lengths)), n_texts, n_short)
 
     def found(self, words: Words) -> np.ndarray:
         """How many runs of each document are some evaluation text's, int64 [D]. `words` are those of folded texts."""
@@ -52,7 +51,7 @@ class Benchmarks:
         return found
 
     def example(self, text: str) -> str:
-        """The first run of words, folded, that the text shares with an evaluation text; "" if there is none."""
+        """A run of words, folded, that the text shares with an evaluation text; "" if there is none."""
         words = Words.of([folded(text)])
         for length in self.lengths:
             for start in self._known(words, length)[:1].tolist():

@@ -6,7 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from moray.data.curation.words import _UNSPACED, BASE, Words, folded, mix, runs
+from moray.data.curation.words import _UNSPACED, BASE, Words, folded, folded_words, mix, runs
 
 ALPHABET = "ab1 é\u0301\u0308中文の。, ก่ข\ufe0f Ⅳ²x"
 
@@ -92,3 +92,13 @@ def test_runs_tell_order_and_length_and_stay_within_their_text() -> None:
 
 def test_what_only_looks_different_is_folded() -> None:
     assert folded("ＡBC ﬁ Straße") == "abc fi strasse"
+
+
+def test_words_come_in_batches_of_folded_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moray.data.curation.words._BATCH", 4)
+    texts = ["", "A", "bB", "ﬁ ve five", "C", "", "d d"]
+    found = list(folded_words(iter(texts)))
+    assert [words.counts.tolist() for words in found] == [[0, 1, 1], [3], [1, 0, 2]]
+    hashes = np.concatenate([words.hashes for words in found])
+    assert (hashes == Words.of([" ".join(map(folded, texts))]).hashes).all()
+    assert list(folded_words([])) == []
