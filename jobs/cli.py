@@ -72,7 +72,8 @@ def dispatch(arguments: list[str]) -> int:
         return VERBS[name](rest)
     if name in TAKE_SETTINGS:
         words, settings = split_settings(rest)
-        return bind(VERBS[name], f"moray {name}", words)(settings=settings)
+        bound: Callable[..., int] = bind(VERBS[name], f"moray {name}", words)
+        return bound(settings=settings)
     return bind(VERBS[name], f"moray {name}", rest)()
 
 

@@ -170,12 +170,12 @@ def rules_named(names: Sequence[str], changed: Mapping[str, str] | None = None) 
 def _bounds(name: str, text: str) -> tuple[float | None, float | None]:
     low, dots, high = text.partition("..")
     try:
-        parsed = tuple(float(bound) if bound.strip() else None for bound in (low, high))
+        least, most = (float(bound) if bound.strip() else None for bound in (low, high))
     except ValueError:
-        parsed = ()
-    if not dots or len(parsed) != 2 or (None not in parsed and parsed[0] > parsed[1]):
+        dots = ""
+    if not dots or (least is not None and most is not None and least > most):
         raise UserError(f"bounds of {name} are {text!r}, and should be like 50..100000, 0.5.. or ..0.2")
-    return parsed[0], parsed[1]
+    return least, most
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
