@@ -30,6 +30,7 @@ from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
 from moray.jobs.verbs.prepare import prepare
 from moray.jobs.verbs.pretrain import pretrain
+from moray.jobs.verbs.quality import quality
 from moray.jobs.verbs.report import report
 from moray.jobs.verbs.say import complain
 from moray.jobs.verbs.status import status
@@ -45,8 +46,8 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb
     for verb in (
-        doctor, prepare, pretrain, finetune, submit, status, report, generate, chat, evaluate, checkpoints, inspect,
-        export, upcycle, demo,
+        doctor, prepare, quality, pretrain, finetune, submit, status, report, generate, chat, evaluate, checkpoints,
+        inspect, export, upcycle, demo,
     )
 }  # fmt: skip
 TRAIN = ("pretrain", "finetune")

@@ -28,8 +28,8 @@ def train_classifier(good: Iterable[str], bad: Iterable[str], *, seed: int, held
 
     Of equal texts one counts, and their order does not: the texts and the seed decide. The share `held_out` of either,
     by hash of the text, and one document at least, is not learnt from and measures the AUC.
-    Memory: the texts twice, and about as much again for their features. Raises UserError for fewer than two different texts
-    of a kind, for a share that is none and for a negative seed.
+    Memory: the texts twice, and about as much again for their features.
+    Raises UserError for fewer than two different texts of a kind, for a share that is none and for a negative seed.
     """
     if seed < 0:
         raise UserError(f"seed={seed} must be 0 or more")
