@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from moray.data.index import Extent, GrowingArray, Kind, Sample, Split, arrays_of, sample_key, shard_name
 
@@ -38,6 +37,8 @@ class ShardFile:
     """A tar file written front to back by webdataset's own writer, hashed on the way."""
 
     def __init__(self, path: Path) -> None:
+        from webdataset.writer import TarWriter  # which imports torch: not for those who only read what was written
+
         self._file = _HashedFile(path)
         # Fixed times and owners: the bytes depend on the content alone.
         self._tar = TarWriter(self._file, user="", group="", mtime=0, compress=False, encoder=False)

@@ -19,6 +19,7 @@ SEPARATOR, LETTER, DIGIT, MARK, ALONE = range(5)
 
 BASE = 0x9E3779B97F4A7C15  # odd: it has an inverse modulo 2^64
 _INVERSE = pow(BASE, -1, 1 << 64)
+_KEPT_POWERS = 1 << 21  # of both together 32 MiB, which batches of usual size ask for again and again
 _JOIN = 0xD1342543DE82EF95  # odd: the base of runs of words
 
 _BATCH = 1 << 19  # code points: larger ones leave a core's cache, and take half as long again
@@ -161,13 +162,13 @@ def runs(hashes: np.ndarray, first: np.ndarray, n: int) -> tuple[np.ndarray, np.
     part = np.repeat(np.arange(len(counts)), n_runs)
     starts = first[part] + np.arange(run_first[-1]) - run_first[part]
     lengths = np.minimum(counts[part], n)
+    shortest = int(lengths.min(initial=n))
     with np.errstate(over="ignore"):
         total = np.zeros(len(starts), np.uint64)
         for offset in range(n):
-            here = offset < lengths
-            # Horner's rule: the run's length shows in it, as hashes are nowhere zero by construction.
+            # Horner's rule.
             step = total * np.uint64(_JOIN) + hashes[np.minimum(starts + offset, max(len(hashes) - 1, 0))]
-            total = np.where(here, step, total)
+            total = step if offset < shortest else np.where(offset < lengths, step, total)
         return mix(total ^ lengths.astype(np.uint64)), run_first
 
 
@@ -182,7 +183,16 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def _powers(base: int, n: int) -> np.ndarray:
     """base^0 to base^(n - 1) modulo 2^64, uint64."""
-    factors = np.full(max(n, 1), base, np.uint64)
+    return _kept_powers(base)[:n] if n <= _KEPT_POWERS else _new_powers(base, n)
+
+
+@lru_cache(maxsize=2)
+def _kept_powers(base: int) -> np.ndarray:
+    return _new_powers(base, _KEPT_POWERS)
+
+
+def _new_powers(base: int, n: int) -> np.ndarray:
+    factors = np.full(n, base, np.uint64)
     factors[0] = 1
     with np.errstate(over="ignore"):
-        return np.cumprod(factors)[:n]
+        return np.cumprod(factors)
