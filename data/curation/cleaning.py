@@ -50,9 +50,12 @@ def clean(text: str, how: Cleaning) -> tuple[str, dict[str, int]]:
 
 # Control characters but tabs and what ends lines; soft hyphens, zero-width spaces, word joiners and the invisible
 # operators behind them, byte order marks; halves of surrogate pairs, which no file of UTF-8 can hold.
-_NOTHING = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060-\u2064\ufeff\ud800-\udfff]+")
-_NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
-_JOINERS = re.compile("[\u200c\u200d]+")
+_INVISIBLE = "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060-\u2064\ufeff\ud800-\udfff"
+_LINE_ENDS = "\r\x0b\x0c\x85\u2028\u2029"
+_JOINERS = "\u200c\u200d"
+_NOTHING = re.compile(f"[{_INVISIBLE}]+")
+_NEWLINE = re.compile(f"\r\n|[{_LINE_ENDS}]")
+_JOINING = re.compile(f"[{_JOINERS}]+")
 _BLANK_LINES = re.compile(r"\n{4,}")
 
 MAX_MARKS = 30
@@ -61,12 +64,14 @@ MAX_MARKS = 30
 
 def clean_characters(text: str) -> str:
     """Rules of `Cleaning.characters`; linear in the text's length, whatever is in it."""
-    # What is removed goes first: "\r\0\n" is one newline.
-    text = _NEWLINE.sub("\n", _JOINERS.sub(_joiner, _NOTHING.sub("", text)))
-    if not text.isascii():
+    rare, too_many_marks = _rare()
+    if rare.search(text):
+        # What is removed goes first: "\r\0\n" is one newline.
+        text = _NEWLINE.sub("\n", _JOINING.sub(_joiner, _NOTHING.sub("", text)))
         # Normalising takes a time quadratic in the length of a run of marks (minutes for 300 kB of them). Some
         # letters come apart into a letter and a mark, so a run may be too long only afterwards.
-        text = _too_many_marks().sub(r"\1", unicodedata.normalize("NFC", _too_many_marks().sub(r"\1", text)))
+        text = too_many_marks.sub(r"\1", unicodedata.normalize("NFC", too_many_marks.sub(r"\1", text)))
+    text = unicodedata.normalize("NFC", text)
     return _outlined("\n".join([line.rstrip() for line in text.split("\n")]))
 
 
@@ -86,9 +91,12 @@ def _joinable(char: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _too_many_marks() -> re.Pattern[str]:
+def _rare() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What most texts have nothing of, so that one look is enough; and the marks that are too many in a row."""
     marks = "".join(char for char in map(chr, range(0x110000)) if unicodedata.combining(char))
-    return re.compile(f"([{marks}]{{{MAX_MARKS}}})[{marks}]+")
+    # A class in front, not a group or a repeat, is what lets `re` skip quickly to where one begins.
+    many = re.compile(f"([{marks}][{marks}]{{{MAX_MARKS - 1}}})[{marks}]+")
+    return re.compile(f"[{_INVISIBLE}{_LINE_ENDS}{_JOINERS}{marks}]"), many
 
 
 def _outlined(text: str) -> str:
