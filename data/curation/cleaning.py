@@ -67,10 +67,15 @@ def clean_characters(text: str) -> str:
     rare, too_many_marks = _rare()
     if rare.search(text):
         # What is removed goes first: "\r\0\n" is one newline.
-        text = _NEWLINE.sub("\n", _JOINING.sub(_joiner, _NOTHING.sub("", text)))
-        # Normalising takes a time quadratic in the length of a run of marks (minutes for 300 kB of them). Some
-        # letters come apart into a letter and a mark, so a run may be too long only afterwards.
-        text = too_many_marks.sub(r"\1", unicodedata.normalize("NFC", too_many_marks.sub(r"\1", text)))
+        text = _NEWLINE.sub("\n", _NOTHING.sub("", text))
+        before = None
+        # Joiners between letters and marks change how these compose, and are judged by what they composed to.
+        while text != before:
+            before = text
+            # Normalising takes a time quadratic in the length of a run of marks (minutes for 300 kB of them). Some
+            # letters come apart into a letter and a mark, so a run may be too long only afterwards.
+            text = too_many_marks.sub(r"\1", unicodedata.normalize("NFC", too_many_marks.sub(r"\1", text)))
+            text = _JOINING.sub(_joiner, text)
     text = unicodedata.normalize("NFC", text)
     return _outlined("\n".join([line.rstrip() for line in text.split("\n")]))
 

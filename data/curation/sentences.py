@@ -18,7 +18,7 @@ _LANGUAGES = {
     "kana": "ja",
     "han": "zh",
 }
-"""Whose abbreviations are looked for where most letters of a text's beginning are of a script. The rest is read as English."""
+"""Whose abbreviations are looked for where most letters of a text's beginning are of a script; else English."""
 
 _PIECE = 4_000
 # sentencex's time is quadratic in the quotation marks of a paragraph: 300,000 of them take half a minute. So it is
