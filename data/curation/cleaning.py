@@ -64,8 +64,7 @@ MAX_MARKS = 30
 
 def clean_characters(text: str) -> str:
     """Rules of `Cleaning.characters`; linear in the text's length, whatever is in it."""
-    rare, too_many_marks = _rare()
-    if rare.search(text):
+    if _marks().rare.search(text):
         # What is removed goes first: "\r\0\n" is one newline.
         text = _NEWLINE.sub("\n", _NOTHING.sub("", text))
         before = None
@@ -74,7 +73,7 @@ def clean_characters(text: str) -> str:
             before = text
             # Normalising takes a time quadratic in the length of a run of marks (minutes for 300 kB of them). Some
             # letters come apart into a letter and a mark, so a run may be too long only afterwards.
-            text = too_many_marks.sub(r"\1", unicodedata.normalize("NFC", too_many_marks.sub(r"\1", text)))
+            text = _without_long_runs(unicodedata.normalize("NFC", _without_long_runs(text)))
             text = _JOINING.sub(_joiner, text)
     text = unicodedata.normalize("NFC", text)
     return _outlined("\n".join([line.rstrip() for line in text.split("\n")]))
@@ -95,13 +94,33 @@ def _joinable(char: str) -> bool:
     return char != "" and (unicodedata.category(char)[0] in "LM" or unicodedata.category(char) in ("So", "Sk"))
 
 
+def _without_long_runs(text: str) -> str:
+    marks = _marks()
+    return marks.long_run.sub(r"\1", text) if marks.perhaps_long_run.search(text) else text
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Patterns of marks. A class of characters above U+FFFF is 20 times slower to look for than one below.
+
+    So `rare` (what most texts have nothing of) and `perhaps_long_run` take all those for marks.
+    """
+
+    rare: re.Pattern[str]
+    perhaps_long_run: re.Pattern[str]
+    long_run: re.Pattern[str]
+
+
 @lru_cache(maxsize=1)
-def _rare() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What most texts have nothing of, so that one look is enough; and the marks that are too many in a row."""
+def _marks() -> _Marks:
     marks = "".join(char for char in map(chr, range(0x110000)) if unicodedata.combining(char))
+    perhaps = "".join(char for char in marks if char <= "\uffff") + "\U00010000-\U0010ffff"
     # A class in front, not a group or a repeat, is what lets `re` skip quickly to where one begins.
-    many = re.compile(f"([{marks}][{marks}]{{{MAX_MARKS - 1}}})[{marks}]+")
-    return re.compile(f"[{_INVISIBLE}{_LINE_ENDS}{_JOINERS}{marks}]"), many
+    return _Marks(
+        rare=re.compile(f"[{_INVISIBLE}{_LINE_ENDS}{_JOINERS}{perhaps}]"),
+        perhaps_long_run=re.compile(f"[{perhaps}][{perhaps}]{{{MAX_MARKS}}}"),
+        long_run=re.compile(f"([{marks}][{marks}]{{{MAX_MARKS - 1}}})[{marks}]+"),
+    )
 
 
 def _outlined(text: str) -> str:

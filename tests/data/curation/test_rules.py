@@ -7,7 +7,7 @@ import pytest
 from moray import UserError
 from moray.data.curation.rules import RULE_SETS, Verdict, judge, rules_named
 
-# As the papers have them. Gopher: A1.1 and table A1; C4: section 2.2; FineWeb: datatrove's defaults; FineWeb2: cmn_Hani.
+# Gopher: A1.1 and table A1; C4: section 2.2; FineWeb: datatrove's defaults; FineWeb2: cmn_Hani.
 BOUNDS = {
     "gopher-quality": {
         "n_words": (50, 100_000),
@@ -66,6 +66,17 @@ def prose(n: int, start: int = 0) -> str:
     return " ".join(word + "." * (place % 10 == 9) for place, word in enumerate(words)) + "."
 
 
+def twice(within: str, between: str, around: str, size: int) -> str:
+    """Four parts of four words that come twice, each time before another one of three words that comes once.
+
+    Words have `size` letters; no five in a row come twice.
+    """
+    words = [chr(0x100 + n) * size for n in range(40)]
+    again = [within.join(words[n : n + 4]) for n in range(0, 16, 4)]
+    once = [between.join(words[n : n + 3]) for n in range(16, 40, 3)]
+    return around.join(part for pair in zip(again * 2, once, strict=True) for part in pair)
+
+
 GOOD = prose(120)
 CHINESE = "".join(chr(0x4E00 + n) + ("。" if n % 7 == 6 else "") for n in range(91))
 POEM = "床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。"
@@ -77,14 +88,12 @@ PLANTED = {
     "gopher_ellipsis_lines": "\n".join(prose(12, 1 + 12 * n) + ".." for n in range(9)) + " the of...",
     "gopher_alphabetic_words": GOOD + " |" * 40,
     "gopher_stop_words": prose(120, 1),
-    "gopher_duplicate_lines": "\n".join([*[prose(30, 1 + 30 * n) for n in range(6)], *["so so"] * 4]),
+    "gopher_duplicate_lines": "\n".join([*[prose(30, 1 + 30 * n) for n in range(6)], *["so so"] * 5]),
     "gopher_duplicate_paragraphs": "\n\n".join(
         [*[f"{prose(9, 1 + 9 * n)}\n{prose(9, 200 + 9 * n)}\n{n}{n}" for n in range(7)], *["so it is"] * 5]
     ),
-    "gopher_duplicate_line_chars": "\n".join([*[prose(3, 1 + 3 * n) for n in range(20)], *[prose(40, 100)] * 2]),
-    "gopher_duplicate_paragraph_chars": "\n\n".join(
-        [*[prose(5, 1 + 5 * n) for n in range(9)], prose(16, 100) + "\nx", prose(16, 100) + "\ny"]
-    ),
+    "gopher_duplicate_line_chars": twice(" ", "\n", "\n", 12),
+    "gopher_duplicate_paragraph_chars": twice("\n", "\n", "\n\n", 1),
     "gopher_top_2_gram": " ".join(f"aye nay {word}" for word in NUMBERS[:30]),
     "c4_lorem_ipsum": GOOD + " Lorem ipsum.",
     "c4_curly_brackets": GOOD + " {",
@@ -94,11 +103,11 @@ PLANTED = {
     "fineweb_duplicate_line_chars": "\n".join([prose(50, 1), prose(20, 100), prose(20, 100)]),
     "fineweb_newlines_per_word": "\n\n\n\n".join(prose(7, 1 + 7 * n) for n in range(10)),
     "chinese_n_words": POEM,
-    "chinese_symbol_to_word": CHINESE + "#" * 12,
+    "chinese_symbol_to_word": "#" * 12 + CHINESE,
     "chinese_bullet_lines": "\n".join("• " + CHINESE[n : n + 12] + "。" for n in range(0, 96, 12)),
     "chinese_terminal_lines": "\n".join(CHINESE.replace("。", "")[n : n + 12] for n in range(0, 72, 12)),
-    "chinese_duplicate_lines": "\n".join([CHINESE[:48], CHINESE[48:], *["好。"] * 2]),
-    "chinese_duplicate_10_gram_chars": CHINESE + CHINESE[:60],
+    "chinese_duplicate_lines": "\n".join([CHINESE[:48], CHINESE[48:], *["好。"] * 3]),
+    "chinese_duplicate_10_gram_chars": CHINESE + CHINESE[:64],
 }
 """By the rule of its set that the text breaks first."""
 
@@ -168,7 +177,7 @@ def test_rules_are_named_once_in_order_with_changed_bounds() -> None:
         (
             ["c4"],
             {"c4_n_sentence": "3.."},
-            "bounds are given for c4_n_sentence, which is none of the rules chosen; did",
+            "bounds are given for c4_n_sentence, which is none of the rules chosen",
         ),
         (["c4"], {"c4_n_sentences": "3"}, "bounds of c4_n_sentences are '3', and should be like 50..100000"),
         (["c4"], {"c4_n_sentences": "a..b"}, "bounds of c4_n_sentences are 'a..b'"),
