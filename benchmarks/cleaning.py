@@ -2,7 +2,7 @@
 
     python benchmarks/cleaning.py SOURCE … [--mb 6] [--steps 300] [--into docs/datasets.md --picture docs/cleaning.png]
 
-Clean are the sources' texts, in pieces of 3 kB, that the recipe keeps as they are. A twentieth of them is held out.
+Clean are the sources' texts, in pieces of 3 kB, as the recipe leaves them. A twentieth of them is held out.
 Into the rest are put near copies, copies in broken encoding, spam, stubs, menus and a footer; the first table compares
 what was put in with what the recipe took out. Then the same model is trained twice, on as many tokens of the dirty text
 and of the cleaned one, and its loss is measured on the clean text that neither has seen.
@@ -48,16 +48,17 @@ EVERY = 50
 
 
 def clean_texts(sources: list[str], n_bytes: int) -> Iterator[str]:
-    """Pieces that the recipe keeps as they are."""
+    """What the recipe makes of pieces, where it keeps that as it is."""
     how, total, seen = curation_of(recipe(), Path()), 0, set[int]()
     for document in read_documents(sources, Account(Rules())):
         parts = islice(cut([document.text.encode()], 3000), MOST_PIECES)
         pieces = [Document(str(n), piece.decode()) for n, piece in enumerate(parts)]
-        kept = {each.document.key: each.document.text for each in curate(pieces, how, 0, "clean", Ledger())}
-        for piece in pieces:
-            repeats = set(hashes([piece.text])[0].tolist()) & seen
-            if len(piece.text) >= SHORTEST and kept.get(piece.key) == piece.text and not repeats:
-                seen |= set(hashes([piece.text])[0].tolist())
+        once = [each.document for each in curate(pieces, how, 0, "clean", Ledger())]
+        kept = {each.document.key: each.document.text for each in curate(once, how, 0, "clean", Ledger())}
+        for piece in once:
+            own = set(hashes([piece.text])[0].tolist())
+            if len(piece.text) >= SHORTEST and kept.get(piece.key) == piece.text and not own & seen:
+                seen |= own
                 total += len(piece.text.encode())
                 yield piece.text
         if total >= n_bytes:

@@ -50,9 +50,12 @@ def clean(text: str, how: Cleaning) -> tuple[str, dict[str, int]]:
 
 # Control characters but tabs and what ends lines; soft hyphens, zero-width spaces, word joiners and the invisible
 # operators behind them, byte order marks; halves of surrogate pairs, which no file of UTF-8 can hold.
-_NOTHING = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060-\u2064\ufeff\ud800-\udfff]+")
-_NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
-_JOINERS = re.compile("[\u200c\u200d]+")
+_INVISIBLE = "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060-\u2064\ufeff\ud800-\udfff"
+_LINE_ENDS = "\r\x0b\x0c\x85\u2028\u2029"
+_JOINERS = "\u200c\u200d"
+_NOTHING = re.compile(f"[{_INVISIBLE}]+")
+_NEWLINE = re.compile(f"\r\n|[{_LINE_ENDS}]")
+_JOINING = re.compile(f"[{_JOINERS}]+")
 _BLANK_LINES = re.compile(r"\n{4,}")
 
 MAX_MARKS = 30
@@ -61,12 +64,18 @@ MAX_MARKS = 30
 
 def clean_characters(text: str) -> str:
     """Rules of `Cleaning.characters`; linear in the text's length, whatever is in it."""
-    # What is removed goes first: "\r\0\n" is one newline.
-    text = _NEWLINE.sub("\n", _JOINERS.sub(_joiner, _NOTHING.sub("", text)))
-    if not text.isascii():
-        # Normalising takes a time quadratic in the length of a run of marks (minutes for 300 kB of them). Some
-        # letters come apart into a letter and a mark, so a run may be too long only afterwards.
-        text = _too_many_marks().sub(r"\1", unicodedata.normalize("NFC", _too_many_marks().sub(r"\1", text)))
+    if _marks().rare.search(text):
+        # What is removed goes first: "\r\0\n" is one newline.
+        text = _NEWLINE.sub("\n", _NOTHING.sub("", text))
+        before = None
+        # Joiners between letters and marks change how these compose, and are judged by what they composed to.
+        while text != before:
+            before = text
+            # Normalising takes a time quadratic in the length of a run of marks (minutes for 300 kB of them). Some
+            # letters come apart into a letter and a mark, so a run may be too long only afterwards.
+            text = _without_long_runs(unicodedata.normalize("NFC", _without_long_runs(text)))
+            text = _JOINING.sub(_joiner, text)
+    text = unicodedata.normalize("NFC", text)
     return _outlined("\n".join([line.rstrip() for line in text.split("\n")]))
 
 
@@ -85,10 +94,33 @@ def _joinable(char: str) -> bool:
     return char != "" and (unicodedata.category(char)[0] in "LM" or unicodedata.category(char) in ("So", "Sk"))
 
 
+def _without_long_runs(text: str) -> str:
+    marks = _marks()
+    return marks.long_run.sub(r"\1", text) if marks.perhaps_long_run.search(text) else text
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Patterns of marks. A class of characters above U+FFFF is 20 times slower to look for than one below.
+
+    So `rare` (what most texts have nothing of) and `perhaps_long_run` take all those for marks.
+    """
+
+    rare: re.Pattern[str]
+    perhaps_long_run: re.Pattern[str]
+    long_run: re.Pattern[str]
+
+
 @lru_cache(maxsize=1)
-def _too_many_marks() -> re.Pattern[str]:
+def _marks() -> _Marks:
     marks = "".join(char for char in map(chr, range(0x110000)) if unicodedata.combining(char))
-    return re.compile(f"([{marks}]{{{MAX_MARKS}}})[{marks}]+")
+    perhaps = "".join(char for char in marks if char <= "\uffff") + "\U00010000-\U0010ffff"
+    # A class in front, not a group or a repeat, is what lets `re` skip quickly to where one begins.
+    return _Marks(
+        rare=re.compile(f"[{_INVISIBLE}{_LINE_ENDS}{_JOINERS}{perhaps}]"),
+        perhaps_long_run=re.compile(f"[{perhaps}][{perhaps}]{{{MAX_MARKS}}}"),
+        long_run=re.compile(f"([{marks}][{marks}]{{{MAX_MARKS - 1}}})[{marks}]+"),
+    )
 
 
 def _outlined(text: str) -> str:

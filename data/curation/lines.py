@@ -9,7 +9,7 @@ from collections.abc import Callable
 TERMINALS = (".", "?", "!", '"', "'", "”", "’", "»", "。", "！", "？", "…", "；", "」", "』", "।", "؟", "۔")
 """What ends a line of prose. C4's . ? ! and quotes, with the same of Chinese, Japanese, Hindi, Arabic and Urdu."""
 
-_BULLETS = ("•", "‣", "◦", "●", "○", "■", "□", "▪", "▫", "▶", "·", "–", "-", "*")
+_BULLETS = ("•", "‣", "◦", "●", "○", "■", "▪", "▫", "▶", "·", "–", "-", "*")  # "□" is a lost character in Chinese
 _ELLIPSES = ("...", "…")
 _SHORT = 30
 

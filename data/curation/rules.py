@@ -1,7 +1,8 @@
 """Rules for a text: bounds on signals, as published, and the first one that a text breaks."""
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -138,7 +139,7 @@ def judge(texts: Sequence[str], rules: Sequence[Rule]) -> list[Verdict | None]:
     return verdicts
 
 
-def _past(rule: Rule, values: np.ndarray) -> Iterable[tuple[np.ndarray, str]]:
+def _past(rule: Rule, values: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
     if rule.low is not None:
         yield values < rule.low, f">= {rule.low:g}"
     if rule.high is not None:
@@ -170,12 +171,13 @@ def rules_named(names: Sequence[str], changed: Mapping[str, str] | None = None) 
 def _bounds(name: str, text: str) -> tuple[float | None, float | None]:
     low, dots, high = text.partition("..")
     try:
-        least, most = (float(bound) if bound.strip() else None for bound in (low, high))
+        # A bound that is left open is as one that nothing is past.
+        least, most = float(low.strip() or "-inf"), float(high.strip() or "inf")
     except ValueError:
-        dots = ""
-    if not dots or (least is not None and most is not None and least > most):
+        least, most = math.inf, -math.inf
+    if not dots or not least <= most:
         raise UserError(f"bounds of {name} are {text!r}, and should be like 50..100000, 0.5.. or ..0.2")
-    return least, most
+    return least if low.strip() else None, most if high.strip() else None
 
 
 def _nearest(name: str, known: Collection[str]) -> str:

@@ -2,14 +2,14 @@
 
 # Shapes: D texts.
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
 from moray.data.curation import repetition
 from moray.data.curation.lines import LINE_SIGNALS, duplicate_chars, duplicates, lines_of, paragraphs_of
 from moray.data.curation.scripts import NO_LETTER, SCRIPTS, SPACE, scripts_of, shares
-from moray.data.curation.sentences import n_sentences
+from moray.data.curation.sentences import n_sentences_each
 from moray.data.curation.words import Words
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -62,10 +62,10 @@ _OF_TEXT: dict[str, Callable[[str], float]] = {
     "duplicate_paragraph_chars": lambda text: duplicate_chars(paragraphs_of(text), len(text)),
     "lorem_ipsum": lambda text: text.lower().count("lorem ipsum"),
     "curly_brackets": lambda text: text.count("{"),
-    "n_sentences": n_sentences,
 }
 _PER_WORD: dict[str, Callable[[str], float]] = {
-    "symbol_to_word": lambda text: max(text.count("#"), text.count("...") + text.count("…")),
+    # A double ellipsis, as Chinese has it, is one.
+    "symbol_to_word": lambda text: max(text.count("#"), text.count("...") + text.count("…") - text.count("……")),
     "newlines_per_word": lambda text: text.count("\n"),
 }
 
@@ -74,6 +74,7 @@ SIGNALS = (
     *LINE_SIGNALS,
     *_OF_TEXT,
     *_PER_WORD,
+    "n_sentences",
     *repetition.TOP,
     *repetition.DUPLICATE,
     *SCRIPTS,
@@ -101,11 +102,13 @@ def signals(texts: Sequence[str], wanted: Collection[str] = SIGNALS) -> dict[str
     found |= {name: _array(map(of, texts)) for name, of in _OF_TEXT.items() if name in wanted}
     n_words = np.maximum(words.counts, 1)
     found |= {name: _array(map(of, texts)) / n_words for name, of in _PER_WORD.items() if name in wanted}
+    if "n_sentences" in wanted:
+        found["n_sentences"] = _array(n_sentences_each(texts))
     found |= repetition.repetition(words, wanted)
     if {*SCRIPTS, "unspaced"} & set(wanted):
         found |= shares(words)
     return {name: found[name] for name in wanted}
 
 
-def _array(values: "map[float]") -> np.ndarray:
+def _array(values: Iterable[float]) -> np.ndarray:
     return np.array(list(values), np.float64)
