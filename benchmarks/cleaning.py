@@ -42,7 +42,7 @@ FOOTER = (
 )
 MENU = "Home | Catalogue | Authors | Sign in"
 SPAM = "Buy the best pills online today at the lowest price with free delivery."
-SHORTEST = 400  # characters; in shorter ones a changed word changes too many shingles
+SHORTEST = 1000  # characters; in shorter ones a changed word changes too many shingles
 MOST_PIECES = 400  # of a document, so that there are some of many
 EVERY = 50
 
@@ -116,7 +116,7 @@ def changed(text: str, chance: random.Random) -> str:
     gap = " " if text.count(" ") > len(text) / 10 else ""
     words = text.split(gap) if gap else list(text)
     for place in chance.sample(range(len(words)), max(len(words) // 200, 1)):
-        words[place] = f"{words[place]}ly" if gap else "也"
+        words[place] = f"un{words[place]}" if gap else "也"
     return gap.join(words)
 
 
