@@ -10,6 +10,7 @@ from moray.data.preparation.runs import Run
 from moray.data.preparation.winners import keys_of
 from moray.data.reading.compression import optional
 
+PURPOSE = "writing a .parquet file"
 ROWS = 1 << 17
 """Held in memory at a time, and a row group of the file."""
 
@@ -24,7 +25,7 @@ def check_drops(path: Path, out: Path) -> None:
         raise UserError(f"drops={path}: there is no folder {path.parent}; make it, or name a file in another one")
     if path.is_dir():
         raise UserError(f"drops={path} is a folder; name a file in it, for example {path / 'drops.parquet'}")
-    optional("pyarrow.parquet", "writing a .parquet file")
+    optional("pyarrow.parquet", PURPOSE)
 
 
 def write_drops(path: Path, folders: Sequence[Path], runs: Sequence[Run]) -> None:
@@ -34,8 +35,8 @@ def write_drops(path: Path, folders: Sequence[Path], runs: Sequence[Run]) -> Non
     file cannot be written.
     """
     arrow, parquet = (
-        optional("pyarrow", "writing a .parquet file"),
-        optional("pyarrow.parquet", "writing a .parquet file"),
+        optional("pyarrow", PURPOSE),
+        optional("pyarrow.parquet", PURPOSE),
     )
     types = {int: arrow.int64(), str: arrow.string()}
     schema = arrow.schema([(name, types[kind]) for name, kind in Drop.__annotations__.items()])
