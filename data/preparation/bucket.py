@@ -121,7 +121,7 @@ class SortBucket:
             of_source = rows["text_bytes"][rows["source"] == source]
             ledger.count(self.labels[source], stage, reason, int(of_source.sum()), len(of_source))
         told = np.lexsort((rows["side"], rows["digest"]))[: None if ledger.tell else SAMPLES]
-        samples = []
+        samples: list[Sample] = []
         for n, (key, text) in zip(told.tolist(), read_records(rows[told], self.runs), strict=True):
             digest, winner = whole(rows["digest"][n]).hex(), kept[n] if kept else ""
             sample = Sample(digest, key.decode(), values[n], excerpt(text.decode()), winner)

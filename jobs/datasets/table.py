@@ -17,16 +17,16 @@ def table_of(ledger: Ledger) -> list[str]:
     Shares are of the bytes that were read.
     """
     read = ledger.total(READ)
-    rows = [("", "documents", "bytes", "share"), _row("read", *read, read[1]), *_reasons(ledger, read[1])]
+    rows = [("", "documents", "bytes", "share"), _row("read", read, read[1]), *_reasons(ledger, read[1])]
     for step in sorted({step for _, step in ledger.cleaned}):
         n_bytes = sum(count for (_, of), count in ledger.cleaned.items() if of == step)
         if n_bytes:
             rows.append(("  cleaned: " + step, "", size(n_bytes), share(n_bytes, read[1])))
-    rows.append(_row("kept", *ledger.total(KEPT), read[1]))
+    rows.append(_row("kept", ledger.total(KEPT), read[1]))
     sources = ledger.sources()
     if 2 <= len(sources) <= MOST_SOURCES:
         rows += [
-            _row(f"  of {source}", *ledger.total(KEPT, source), ledger.total(READ, source)[1]) for source in sources
+            _row(f"  of {source}", ledger.total(KEPT, source), ledger.total(READ, source)[1]) for source in sources
         ]
     return _aligned(rows)
 
@@ -52,18 +52,19 @@ def _reasons(ledger: Ledger, n_read: int) -> list[Row]:
     dropped = list(ledger.dropped())
     shown = sorted(dropped, key=lambda each: -each[2])[:MOST_REASONS]
     rows = [
-        _row(f"  {what_of(stage, reason)}", n_documents, n_bytes, n_read)
+        _row(f"  {what_of(stage, reason)}", (n_documents, n_bytes), n_read)
         for stage, reason, n_documents, n_bytes in dropped
         if (stage, reason, n_documents, n_bytes) in shown
     ]
     rest = [each for each in dropped if each not in shown]
     if rest:
         n_documents, n_bytes = sum(each[2] for each in rest), sum(each[3] for each in rest)
-        rows.append(_row(f"  {len(rest)} rarer reasons (report.html)", n_documents, n_bytes, n_read))
+        rows.append(_row(f"  {len(rest)} rarer reasons (report.html)", (n_documents, n_bytes), n_read))
     return rows
 
 
-def _row(label: str, n_documents: int, n_bytes: int, n_read: int) -> Row:
+def _row(label: str, amount: tuple[int, int], n_read: int) -> Row:
+    n_documents, n_bytes = amount
     return label, f"{n_documents:,}", size(n_bytes) if n_bytes else "", share(n_bytes, n_read) if n_bytes else ""
 
 

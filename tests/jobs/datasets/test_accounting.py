@@ -4,7 +4,6 @@ import io
 import json
 import random
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet
@@ -12,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from moray import UserError
+from moray.data.curation.masking import masked
 from moray.data.preparation.ledger import KEPT, READ, Ledger, Sample
 from moray.data.preparation.runs import digest_of
 from moray.data.reading.rules import Rules
@@ -25,7 +25,8 @@ MENU = "Home About Contact"
 ADDRESS = "somebody.else@example.com"
 FOOTER = "This page was written with the help of many friendly readers and is given to all of them."
 POEM = "床前明月光，疑是地上霜。举头望明月，低头思故乡。"
-CHARACTERS, LINES = "characters", "lines"
+INVISIBLE = "\u2060\u2060"
+QUIET = Console(file=io.StringIO())
 
 RULES = {
     ("rules", "gopher_n_words"): 5,
@@ -78,7 +79,7 @@ class Corpus:
         good = [self.prose() for _ in range(40)]
         self.add("good", *good)
         self.add("exact", *good[:2])
-        self.add("crlf", *(text.replace("\n", "\r\n") for text in good[2:4]))
+        self.add("crlf", *(text.replace("\n", "\r\n") + INVISIBLE for text in good[2:4]))
         (self.texts / "bom.txt").write_bytes(b"\xef\xbb\xbf" + good[4].encode())
         (self.texts / "own.txt").write_text(self.prose())
         self.add("near", *(f"{text[:-1]} {word}." for text, word in zip(good[10:16], self._words, strict=False)))
@@ -125,8 +126,7 @@ def prepared(corpus: Corpus, out: Path, **settings: object) -> Summary:
         },
     )
     reading = Rules(max_document_bytes=30_000, long_documents="drop")
-    quiet = Console(file=io.StringIO())
-    given = {"vocab_size": 400, "validation": 0.1, "console": quiet, "reading": reading, "recipe": recipe, **settings}
+    given = {"vocab_size": 400, "validation": 0.1, "console": QUIET, "reading": reading, "recipe": recipe, **settings}
     return prepare([corpus.pages, corpus.texts], out, **given)  # type: ignore[arg-type]
 
 
@@ -150,25 +150,21 @@ def test_what_was_planted_is_what_is_counted(made: tuple[Summary, Path], corpus:
     assert n_kept == ledger.total(KEPT)[0] == 40 + 1 + 5 + 2 + 8
     texts = [json.loads(row)["text"] for row in corpus.rows if not row.startswith(('{"id": "bad', '{"id": "worse'))]
     usable = [text for text in texts if text.strip("\ufeff\u200b \n") and len(text) <= 30_000]
-    assert ledger.total(READ, "pages.jsonl")[1] == sum(len(text.encode()) for text in usable)
+    assert ledger.total(READ, "pages.jsonl")[1] == sum(len(text.replace("\r\n", "\n").encode()) for text in usable)
     for source in ("pages.jsonl", "texts"):
-        stages = [(n, size) for (of, stage, _), n in ledger.documents.items() if of == source and stage not in (READ, KEPT)
-                  for size in [ledger.bytes[of, stage, _]]]  # fmt: skip
+        keys = [key for key in ledger.documents if key[0] == source and key[1] not in (READ, KEPT)]
+        dropped = [sum(counts[key] for key in keys) for counts in (ledger.documents, ledger.bytes)]
         cleaned = sum(count for (of, _), count in ledger.cleaned.items() if of == source)
         kept = ledger.total(KEPT, source)
-        assert ledger.total(READ, source) == (
-            kept[0] + sum(n for n, _ in stages),
-            kept[1] + sum(n for _, n in stages) + cleaned,
-        )
+        assert ledger.total(READ, source) == (kept[0] + dropped[0], kept[1] + dropped[1] + cleaned)
 
 
 def test_what_is_cleaned_away_is_told_to_the_byte(made: tuple[Summary, Path]) -> None:
     cleaned = made[0].ledger.cleaned
     assert cleaned["pages.jsonl", "lines"] == 5 * len(MENU + "\n")
     assert cleaned["pages.jsonl", "paragraphs"] == 7 * len("\n\n" + FOOTER)
-    crlf = 2 * 3 * len("\n\n")
-    assert cleaned["pages.jsonl", "characters"] == crlf
-    assert cleaned["pages.jsonl", "mask"] > 0
+    assert cleaned["pages.jsonl", "characters"] == 2 * len(INVISIBLE.encode())
+    assert cleaned["pages.jsonl", "mask"] == 2 * (len(ADDRESS) - len(masked(ADDRESS, ("email",))))
 
 
 def test_samples_say_what_was_measured_and_who_stayed(made: tuple[Summary, Path]) -> None:
@@ -177,31 +173,9 @@ def test_samples_say_what_was_measured_and_who_stayed(made: tuple[Summary, Path]
     assert rules["pages.jsonl:short-0"].value == "26, must be >= 50"
     assert rules["pages.jsonl:poem-0"].value == "22, must be >= 50"
     assert rules["pages.jsonl:curly-0"].value.endswith("must be <= 0")
-    assert {sample.kept for sample in shown(ledger, "near-duplicates").values()} | set(
-        shown(ledger, "near-duplicates")
-    ) == {f"pages.jsonl:{name}" for n in range(6) for name in (f"good-{10 + n}", f"near-{n}")}
-    exact = shown(ledger, "exact duplicates")
-    assert {frozenset((key, sample.kept)) for key, sample in exact.items()} == {
-        frozenset(f"pages.jsonl:{name}" if "." not in name else name for name in pair)
-        for pair in (("good-0", "exact-0"), ("good-1", "exact-1"), ("good-2", "crlf-0"), ("good-3", "crlf-1"))
-    } | {frozenset(("pages.jsonl:good-4", "texts/bom.txt"))}
-    assert ITEM.split()[3] in next(iter(shown(ledger, "benchmarks").values())).value
-    assert "not JSON" in " ".join(sample.value for sample in shown(ledger, "reading").values())
-    assert all("pages.jsonl, line " in key and not key.startswith("/") for key in shown(ledger, "reading"))
-
-
-def test_the_list_of_drops_adds_up_to_the_ledger(made: tuple[Summary, Path], corpus: Corpus) -> None:
-    summary, folder = made
-    rows = pyarrow.parquet.read_table(folder / "drops.parquet").to_pylist()
-    documents, n_bytes = Counter(), Counter()
-    for row in rows:
-        documents[row["source"], row["stage"], row["reason"]] += 1
-        n_bytes[row["source"], row["stage"], row["reason"]] += row["bytes"]
-    dropped = {key for key in summary.ledger.documents if key[1] not in (READ, KEPT)}
-    assert documents == {key: summary.ledger.documents[key] for key in dropped}
-    assert n_bytes == {key: summary.ledger.bytes[key] for key in dropped}
-    assert {row["key"]: row["kept"] for row in rows if row["stage"] == "near-duplicates"} == {
-        key: sample.kept for key, sample in shown(summary.ledger, "near-duplicates").items()
+    near = shown(ledger, "near-duplicates")
+    assert {frozenset((key, sample.kept)) for key, sample in near.items()} == {
+        frozenset((f"pages.jsonl:good-{10 + n}", f"pages.jsonl:near-{n}")) for n in range(6)
     }
     assert sorted(path.name for path in folder.iterdir()) == ["drops.parquet", "out"]
     without = prepared(corpus, folder / "without")
@@ -260,3 +234,31 @@ def test_the_page_is_inert_whatever_documents_hold(made: tuple[Summary, Path]) -
     assert "src=" not in page.replace("-src ", "")
     for word in ("after near-duplicates", "gopher_n_words", "texts/bom.txt", "duplicates.near"):
         assert word in page
+
+
+def test_an_interrupted_preparation_that_listed_nothing_cannot_give_the_list(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moray.jobs.datasets.prepare.write_reports", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(corpus, tmp_path / "out")
+    with pytest.raises(UserError, match="preparation there has drops=False, this one drops=True; give the same"):
+        prepared(corpus, tmp_path / "out", drops=tmp_path / "drops.parquet")
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_a_template_refuses_is_listed_too(tmp_path: Path) -> None:
+    rows = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n)}] for n in range(30)]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    first = prepare([chats], tmp_path / "plain", vocab_size=300, reading=Rules(kind="chat"), console=QUIET)
+    template = tmp_path / "plain" / "chat_template.jinja"
+    refusal = "{% if messages[0].content == 'say 7' %}{{ raise_exception('not 7') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    drops, given = tmp_path / "drops.parquet", {"tokenizer": first.dataset.folder, "reading": Rules(kind="chat")}
+    made = prepare([chats], tmp_path / "out", console=QUIET, drops=drops, **given)  # type: ignore[arg-type]
+    (row,) = pyarrow.parquet.read_table(drops).to_pylist()
+    assert (row["stage"], row["key"], row["bytes"]) == ("template", "chats.jsonl:8", made.ledger.total("template")[1])
+    assert "not 7" in row["value"]

@@ -92,7 +92,7 @@ def test_the_summary_counts_duplicates_and_names_what_was_skipped(tmp_path: Path
     summary = prepared(tmp_path / "out", tmp_path / "rows.jsonl.gz", console=console)
     assert (summary.n_duplicates, sum(split.n_documents for split in summary.dataset.splits.values())) == (3, 3)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"\n  exact duplicates +3  18 bytes  50.0%\n", printed)
+    assert re.search(r"\n  exact duplicates +3 +18 bytes +50.0%\n", printed)
     assert f"left out   empty: 1\n{'':<12}{tmp_path}/rows.jsonl.gz, line 7\n" in printed
     assert f"left out   bad records: 1\n{'':<12}{tmp_path}/rows.jsonl.gz, line 8: not UTF-8" in printed
     assert str(tmp_path / "out") in printed
