@@ -177,6 +177,29 @@ def test_samples_say_what_was_measured_and_who_stayed(made: tuple[Summary, Path]
     assert {frozenset((key, sample.kept)) for key, sample in near.items()} == {
         frozenset((f"pages.jsonl:good-{10 + n}", f"pages.jsonl:near-{n}")) for n in range(6)
     }
+    exact = shown(ledger, "exact duplicates")
+    assert {frozenset((key, sample.kept)) for key, sample in exact.items()} == {
+        frozenset(f"pages.jsonl:{name}" if "." not in name else name for name in pair)
+        for pair in (("good-0", "exact-0"), ("good-1", "exact-1"), ("good-2", "crlf-0"), ("good-3", "crlf-1"))
+    } | {frozenset(("pages.jsonl:good-4", "texts/bom.txt"))}
+    assert ITEM.split()[3] in next(iter(shown(ledger, "benchmarks").values())).value
+    assert "not JSON" in " ".join(sample.value for sample in shown(ledger, "reading").values())
+    assert all("pages.jsonl, line " in key and not key.startswith("/") for key in shown(ledger, "reading"))
+
+
+def test_the_list_of_drops_adds_up_to_the_ledger(made: tuple[Summary, Path], corpus: Corpus) -> None:
+    summary, folder = made
+    rows = pyarrow.parquet.read_table(folder / "drops.parquet").to_pylist()
+    documents, n_bytes = Counter(), Counter()
+    for row in rows:
+        documents[row["source"], row["stage"], row["reason"]] += 1
+        n_bytes[row["source"], row["stage"], row["reason"]] += row["bytes"]
+    dropped = {key for key in summary.ledger.documents if key[1] not in (READ, KEPT)}
+    assert documents == {key: summary.ledger.documents[key] for key in dropped}
+    assert n_bytes == {key: summary.ledger.bytes[key] for key in dropped}
+    assert {row["key"]: row["kept"] for row in rows if row["stage"] == "near-duplicates"} == {
+        key: sample.kept for key, sample in shown(summary.ledger, "near-duplicates").items()
+    }
     assert sorted(path.name for path in folder.iterdir()) == ["drops.parquet", "out"]
     without = prepared(corpus, folder / "without")
     assert without.dataset.fingerprint == summary.dataset.fingerprint
