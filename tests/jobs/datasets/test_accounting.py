@@ -4,6 +4,7 @@ import io
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet
@@ -190,7 +191,8 @@ def test_samples_say_what_was_measured_and_who_stayed(made: tuple[Summary, Path]
 def test_the_list_of_drops_adds_up_to_the_ledger(made: tuple[Summary, Path], corpus: Corpus) -> None:
     summary, folder = made
     rows = pyarrow.parquet.read_table(folder / "drops.parquet").to_pylist()
-    documents, n_bytes = Counter(), Counter()
+    documents: Counter[tuple[str, ...]] = Counter()
+    n_bytes: Counter[tuple[str, ...]] = Counter()
     for row in rows:
         documents[row["source"], row["stage"], row["reason"]] += 1
         n_bytes[row["source"], row["stage"], row["reason"]] += row["bytes"]
