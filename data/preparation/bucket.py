@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from moray.data.preparation.ledger import Ledger, Sample, excerpt
+from moray.data.preparation.drops import ledger_of
+from moray.data.preparation.ledger import SAMPLES, Ledger, Sample, excerpt
 from moray.data.preparation.near import dropped_in
-from moray.data.preparation.runs import INDEX, Record, Run, read_records
+from moray.data.preparation.runs import INDEX, Record, Run, read_records, whole
 from moray.data.preparation.selection import Selection
 
 BUCKET_BYTES = 64 << 20
@@ -21,7 +22,8 @@ ORDER = np.dtype([*INDEX.descr, ("run", "<u4"), ("copy", "<u4")])
 class SortBucket:
     """Bucket `bucket` of `n_buckets`, over all runs -> `order.npy`: ORDER, what stays, in its order.
 
-    near: the folders of what `FindNear` found. keep_equal: equal texts all stay.
+    near: the folders of what `FindNear` found. keep_equal: equal texts all stay. keep_drops: what is
+    dropped is listed.
     """
 
     out: Path
@@ -32,21 +34,12 @@ class SortBucket:
     keep_equal: bool
     bucket: int
     n_buckets: int
+    keep_drops: bool
     size: int = 1
 
     def run(self, folder: Path) -> dict[str, Any]:
-        ledger = Ledger()
-        rows = self._rows()
-        good = self.selection.keeps(rows["score"], rows["digest"])
-        self._drop(ledger, rows[~good], "quality", "score", [f"{score}" for score in rows["score"][~good].tolist()])
-        rows = rows[good]
-        rows = self._numbered(rows) if self.keep_equal else self._distinct(rows, ledger)
-        near = dropped_in(self.near, self.bucket, self.n_buckets)
-        where = np.minimum(np.searchsorted(near["digest"], rows["digest"]), max(len(near) - 1, 0))
-        lost = near["digest"][where] == rows["digest"] if len(near) else np.zeros(len(rows), bool)
-        winners = [_hex(digest) for digest in near["kept"][where[lost]].tolist()] if len(near) else []
-        self._drop(ledger, rows[lost], "near-duplicates", "MinHash", [""] * len(winners), winners)
-        rows = rows[~lost]
+        with ledger_of(folder, self.keep_drops) as ledger:
+            rows = self._kept(ledger)
         np.save(folder / "order.npy", rows)
         sides = rows["side"]
         return {
@@ -55,6 +48,19 @@ class SortBucket:
             "n_bytes": int(rows["text_bytes"].sum()),
             "sides": [int(sides.min()), int(sides.max())] if len(rows) else [],
         }
+
+    def _kept(self, ledger: Ledger) -> np.ndarray:
+        rows = self._rows()
+        good = self.selection.keeps(rows["score"], rows["digest"])
+        self._drop(ledger, rows[~good], "quality", "score", [f"{score}" for score in rows["score"][~good].tolist()])
+        rows = rows[good]
+        rows = self._numbered(rows) if self.keep_equal else self._distinct(rows, ledger)
+        near = dropped_in(self.near, self.bucket, self.n_buckets)
+        where = np.minimum(np.searchsorted(near["digest"], rows["digest"]), max(len(near) - 1, 0))
+        lost = near["digest"][where] == rows["digest"] if len(near) else np.zeros(len(rows), bool)
+        winners = [whole(digest).hex() for digest in near["kept"][where[lost]].tolist()] if len(near) else []
+        self._drop(ledger, rows[lost], "near-duplicates", "MinHash", [""] * len(winners), winners)
+        return rows[~lost]
 
     def _rows(self) -> np.ndarray:
         parts = []
@@ -114,11 +120,16 @@ class SortBucket:
         for source in np.unique(rows["source"]).tolist():
             of_source = rows["text_bytes"][rows["source"] == source]
             ledger.count(self.labels[source], stage, reason, int(of_source.sum()), len(of_source))
-        shown = np.lexsort((rows["side"], rows["digest"]))[:20]
-        samples = []
-        for n, (key, text) in zip(shown.tolist(), read_records(rows[shown], self.runs), strict=True):
-            digest = _hex(rows["digest"][n])
-            samples.append(Sample(digest, key.decode(), values[n], excerpt(text.decode()), kept[n] if kept else ""))
+        told = np.lexsort((rows["side"], rows["digest"]))[: None if ledger.tell else SAMPLES]
+        samples: list[Sample] = []
+        for n, (key, text) in zip(told.tolist(), read_records(rows[told], self.runs), strict=True):
+            digest, winner = whole(rows["digest"][n]).hex(), kept[n] if kept else ""
+            sample = Sample(digest, key.decode(), values[n], excerpt(text.decode()), winner)
+            if len(samples) < SAMPLES:
+                samples.append(sample)
+            if ledger.tell:
+                label = self.labels[int(rows["source"][n])]
+                ledger.tell(label, stage, reason, int(rows["text_bytes"][n]), sample)
         if samples:
             ledger.show(stage, reason, samples)
 
@@ -128,18 +139,9 @@ def read_bucket(order: np.ndarray, runs: tuple[Run, ...]) -> Iterator[Record]:
     for row, (key, text) in zip(order, read_records(order, runs), strict=True):
         copy = int(row["copy"])
         name = key + b"#%d" % (copy + 1) if copy else key
-        yield Record(_whole(row["digest"]), int(row["side"]), name, text, int(row["source"]), int(row["score"]))
+        yield Record(whole(row["digest"]), int(row["side"]), name, text, int(row["source"]), int(row["score"]))
 
 
 def _begins(digests: np.ndarray) -> np.ndarray:
     """Whether each of sorted digests is the first of its like."""
     return np.concatenate([[True], digests[1:] != digests[:-1]])[: len(digests)]
-
-
-def _hex(digest: bytes) -> str:
-    return _whole(digest).hex()
-
-
-def _whole(digest: bytes) -> bytes:
-    """numpy's strings end before the zeros at their end."""
-    return bytes(digest).ljust(16, b"\0")

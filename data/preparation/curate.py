@@ -53,11 +53,10 @@ def curate(documents: Sequence[Document], how: Curation, seed: int, label: str, 
     """Those of some documents of source `label` that stay; the others are in the ledger."""
 
     def drop(document: Document, stage: str, reason: str, value: str) -> None:
-        sample = Sample(digest_of(document.text, seed).hex(), document.key, value, excerpt(document.text))
-        ledger.drop(label, stage, reason, _size(document.text), sample)
+        ledger.drop(label, stage, reason, _size(document.text), sample_of(document, seed, value))
 
     if how.cleaning:
-        documents = _cleaned(documents, how.cleaning, label, ledger)
+        documents = _cleaned(documents, how.cleaning, seed, label, ledger)
     if how.rules:
         verdicts = judge([document.text for document in documents], how.rules)
         for document, verdict in zip(documents, verdicts, strict=True):
@@ -82,17 +81,23 @@ def curate(documents: Sequence[Document], how: Curation, seed: int, label: str, 
     ]
 
 
-def _cleaned(documents: Sequence[Document], how: Cleaning, label: str, ledger: Ledger) -> list[Document]:
+def _cleaned(documents: Sequence[Document], how: Cleaning, seed: int, label: str, ledger: Ledger) -> list[Document]:
     cleaned = []
     for document in documents:
         text, taken = clean(document.text, how)
         if not text:
-            ledger.count(label, "cleaning", "nothing left", _size(document.text))
+            sample = sample_of(document, seed, f"of {len(document.text):,} characters")
+            ledger.drop(label, "cleaning", "nothing left", _size(document.text), sample)
             continue
         for step, n_bytes in taken.items():
             ledger.clean(label, step, n_bytes)
         cleaned.append(replace(document, text=text))
     return cleaned
+
+
+def sample_of(document: Document, seed: int, value: str) -> Sample:
+    key = document.key.encode("utf-8", "replace").decode()  # names of files may be no UTF-8
+    return Sample(digest_of(document.text, seed).hex(), key, value, excerpt(document.text))
 
 
 def _size(text: str) -> int:

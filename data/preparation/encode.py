@@ -12,6 +12,7 @@ from moray.data.chat.templates import chat_template_of
 from moray.data.index import Kind
 from moray.data.preparation.bucket import read_bucket
 from moray.data.preparation.dialogues import write_dialogues
+from moray.data.preparation.drops import ledger_of
 from moray.data.preparation.ledger import KEPT, Ledger, Sample, excerpt
 from moray.data.preparation.profile import Profile
 from moray.data.preparation.progress import tick
@@ -26,7 +27,8 @@ NO_LIMIT = 1 << 62
 class EncodeShard:
     """The documents of some buckets that are in a split -> `SPLIT-number.tar` and the arrays that describe it.
 
-    limit: documents whose side is below it are for validation. tokenizer: its folder.
+    limit: documents whose side is below it are for validation. tokenizer: its folder. keep_drops: what
+    the template drops is listed.
     """
 
     out: Path
@@ -38,10 +40,16 @@ class EncodeShard:
     split: str
     number: int
     limit: int
+    keep_drops: bool
     size: int = 1
 
     def run(self, folder: Path) -> dict[str, Any]:
-        ledger, profile = Ledger(), Profile()
+        profile = Profile()
+        with ledger_of(folder, self.keep_drops) as ledger:
+            highest_id = self._write(folder, ledger, profile)
+        return {"ledger": ledger.as_json(), "highest_id": highest_id, "profile": profile.as_json()}
+
+    def _write(self, folder: Path, ledger: Ledger, profile: Profile) -> int:
 
         def leave_out(record: Record, why: str) -> None:
             label, n_bytes, key = self.labels[record.source], len(record.text), record.key.decode()
@@ -60,7 +68,7 @@ class EncodeShard:
             writer.finish()
         finally:
             writer.close()
-        return {"ledger": ledger.as_json(), "highest_id": writer.highest_id, "profile": profile.as_json()}
+        return writer.highest_id
 
     def _records(self, ledger: Ledger) -> Iterator[Record]:
         for bucket in self.buckets:

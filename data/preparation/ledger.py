@@ -5,7 +5,7 @@ smallest digests stay.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,13 +43,14 @@ class Ledger:
     """documents, bytes: by (source, stage, reason), with READ and KEPT as stages of their own; bytes are UTF-8.
 
     cleaned: bytes that cleaning and the dropping of paragraphs took away, by (source, step). samples: by (stage,
-    reason).
+    reason). tell: hears of each document that is dropped: source, stage, reason, bytes and sample.
     """
 
     documents: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     bytes: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     cleaned: Counter[tuple[str, str]] = field(default_factory=Counter)
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
+    tell: Callable[[str, str, str, int, Sample], None] | None = field(default=None, repr=False, compare=False)
 
     def count(self, source: str, stage: str, reason: str, n_bytes: int, n_documents: int = 1) -> None:
         self.documents[source, stage, reason] += n_documents
@@ -58,6 +59,8 @@ class Ledger:
     def drop(self, source: str, stage: str, reason: str, n_bytes: int, sample: Sample) -> None:
         self.count(source, stage, reason, n_bytes)
         self.show(stage, reason, [sample])
+        if self.tell:
+            self.tell(source, stage, reason, n_bytes, sample)
 
     def show(self, stage: str, reason: str, samples: list[Sample]) -> None:
         held = self.samples.setdefault((stage, reason), [])
@@ -99,6 +102,14 @@ class Ledger:
             if found[stage, reason]:
                 yield stage, reason, found[stage, reason], n_bytes[stage, reason]
 
+    def name_winners(self, stage: str, keys_of: Callable[[set[str]], Mapping[str, str]]) -> None:
+        """Puts keys where samples of a stage hold the digests of who stayed for them."""
+        for key, samples in self.samples.items():
+            if key[0] == stage:
+                shown = sorted(samples)[:SAMPLES]
+                names = keys_of({sample.kept for sample in shown})
+                samples[:] = [replace(sample, kept=names[sample.kept]) for sample in shown]
+
     def check(self) -> None:
         """Raises AssertionError where what was read is not what was kept and dropped: of each source, to the byte."""
         for source in self.sources():
@@ -134,7 +145,3 @@ class Ledger:
 def excerpt(text: str) -> str:
     """The begin of a text, in one line."""
     return " ".join(text[: 2 * EXCERPT].split())[:EXCERPT]
-
-
-def named(sample: Sample, kept: str) -> Sample:
-    return replace(sample, kept=kept)

@@ -15,6 +15,7 @@ import numpy as np
 from moray.data.curation.bloom import Bloom
 from moray.data.curation.paragraphs import hashes, without
 from moray.data.preparation.bucket import read_bucket
+from moray.data.preparation.drops import ledger_of
 from moray.data.preparation.ledger import Ledger, Sample, excerpt
 from moray.data.preparation.runs import Record, Run
 
@@ -67,7 +68,8 @@ class FindRepeats:
 class CutRepeats:
     """A bucket without repeated paragraphs -> its `order.npy`, and the documents that changed as a run of their own.
 
-    number: of the bucket. run_number: of that run. repeats: the folders of all ranges.
+    number: of the bucket. run_number: of that run. repeats: the folders of all ranges. keep_drops: what is
+    dropped is listed.
     """
 
     out: Path
@@ -78,12 +80,13 @@ class CutRepeats:
     repeats: tuple[Path, ...]
     number: int
     run_number: int
+    keep_drops: bool
     size: int = 1
 
     def run(self, folder: Path) -> dict[str, Any]:
-        ledger, order, repeated = Ledger(), np.load(self.bucket / "order.npy"), self._repeated()
+        order, repeated = np.load(self.bucket / "order.npy"), self._repeated()
         stays, at, offset, n = np.ones(len(order), bool), 0, 0, 0
-        with open(folder / "run-000.documents", "wb") as file:
+        with ledger_of(folder, self.keep_drops) as ledger, open(folder / "run-000.documents", "wb") as file:
             for batch in _batches(read_bucket(order, self.runs)):
                 texts = [record.text.decode() for record in batch]
                 _, first, spans = hashes(texts)

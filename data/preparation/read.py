@@ -2,23 +2,24 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moray.data.preparation.curate import Curation, curate
-from moray.data.preparation.ledger import READ, Ledger
+from moray.data.preparation.drops import ledger_of
+from moray.data.preparation.ledger import READ, Ledger, Sample
 from moray.data.preparation.progress import tick
-from moray.data.preparation.runs import RunWriter, record_of
+from moray.data.preparation.runs import RunWriter, digest_of, record_of
 from moray.data.preparation.selection import SCORES
 from moray.data.reading.account import Account
 from moray.data.reading.documents import Document, read_piece
 from moray.data.reading.pieces import PIECE_BYTES, Piece, pieces_of
 from moray.data.reading.records import Loss, Reason
 from moray.data.reading.rules import Rules
-from moray.data.reading.sources import Source
+from moray.data.reading.sources import Source, SourceFile
 
 BATCH_BYTES = 1 << 20
 NOT_DOCUMENTS = (Reason.UNREAD, Reason.DAMAGED, Reason.CUT)
@@ -43,6 +44,7 @@ class ReadPart:
     """A part of source number `source`, named `label` -> runs.
 
     curation: what is done to each document. seed: of the shuffle. run_bytes: of text held in memory.
+    keep_drops: what is dropped is listed.
     """
 
     out: Path
@@ -53,25 +55,23 @@ class ReadPart:
     curation: Curation
     seed: int
     run_bytes: int
+    keep_drops: bool
 
     @property
     def size(self) -> int:
         return sum(piece.size for piece in self.pieces)
 
     def run(self, folder: Path) -> dict[str, Any]:
-        ledger, account = Ledger(), Account(self.rules)
         writer = RunWriter(folder, self.run_bytes, has_bands=self.curation.bands is not None)
         scores = np.zeros(SCORES, np.int64)
-        for batch in _batches(self._documents(account, ledger)):
-            for each in curate(batch, self.curation, self.seed, self.label, ledger):
-                writer.add(record_of(each.document, self.seed, self.source, each.score, each.bands))
-                scores[each.score] += 1
+        with ledger_of(folder, self.keep_drops) as ledger:
+            account = _Account(self.rules, ledger=ledger, label=self.label, seed=self.seed)
+            for batch in _batches(self._documents(account, ledger)):
+                for each in curate(batch, self.curation, self.seed, self.label, ledger):
+                    writer.add(record_of(each.document, self.seed, self.source, each.score, each.bands))
+                    scores[each.score] += 1
         writer.flush()
         np.save(folder / "scores.npy", scores)
-        for reason, count in account.counts.items():
-            if reason not in NOT_DOCUMENTS:
-                ledger.count(self.label, READ, "", 0, count)
-                ledger.count(self.label, "reading", reason, 0, count)
         return {
             "ledger": ledger.as_json(),
             "account": account_as_json(account),
@@ -80,12 +80,33 @@ class ReadPart:
             "n_bands": writer.n_bands,
         }
 
-    def _documents(self, account: Account, ledger: Ledger) -> Iterator[Document]:
+    def _documents(self, account: "_Account", ledger: Ledger) -> Iterator[Document]:
         for piece in self.pieces:
+            account.file = piece.file
             for document in read_piece(piece, account):
                 ledger.count(self.label, READ, "", len(document.text.encode()))
                 yield document
             tick(piece.size)
+
+
+@dataclass
+class _Account(Account):
+    """Puts what is no usable document into the ledger too, named by what does not depend on where the source lies."""
+
+    ledger: Ledger = field(kw_only=True)
+    label: str = field(kw_only=True)
+    seed: int = field(kw_only=True)
+    file: SourceFile = field(init=False)
+
+    def note(self, loss: Loss) -> None:
+        super().note(loss)
+        if loss.reason not in NOT_DOCUMENTS:
+            key = loss.place.replace(str(self.file.path), self.file.key, 1).encode("utf-8", "replace").decode()
+            why = loss.why.encode("utf-8", "replace").decode()
+            self.ledger.count(self.label, READ, "", 0)
+            self.ledger.drop(
+                self.label, "reading", loss.reason, 0, Sample(digest_of(key, self.seed).hex(), key, why, "")
+            )
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -117,6 +117,11 @@ def _bands_of(records: Sequence[Record]) -> np.ndarray:
     return found[np.argsort(found["hash"], kind="stable")]
 
 
+def whole(digest: bytes) -> bytes:
+    """numpy's strings end before the zeros at their end."""
+    return bytes(digest).ljust(16, b"\0")
+
+
 @dataclass(frozen=True)
 class Run:
     """A run, by its documents' file."""

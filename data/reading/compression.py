@@ -24,18 +24,18 @@ def decompressed(file: io.BufferedReader, compression: str) -> io.BufferedReader
 
 
 def optional(module: str, what: str) -> Any:
-    """A module of the extra `formats`. Raises UserError that says how to install it."""
+    """A module of the extra `formats`. what: it is for. Raises UserError that says how to install it."""
     try:
         return import_module(module)
     except ImportError:
-        raise UserError(f"reading {what} needs {module}: pip install 'moray-train[formats]'") from None
+        raise UserError(f"{what} needs {module}: pip install 'moray-train[formats]'") from None
 
 
 class _ZstdReader(io.RawIOBase):
     """Decompresses any number of zstd frames; unlike zstandard's own reader, raises EOFError on a truncated one."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._zstandard = optional("zstandard", "a .zst file")
+        self._zstandard = optional("zstandard", "reading a .zst file")
         self._file = file
         self._frame: Any = None
         self._pending = memoryview(b"")

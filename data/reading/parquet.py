@@ -8,6 +8,8 @@ from moray.data.reading.compression import BUFFER_BYTES, optional
 from moray.data.reading.records import Damage, Item, Loss, Reason, Record, missing, name_of
 from moray.data.reading.rules import Rules
 
+PURPOSE = "reading a .parquet file"
+
 # However large rows are, few are held. What remains is the format's: it is decoded by pages, which writers make of
 # 1 MiB, but pyarrow of up to 1,024 rows.
 BATCH_BYTES = 4 << 20
@@ -22,7 +24,7 @@ def read_parquet(
     groups: the first row group and the one behind the last, where others read the rest: the `n_before` rows before it.
     """
     # Pre-buffering would hold whole row groups.
-    table = optional("pyarrow.parquet", "a .parquet file").ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    table = optional("pyarrow.parquet", PURPOSE).ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
     numbers = range(*groups) if groups else range(table.metadata.num_row_groups)
     if rules.kind != "text":
         yield from _rows(table, numbers, n_before)
@@ -49,7 +51,7 @@ def read_parquet(
 
 def row_groups(file: IO[bytes]) -> list[tuple[int, int]]:
     """Rows and bytes, before compression, of each row group."""
-    metadata = optional("pyarrow.parquet", "a .parquet file").ParquetFile(file, pre_buffer=False).metadata
+    metadata = optional("pyarrow.parquet", PURPOSE).ParquetFile(file, pre_buffer=False).metadata
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     return [(group.num_rows, group.total_byte_size) for group in groups]
 
@@ -73,7 +75,10 @@ def _batch_rows(metadata: Any, column: int) -> int:
 
 def _values(batch: Any, field: str) -> list[Any]:
     """A column's values, strings as bytes that nobody has decoded yet."""
-    arrow, compute = optional("pyarrow", "a .parquet file"), optional("pyarrow.compute", "a .parquet file")
+    arrow, compute = (
+        optional("pyarrow", PURPOSE),
+        optional("pyarrow.compute", PURPOSE),
+    )
     names = batch.schema.names
     first, *below = [field] if field in names else field.split(".")
     column = batch.column(names.index(first))  # by number: two columns may have one name

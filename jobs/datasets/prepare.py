@@ -6,7 +6,6 @@ are sorted, which is the shuffle; shards are encoded out of buckets. All of it h
 which the same command goes on after a kill; OUT appears whole.
 """
 
-import json
 import os
 import shutil
 import time
@@ -36,17 +35,19 @@ from moray.data.preparation.runs import BAND, RUN_BYTES, Run, buckets_for, runs_
 from moray.data.preparation.selection import SCORES, Selection
 from moray.data.preparation.tasks import Done, Task
 from moray.data.preparation.vocabulary import MakeTokenizer, put_tokenizer
+from moray.data.preparation.winners import keys_of
 from moray.data.reading.account import Account
 from moray.data.reading.documents import check_any, tried
 from moray.data.reading.rules import Rules
 from moray.data.reading.sources import Source, find
 from moray.data.tokenizer import check_vocab_size, load_tokenizer
 from moray.jobs.datasets.curation import curation_of, selection_of, settings_of
+from moray.jobs.datasets.drops import check_drops, write_drops
 from moray.jobs.datasets.engine import Engine, processes_for
 from moray.jobs.datasets.plan import PLAN, SCRATCH, name_of, planned_folder
 from moray.jobs.datasets.progress import StageBar, stage_bars
 from moray.jobs.datasets.recipe import Recipe
-from moray.jobs.datasets.report import REPORT, as_json, lines_of
+from moray.jobs.datasets.report import lines_of, reasons_of, write_reports
 
 WORTH_PROCESSES = 32 << 20
 """Bytes of sources below which processes take longer to start than they save."""
@@ -116,6 +117,7 @@ def prepare(
     recipe: Recipe | None = None,
     workers: int | None = None,
     memory_mb: int | None = None,
+    drops: str | Path | None = None,
     console: Console | None = None,
 ) -> Summary:
     """Prepares the sources (see `data.reading`) as a dataset in the folder `out`.
@@ -125,6 +127,7 @@ def prepare(
     thing that a user says. `dedup`: equal documents are kept once (exact) or all (none); auto: once, of text alone.
     `recipe`: what else is done to texts; nothing by default.
     `workers` processes do it: as many as there are cores, and half of the free memory has room for, or `memory_mb`.
+    `drops`: a .parquet file for a list of all documents that are dropped.
     The same documents, seed and settings give the same bytes, whoever reads them in whatever order, and after any kill.
     Memory, whatever the sources: see docs/datasets.md; disk: twice the text.
     Raises UserError for a bad setting, source or folder, a damaged source, an interrupted preparation with other
@@ -137,6 +140,8 @@ def prepare(
     # What can be wrong is found out before the reading, not after it.
     reading, recipe = reading or Rules(), recipe or Recipe()
     recipe.check_kind(reading.kind)
+    if drops is not None:
+        check_drops(Path(drops), Path(out))
     if own:
         _ = chat_template_of(own) if reading.kind != "text" else load_tokenizer(own)
     else:
@@ -145,7 +150,7 @@ def prepare(
     console = console or Console(stderr=True)
     account = Account(reading)
     found = [tried(source, account) for source in find(sources)]
-    plan = {
+    settings = {
         "kind": reading.kind,
         "answers": reading.answers,
         "text_field": reading.text_field,
@@ -159,13 +164,16 @@ def prepare(
         **settings_of(recipe),
     }
     keep_equal = dedup == "none" or (dedup == "auto" and reading.kind != "text")
+    # What tasks list is theirs alone, and no matter of the dataset.
+    plan = {**settings, "drops": drops is not None}
     with planned_folder(Path(out), plan, overwrite=overwrite) as folder:
         _clear_all_but_scratch(folder)
         curation = curation_of(recipe, folder / SCRATCH)
         sizes = sum(file.path.stat().st_size for source in found for file in source.files)
         with Engine(n_processes if workers or sizes > WORTH_PROCESSES else 1) as engine, stage_bars(console) as bars:
-            story = _Story(folder / SCRATCH, engine, bars, found, account)
-            runs, scores = story.read(seed, curation)
+            story = _Story(folder / SCRATCH, engine, bars, found, account, drops is not None)
+            read, scores = story.read(seed, curation)
+            runs = read
             buckets = story.sort(runs, selection_of(recipe.quality, scores), keep_equal)
             if recipe.duplicates.paragraphs:
                 buckets, runs = story.cut_repeats(buckets, runs)
@@ -175,11 +183,14 @@ def prepare(
         index = _Index(folder, reading.kind, made)
         splits = index.splits(shards)
         if empty := [name for name, split in splits.items() if not len(split)]:
-            why = "; ".join([*lines_of(story.ledger), *account.lines()])
+            why = "; ".join([reasons_of(story.ledger), *account.lines()])
             raise UserError(f"no {NAMES[reading.kind]} are left for the {empty[0]} split: {why}")
         index.write(splits, max(shard.found["highest_id"] for shard in shards))
         story.ledger.check()
-        (folder / REPORT).write_text(json.dumps(as_json(story.ledger, plan), indent=1, ensure_ascii=False) + "\n")
+        story.ledger.name_winners("near-duplicates", lambda digests: keys_of(digests, read))
+        write_reports(folder, story.ledger, settings)
+        if drops is not None:
+            write_drops(Path(drops), story.folders, read)
     n_bytes = story.ledger.total("kept")[1]
     profile = None if reading.kind in ("text", "prompts") else story.profile
     seconds = time.monotonic() - started
@@ -198,6 +209,8 @@ class _Story:
     bars: StageBar
     sources: list[Source]
     account: Account
+    keep_drops: bool
+    folders: list[Path] = field(default_factory=list)  # of all tasks that account for documents
     ledger: Ledger = field(default_factory=Ledger)
     profile: Profile = field(default_factory=Profile)
 
@@ -212,7 +225,8 @@ class _Story:
                 # What a file holds is taken to be the same while its size and time are.
                 files = [(piece, os.stat(piece.file.path).st_mtime_ns) for piece in pieces]
                 out = self.scratch / "parts" / name_of(files, source.label)
-                tasks.append(ReadPart(out, pieces, number, source.label, self.account.rules, curation, seed, RUN_BYTES))
+                how = self.account.rules, curation, seed, RUN_BYTES, self.keep_drops
+                tasks.append(ReadPart(out, pieces, number, source.label, *how))
         done = self._do("reading", tasks)
         for number, source in enumerate(self.sources):
             n_records = 0
@@ -242,7 +256,9 @@ class _Story:
         found = tuple(done.folder for done in self._do("comparing", finders))
         n = buckets_for(self._n_bytes, bucket.BUCKET_BYTES)
         sorters = [
-            SortBucket(out, runs, self.labels, found, selection, keep_equal, number, n, self._n_bytes // n)
+            SortBucket(
+                out, runs, self.labels, found, selection, keep_equal, number, n, self.keep_drops, self._n_bytes // n
+            )
             for number in range(n)
             for out in [self.scratch / f"buckets-{name}" / f"{number:05d}"]
         ]
@@ -271,6 +287,7 @@ class _Story:
                 tuple(done.folder for done in repeats),
                 number,
                 len(runs) + number,
+                self.keep_drops,
                 size,
             )
             for number, bucket in enumerate(buckets)
@@ -316,6 +333,7 @@ class _Story:
                 split,
                 number,
                 limit,
+                self.keep_drops,
                 n_bytes,
             )
             for split in SPLITS
@@ -335,7 +353,9 @@ class _Story:
                 bar.done(tasks[number].size)
                 if "ledger" in done.found:
                     self.ledger.add(Ledger.of_json(done.found["ledger"]))
-        return [done for done in found if done is not None]
+        whole = [done for done in found if done is not None]
+        self.folders += [done.folder for done in whole if "ledger" in done.found]
+        return whole
 
 
 def _shards(buckets: Sequence[Done], split: str, limit: int) -> Iterator[tuple[list[Done], int]]:

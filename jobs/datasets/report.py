@@ -1,38 +1,36 @@
-"""What became of the documents, as `report.json` in the dataset and as lines on a terminal."""
+"""What became of the documents: `report.json` and `report.html` in the dataset, and lines on a terminal."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from moray.data.preparation.ledger import KEPT, READ, Ledger
+from moray.jobs.datasets.page import PAGE, render
+from moray.jobs.datasets.table import size, table_of, what_of
 
 REPORT = "report.json"
 
 
-def lines_of(ledger: Ledger) -> list[str]:
-    """A line a reason, and what was read and kept."""
-    lines = [f"{'read':<10} {_amount(*ledger.total(READ))}"]
-    for stage, reason, n_documents, n_bytes in ledger.dropped():
-        what = stage if stage.endswith("duplicates") else f"{stage}: {reason}"
-        lines.append(f"{'dropped':<10} {n_documents:,} {what}" + (f", {_size(n_bytes)}" if n_bytes else ""))
-    if cleaned := sum(ledger.cleaned.values()):
-        steps = sorted({step for _, step in ledger.cleaned})
-        parts = (f"{step} {_size(sum(n for (_, s), n in ledger.cleaned.items() if s == step))}" for step in steps)
-        lines.append(f"{'cleaned':<10} {_size(cleaned)} taken away: {', '.join(parts)}")
-    lines.append(f"{'kept':<10} {_amount(*ledger.total(KEPT))}")
-    return lines
-
-
-def as_json(ledger: Ledger, plan: Mapping[str, Any]) -> dict[str, Any]:
+def write_reports(folder: Path, ledger: Ledger, settings: Mapping[str, Any]) -> None:
     """The ledger with the settings that it came of: the same for the same documents in whatever order."""
-    return {"settings": dict(plan), **ledger.as_json()}
+    content = json.dumps({"settings": dict(settings), **ledger.as_json()}, indent=1, ensure_ascii=False) + "\n"
+    (folder / REPORT).write_text(content, encoding="utf-8")
+    (folder / PAGE).write_text(render(ledger, settings))
+
+
+def lines_of(ledger: Ledger) -> list[str]:
+    """A table, or where nothing was dropped or cleaned one line."""
+    if any(ledger.dropped()) or any(ledger.cleaned.values()):
+        return table_of(ledger)
+    return [f"{'kept':<10} all that was read: {_amount(*ledger.total(KEPT))}"]
+
+
+def reasons_of(ledger: Ledger) -> str:
+    """What was read and why it was dropped, in one line."""
+    reasons = [f"{n_documents:,} {what_of(stage, reason)}" for stage, reason, n_documents, _ in ledger.dropped()]
+    return f"read {_amount(*ledger.total(READ))}" + (f"; dropped {', '.join(reasons)}" if reasons else "")
 
 
 def _amount(n_documents: int, n_bytes: int) -> str:
-    return f"{n_documents:,} documents, {_size(n_bytes)}"
-
-
-def _size(n_bytes: int) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(n_bytes) >= size:
-            return f"{n_bytes / size:,.1f} {unit}"
-    return f"{n_bytes:,} bytes"
+    return f"{n_documents:,} documents, {size(n_bytes)}"

@@ -22,6 +22,7 @@ def prepare(
     dedup: Literal["auto", "exact", "none"] = "auto",
     workers: int | None = None,
     memory_mb: int | None = None,
+    drops: Path | None = None,
     text_field: str = "text",
     max_document_bytes: int = 16 << 20,
     long_documents: Literal["cut", "drop"] = "cut",
@@ -52,6 +53,7 @@ def prepare(
         dedup: What is kept of equal documents: exact, one of them; none, all. auto: of text one, of other kinds all.
         workers: Processes; as many as there are cores and memory has room for, unless it is said.
         memory_mb: What they may take together, in MB; half of the free memory, unless it is said.
+        drops: A .parquet file to list each dropped document in: where it was dropped, why, and which one stayed for it.
         text_field: The field of JSON and parquet that holds the text; data.text is a field within a field.
         max_document_bytes: A longer document is cut or dropped.
         long_documents: What is done with one: cut (after a paragraph, a line or a word) or drop.
@@ -79,5 +81,6 @@ def prepare(
         recipe=curation,
         workers=workers,
         memory_mb=memory_mb,
+        drops=drops,
     )
     return 0

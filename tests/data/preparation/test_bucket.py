@@ -48,7 +48,7 @@ def shuffled(
     content, ledger, sides = [], Ledger(), []
     for number in range(n_buckets):
         out = folder / f"bucket-{number}"
-        done = perform(SortBucket(out, runs, ("all",), tuple(near), selection, keep_equal, number, n_buckets))
+        done = perform(SortBucket(out, runs, ("all",), tuple(near), selection, keep_equal, number, n_buckets, False))
         records = list(read_bucket(np.load(out / "order.npy"), runs))
         content += [(record.key.decode(), record.text.decode()) for record in records]
         sides += [record.side for record in records]

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_the_summary_counts_duplicates_and_names_what_was_skipped(tmp_path: Path
     summary = prepared(tmp_path / "out", tmp_path / "rows.jsonl.gz", console=console)
     assert (summary.n_duplicates, sum(split.n_documents for split in summary.dataset.splits.values())) == (3, 3)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "3 exact duplicates" in printed
+    assert re.search(r"\n  exact duplicates +3 +18 bytes +50.0%\n", printed)
     assert f"left out   empty: 1\n{'':<12}{tmp_path}/rows.jsonl.gz, line 7\n" in printed
     assert f"left out   bad records: 1\n{'':<12}{tmp_path}/rows.jsonl.gz, line 8: not UTF-8" in printed
     assert str(tmp_path / "out") in printed
@@ -119,7 +120,7 @@ def test_a_folder_as_people_have_them(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all("corpus/data/train.jsonl.gz:same" in split for split in documents)
     told = capsys.readouterr().err
     for line in (
-        "dropped    2 exact duplicates",
+        "  exact duplicates ",
         "left out   not read: 1",
         f"{folder}/[/draft].html",
         "left out   damaged files: 1",
