@@ -90,7 +90,7 @@ def opened_row(folder: Path, row: str) -> str:
     # A position is found where its sample's record is; each of these in another epoch, the worst that can be.
     positions = np.arange(20) * stream.sequences_per_epoch + 12345
     for position in positions:
-        places = stream._order.locate(np.array([position]))
+        places = stream._sources[0].order.locate(np.array([position]))
         shard = stream._reader._split[int(places.shards[0])]
         number = int(np.searchsorted(shard.starts, int(places.sequences[0]) * 4096, side="right")) - 1
         shard.sample(number)

@@ -6,7 +6,7 @@ import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -48,13 +48,15 @@ class BlockReader:
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._cache: OrderedDict[tuple[int, int], Block] = OrderedDict()
         self._lock = threading.Lock()
+        # Of more shards than a window of the order has.
+        self._starts = lru_cache(maxsize=8)(lambda shard: self._split[shard].starts)
 
     def read(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) of a shard, cut at its end, and their flags; int64 and uint8.
 
         Raises UserError naming shard, sample and byte where the file is not what the index says.
         """
-        starts = self._split[shard].starts
+        starts = self._starts(shard)
         stop = min(stop, int(starts[-1]))
         first_block = int(np.searchsorted(starts, start, side="right")) - 1
         last_block = int(np.searchsorted(starts, stop, side="left")) - 1

@@ -46,7 +46,8 @@ STAGING_SUFFIX = ".moray-unfinished"
 class Dataset:
     """A finished dataset. The fingerprint is a digest of its content, the same wherever and whenever prepared.
 
-    vocab_size: all tokens, and pad_id, lie below it. arrays: the digests of the files of its index.
+    vocab_size: all tokens, and pad_id, lie below it. arrays: the digests of the files of its index. called: the
+    setting that names the folder.
     """
 
     folder: str
@@ -55,10 +56,12 @@ class Dataset:
     pad_id: int
     splits: Mapping[str, Split]
     arrays: Mapping[str, str]
+    tokenizer_sha256: str
     kind: Kind = "text"
+    called: str = "data.path"
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Dataset":
+    def open(cls, folder: str | Path, called: str = "data.path") -> "Dataset":
         """Opens a folder (or fsspec URL) that `moray prepare` finished: in no time, and no memory, whatever its size.
 
         An index of version 1 is read whole, and checked by that. Raises UserError for a folder that is missing,
@@ -67,7 +70,7 @@ class Dataset:
         folder = str(folder).rstrip("/")
         fs, root = url_to_fs(folder)
         if not fs.exists(f"{root}/{INDEX}"):
-            raise UserError(_why_missing(folder, fs.exists(root), fs.exists(root + STAGING_SUFFIX)))
+            raise UserError(_why_missing(called, folder, fs.exists(root), fs.exists(root + STAGING_SUFFIX)))
         try:
             index = json.loads(fs.cat_file(f"{root}/{INDEX}"))
             version, names = index["version"], list(index["splits"])
@@ -83,7 +86,8 @@ class Dataset:
         try:
             splits = _parse_version_1(folder, index) if version == 1 else _open_arrays(folder, fs, root, index)
             identity = index["fingerprint"], index["vocab_size"], index["pad_id"]
-            return cls(folder, *identity, splits, index.get("arrays", {}), index.get("kind", "text"))
+            made_of = index.get("arrays", {}), index["tokenizer_sha256"]
+            return cls(folder, *identity, splits, *made_of, index.get("kind", "text"), called)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}/{INDEX} is no index of version {version} ({error!r}); {_REMEDY}") from None
 
@@ -117,7 +121,7 @@ class Dataset:
         """Raises UserError if some token of this dataset has no row in the model's embedding."""
         if self.vocab_size > model_vocab_size:
             raise UserError(
-                f"data.path={self.folder} holds token {self.vocab_size - 1}, beyond the model's "
+                f"{self.called}={self.folder} holds token {self.vocab_size - 1}, beyond the model's "
                 f"vocab_size={model_vocab_size}; set model.vocab_size={self.vocab_size}, or prepare the data with a "
                 f"tokenizer of at most {model_vocab_size} entries"
             )
@@ -126,20 +130,20 @@ class Dataset:
         """Raises UserError, naming both fingerprints, if a run was trained on other data than this."""
         if self.fingerprint != expected:
             raise UserError(
-                f"data.path={self.folder} has fingerprint {self.fingerprint}, but this run was trained on {expected}; "
-                "point data.path at that data or start a new run"
+                f"{self.called}={self.folder} has fingerprint {self.fingerprint}, but this run was trained on "
+                f"{expected}; point {self.called} at that data or start a new run"
             )
 
 
 _REMEDY = "restore it from a copy, or run `moray prepare` again"
 
 
-def _why_missing(folder: str, exists: bool, has_staging: bool) -> str:
+def _why_missing(called: str, folder: str, exists: bool, has_staging: bool) -> str:
     if has_staging:
-        return f"data.path={folder} is unfinished: its preparation was interrupted; run `moray prepare` again"
+        return f"{called}={folder} is unfinished: its preparation was interrupted; run `moray prepare` again"
     if exists:
-        return f"data.path={folder} has no {INDEX}: it is not a finished dataset; run `moray prepare` again"
-    return f"data.path={folder} does not exist; make it with `moray prepare SOURCE --out {folder}`"
+        return f"{called}={folder} has no {INDEX}: it is not a finished dataset; run `moray prepare` again"
+    return f"{called}={folder} does not exist; make it with `moray prepare SOURCE --out {folder}`"
 
 
 def _check_link(path: Path) -> None:

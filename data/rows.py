@@ -1,6 +1,6 @@
 """What a row of a batch holds: a piece of the text, cut anywhere, or whole dialogues that fill it best."""
 
-# Shapes: T tokens of a row (seq_len).
+# Shapes: N rows that are asked for at once, T tokens of a row (seq_len).
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,8 +26,8 @@ class Rows(Protocol):
 
     counts: np.ndarray
 
-    def row(self, shard: int, number: int) -> np.ndarray:
-        """The row's tokens, targets, positions and documents, int64 [4, T]."""
+    def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Tokens, targets, positions and documents of these rows of these shards: int64 [N] and [N] -> [4, N, T]."""
 
 
 def rows_of(dataset: Dataset, split: str, seq_len: int, cache_bytes: int, long_dialogues: LongDialogues) -> Rows:
@@ -37,7 +37,7 @@ def rows_of(dataset: Dataset, split: str, seq_len: int, cache_bytes: int, long_d
         return TextRows(dataset, split, seq_len, reader)
     if dataset.kind == "chat":
         return DialogueRows(dataset, split, seq_len, reader, long_dialogues)
-    raise UserError(f"data.path={dataset.folder} holds {dataset.kind}, which have no next token to learn from")
+    raise UserError(f"{dataset.called}={dataset.folder} holds {dataset.kind}, which have no next token to learn from")
 
 
 class TextRows:
@@ -47,19 +47,27 @@ class TextRows:
         self.counts = sequence_counts(dataset.splits[split].shards["n_tokens"], seq_len)
         self._seq_len, self._pad_id, self._reader = seq_len, dataset.pad_id, reader
 
-    def row(self, shard: int, number: int) -> np.ndarray:
-        tokens, flags = self._reader.read(shard, number * self._seq_len, (number + 1) * self._seq_len + 1)
-        first = flags & FIRST > 0
-        n = len(tokens) - 1  # less than seq_len only at the end of a shard
-        row = padding(self._seq_len, self._pad_id)
-        row[0, :n] = tokens[:-1]
-        row[1, :n] = np.where(first[1:], IGNORE, tokens[1:])
-        begins = first[:-1].copy()
-        begins[0] = False  # the row's first document is number 0, whether or not it begins here
-        offsets = np.arange(n)
-        row[2, :n] = offsets - np.maximum.accumulate(np.where(begins, offsets, 0))
-        row[3, :n] = np.cumsum(begins)
-        return row
+    def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Rows are only read one by one: what is done with their tokens is done once, for a batch of them."""
+        n, width = len(shards), self._seq_len
+        read, first, lengths = np.zeros((n, width + 1), np.int64), np.zeros((n, width + 1), bool), np.empty(n, np.int64)
+        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
+            tokens, flags = self._reader.read(shard, number * width, (number + 1) * width + 1)
+            lengths[row] = len(tokens)
+            read[row, : len(tokens)] = tokens
+            np.not_equal(flags & FIRST, 0, out=first[row, : len(tokens)])
+        begins = first[:, :-1].copy()
+        begins[:, 0] = False  # the row's first document is number 0, whether or not it begins here
+        offsets = np.arange(width)
+        rows = np.empty((4, n, width), np.int64)
+        rows[0] = read[:, :-1]
+        rows[1] = np.where(first[:, 1:], IGNORE, read[:, 1:])
+        rows[2] = offsets - np.maximum.accumulate(np.where(begins, offsets, 0), axis=1)
+        np.cumsum(begins, axis=1, out=rows[3])
+        # The last token of a shard is nobody's to predict from; behind it, rows are padded.
+        for row in np.flatnonzero(lengths <= width).tolist():
+            rows[:, row, lengths[row] - 1 :] = padding(width - int(lengths[row]) + 1, self._pad_id)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -116,14 +124,19 @@ class DialogueRows:
         self.counts = np.array([len(packing.ends) for packing in self._packings], np.int64)
         if not self.counts.sum():
             raise UserError(
-                f"train.seq_len={seq_len} is under every dialogue of the {split} split of data.path={dataset.folder}, "
-                f"whose shortest has {shortest} tokens; raise it"
+                f"train.seq_len={seq_len} is under every dialogue of the {split} split of "
+                f"{dataset.called}={dataset.folder}, whose shortest has {shortest} tokens; raise it"
             )
         n_dialogues = sum(len(packing.documents) for packing in self._packings)
         n_cut = sum(map(len, self._cuts))
         self.fill = Fill(int(self.counts.sum()), n_dialogues, n_cut, n_left_out, n_tokens, seq_len)
 
+    def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        each = zip(shards.tolist(), numbers.tolist(), strict=True)
+        return np.stack([self.row(shard, number) for shard, number in each], axis=1)
+
     def row(self, shard: int, number: int) -> np.ndarray:
+        """int64 [4, T]."""
         row, at = padding(self._seq_len, self._pad_id), 0
         for count, document in enumerate(self._packings[shard].row(number).tolist()):
             tokens, flags = self._dialogue(shard, document)

@@ -1,8 +1,8 @@
-"""What a rank iterates: global batches, pure functions of (dataset, seed, batch number), prefetched by a thread.
+"""What a rank iterates: global batches, pure functions of (datasets, seed, batch number), prefetched by a thread.
 
-Law 2: global batch n holds positions [nB, (n+1)B) of the order in `data/order.py`, across epoch ends, and a rank reads
-the lanes it owns. Joined over the ranks, the lanes are the same for every world size and after every restart: the
-data state of a run is one integer.
+Law 2: global batch n holds positions [nB, (n+1)B), which `data/mixture.py` deals out to the sources; each gives its
+sequences in its own order (`data/order.py`), across epoch ends. A rank reads the lanes it owns. Joined over the ranks,
+the lanes are the same for every world size and after every restart: the data state of a run is one integer.
 """
 
 # Shapes: B lanes of this rank, T tokens of a sequence (seq_len).
@@ -18,6 +18,7 @@ import torch
 from moray import UserError
 from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
+from moray.data.mixture import CYCLE, Mixture, Phase
 from moray.data.order import Order
 from moray.data.rows import LongDialogues, Rows, padding, rows_of
 
@@ -38,44 +39,69 @@ class Batch:
     step: int
 
 
-class Stream:
-    """An endless stream of training batches over one split.
+class Source:
+    """The sequences of one dataset's split, in its order, epoch after epoch."""
 
-    Memory: a cache of blocks, 256 MiB by default, and `prefetch` batches. The first read of a block verifies it.
+    def __init__(
+        self, dataset: Dataset, split: str, seq_len: int, seed: int, cache_bytes: int, long_dialogues: LongDialogues
+    ) -> None:
+        self._rows = rows_of(dataset, split, seq_len, cache_bytes, long_dialogues)
+        self.order = Order(self._rows.counts, seed)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [N] -> [4, N, T]."""
+        places = self.order.locate(indices)
+        return self._rows.rows(places.shards, places.sequences)
+
+
+class Stream:
+    """An endless stream of training batches over one split of a dataset, or of several that a mixture mixes.
+
+    Memory: `prefetch` batches, and of each dataset a cache of blocks, 256 MiB by default: what a window of its order
+    takes; from a smaller one, blocks would be read again for every row. The first read of a block verifies it.
     Raises UserError for an unknown split, a sequence or batch without a token, or lanes outside the global batch;
     while reading, for a damaged shard.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        datasets: Dataset | Sequence[Dataset],
         split: str,
         *,
         seq_len: int,
         global_batch: int,
         seed: int,
         lanes: Sequence[int],
+        mixture: Mixture | None = None,
         prefetch: int = 2,
         cache_bytes: int = CACHE_BYTES,
         long_dialogues: LongDialogues = "cut",
     ) -> None:
-        _check(dataset, split, seq_len, global_batch, lanes)
+        datasets = [datasets] if isinstance(datasets, Dataset) else datasets
+        for dataset in datasets:
+            _check(dataset, split, seq_len, global_batch, lanes)
         self._lanes = np.asarray(lanes)
         self.seq_len, self.global_batch, self.seed, self.lanes = seq_len, global_batch, seed, lanes
         self._prefetch = prefetch
-        self._rows = rows_of(dataset, split, seq_len, cache_bytes, long_dialogues)
-        self._order = Order(self._rows.counts, seed)
+        self._mixture = mixture or Mixture([Phase(0, (CYCLE,))], seed)
+        self._sources = [Source(dataset, split, seq_len, seed, cache_bytes, long_dialogues) for dataset in datasets]
 
     @property
     def sequences_per_epoch(self) -> int:
-        return self._order.epoch_length
+        """Of a lone dataset."""
+        [source] = self._sources
+        return source.order.epoch_length
 
     def batch(self, n: int) -> Batch:
         """This rank's lanes of global batch n: a pure function of n."""
         first = n * self.global_batch
-        places = self._order.locate(first + self._lanes)
-        where = zip(places.shards.tolist(), places.sequences.tolist(), strict=True)
-        return _stack([self._rows.row(shard, number) for shard, number in where], first, n)
+        sources, indices = self._mixture.place(first + self._lanes)
+        if (sources == sources[0]).all():
+            return _batch(self._sources[sources[0]].rows(indices), first, n)
+        rows = np.empty((4, len(indices), self.seq_len), np.int64)
+        for source in np.unique(sources).tolist():
+            rows[:, sources == source] = self._sources[source].rows(indices[sources == source])
+        return _batch(rows, first, n)
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """Batches start, start + 1, …, read ahead by a thread that lives as long as the iterator.
@@ -136,19 +162,18 @@ def evaluation_batches(
 def _evaluation_batches(all_rows: Rows, empty: np.ndarray, global_batch: int, lanes: Sequence[int]) -> Iterator[Batch]:
     ends = np.cumsum(all_rows.counts)
     for step, first in enumerate(range(0, int(ends[-1]), global_batch)):
-        rows = []
-        for position in (first + lane for lane in lanes):
-            if position < ends[-1]:
-                shard = int(np.searchsorted(ends, position, side="right"))
-                sequence = position - (int(ends[shard - 1]) if shard else 0)
-                rows.append(all_rows.row(shard, sequence))
-            else:
-                rows.append(empty)
-        yield _stack(rows, first, step)
+        positions = first + np.asarray(lanes)
+        rows = np.repeat(empty[:, None], len(lanes), axis=1)
+        if (is_there := positions < ends[-1]).any():
+            shards = np.searchsorted(ends, positions[is_there], side="right")
+            numbers = positions[is_there] - (ends - all_rows.counts)[shards]
+            rows[:, is_there] = all_rows.rows(shards, numbers)
+        yield _batch(rows, first, step)
 
 
-def _stack(rows: list[np.ndarray], first: int, step: int) -> Batch:
-    tokens_BT, targets_BT, positions_BT, documents_BT = torch.from_numpy(np.stack(rows, axis=1))
+def _batch(rows: np.ndarray, first: int, step: int) -> Batch:
+    """Of int64 [4, B, T]."""
+    tokens_BT, targets_BT, positions_BT, documents_BT = torch.from_numpy(rows)
     return Batch(tokens_BT, targets_BT, positions_BT, documents_BT, first, step)
 
 

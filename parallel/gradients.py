@@ -81,8 +81,8 @@ def accumulate_gradients(
 @torch.no_grad()
 def evaluate(
     decoder: Decoder, micro_batches: Iterable[Piece], objective: Objective[Any] | None = None
-) -> dict[str, float]:
-    """The objective's sums by their counts over all ranks' micro-batches, which must be equally many. Collective."""
+) -> dict[str, tuple[float, float]]:
+    """The objective's sums, and their counts, over all ranks' micro-batches, which must be equally many. Collective."""
     learnt: Objective[Any] = objective or NextToken.of(decoder.config)
     decoder.eval()
     own = [[*(total.item() for total in learnt.sums(decoder, batch)), *learnt.counts(batch)] for batch in micro_batches]
@@ -90,7 +90,7 @@ def evaluate(
     n = len(learnt.names)
     # Tensor-parallel peers count the same, above and below the line.
     found = _world_totals(torch.tensor(own, dtype=torch.float64).view(-1, 2 * n))
-    return {name: found[i] / (found[n + i] or 1) for i, name in enumerate(learnt.names)}
+    return {name: (found[i], found[n + i]) for i, name in enumerate(learnt.names)}
 
 
 def world_sum(values: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ def _validated(sections: dict[str, Any]) -> RunConfig:
 def steps_of_epochs(config: RunConfig) -> int:
     """The optimizer steps in which a run sees all its data train.epochs times. Opens the data; raises as that does."""
     train, data = config.train, config.data
+    if data.mix:
+        raise UserError(
+            f"train.epochs={train.epochs:g} is of one dataset, and each source of data.mix has epochs of its own; give "
+            "train.steps, and the start says how many each comes to"
+        )
     if "://" not in data.path and not Path(data.path).exists():
         raise UserError(
             f"data.path={data.path} is not here, and train.epochs={train.epochs:g} is counted from it; make it with "

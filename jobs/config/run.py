@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_va
 
 from moray import UserError
 from moray.cluster.group import Group
+from moray.data.mixture import Mixture
 from moray.jobs.config.sections import (
     AnyPath,
     CheckpointSection,
@@ -60,8 +61,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.data.path:
-            raise UserError("data.path is missing: the folder that `moray prepare` made")
+        if not self.data.path and not self.data.mix:
+            raise UserError("data.path is missing: the folder that `moray prepare` made; or data.mix, several of them")
         if not self.run.dir:
             raise UserError("run.dir is missing: the folder that the run shall live in")
         if self.train.seq_len > self.model.max_seq_len:
@@ -245,6 +246,12 @@ class RunConfig(Section):
             return None
         targets = targets_in(self.model) if "all" in asked else tuple(target for target in TARGETS if target in asked)
         return LoRA(rank, self.lora.alpha or 2.0 * rank, targets)
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """Which of several datasets each position is drawn from."""
+        mixed = self.data.mixed
+        return Mixture(mixed.phases_of(self.train.global_batch), self.train.seed) if mixed else None
 
     @property
     def resolved_layout(self) -> Layout:

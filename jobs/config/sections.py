@@ -1,6 +1,8 @@
 """The sections of a RunConfig but for the model: what each setting means, its default and its bounds."""
 
 import os
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -8,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from moray import UserError
 from moray.cluster.launchers import Launcher
 from moray.data.rows import LongDialogues
+from moray.jobs.config.mix import Mix, MixedSource, WeightsFrom
 from moray.model.recompute import Recompute
 
 
@@ -26,9 +29,66 @@ AnyPath = Annotated[str, AfterValidator(absolute)]
 class DataSection(Section):
     path: AnyPath = ""
     """A folder made by `moray prepare`."""
+    mix: tuple[str, ...] = ()
+    """Instead of one, several such folders, each with a name and a weight: web=0.6:DIR,poems=0.4:DIR. Of every 4,096
+    sequences a source has exactly its share; one of weight 0 is only validated on. At a resume, weights may change."""
+    phases: tuple[str, ...] = ()
+    """Other weights of data.mix after so many steps: 2000:web=1,poems=3;2500:poems=1. A source that a phase does not
+    name has weight 0 in it; batches that are skipped count as steps."""
     long_dialogues: LongDialogues = "cut"
     """What becomes of dialogues of more than train.seq_len tokens. cut: they lose whole turns, the first ones first,
     as many as it takes; drop: they are left out."""
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _read_mix(cls, value: Any) -> Any:
+        entries = re.split(r",(?=[\w-]+=)", value) if isinstance(value, str) and value else value or ()
+        sources = sorted(MixedSource.parse(str(entry).strip()) for entry in entries)
+        return tuple(str(source._replace(folder=absolute(source.folder))) for source in sources)
+
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _read_phases(cls, value: Any) -> Any:
+        entries = value.split(";") if isinstance(value, str) and value else value or ()
+        return tuple(str(WeightsFrom.parse(str(entry).strip())) for entry in entries)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.path and self.mix:
+            raise UserError(f"data.path={self.path} and {self.told} are both data; leave one out")
+        if self.phases and not self.mix:
+            raise UserError(f"data.phases={';'.join(self.phases)} are of data.mix, which is missing")
+        if self.mix:
+            Mix.of(self.mix, self.phases).check()
+        return self
+
+    @property
+    def mixed(self) -> Mix | None:
+        """What data.mix and data.phases say, if they do."""
+        return Mix.of(self.mix, self.phases) if self.mix else None
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Every source's, by name: that of data.path has the name ''."""
+        return self.mixed.folders if self.mixed else {"": self.path}
+
+    @property
+    def told(self) -> str:
+        """The setting that says where the data are, as it is."""
+        return f"data.mix={','.join(self.mix)}" if self.mix else f"data.path={self.path}"
+
+    def going_on_from(self, recorded: Mapping[str, Any], batch: int) -> Self:
+        """These data for a run that has a commit before this global batch: up to it, weights are as they were.
+
+        recorded: the section as the commit has it.
+        """
+        if not self.mixed or not recorded.get("mix"):
+            return self
+        before = Mix.of(recorded["mix"], recorded["phases"])
+        if not before.folders.keys() <= self.mixed.folders.keys():
+            return self  # of which it is told where data are compared
+        mix, phases = self.mixed.going_on_from(before, batch).texts
+        return self.model_copy(update={"mix": mix, "phases": phases})
 
 
 class TrainSection(Section):

@@ -3,7 +3,7 @@
 Shapes: N steps, S steps that have an array, L MoE layers, E experts, P devices of an expert-parallel group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ OF_LAYERS = (
 SAMPLED = {"expert_load": 2, "device_load": 2, "rows_sent": 2, "bytes_sent": 1}
 """Arrays by their number of dimensions: [L, E], [L, P], [L, P] and [P]. They count in the rows that hold a load."""
 LARGEST = 3.4e38
-_COLUMNS = (*NUMBERS, *(f"{name} {part}" for name in OF_LAYERS for part in ("low", "mean", "high")))
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,10 @@ class Record:
         return bool(np.any(np.nan_to_num(self.columns[name])))
 
 
-def read_record(run: Path) -> Record:
-    """Memory: about 600 bytes a step, and the arrays."""
+def read_record(run: Path, more: Sequence[str] = ()) -> Record:
+    """more: numbers that this run has beside those of every one. Memory: about 600 bytes a step, and the arrays."""
+    names = (*NUMBERS, *more)
+    columns = (*names, *(f"{name} {part}" for name in OF_LAYERS for part in ("low", "mean", "high")))
     undone: dict[int, tuple[int, int]] = {}
     newest, newest_generation, layout = 0, 0, None
     arrays: dict[str, dict[int, np.ndarray]] = {name: {} for name in (*SAMPLED, "own_seconds")}
@@ -75,15 +76,15 @@ def read_record(run: Path) -> Record:
                 array = _array(row[name])
                 if array is not None and array.ndim == SAMPLED.get(name, 1):
                     held[step] = array
-        numbers = [_number(row[name]) if name in row else np.nan for name in NUMBERS]
+        numbers = [_number(row[name]) if name in row else np.nan for name in names]
         return np.array([*numbers, *(part for name in OF_LAYERS for part in _parts(row.get(name)))], "f4").tobytes()
 
     rows = read_steps(run, pick)
-    table = np.frombuffer(b"".join(rows.values()), "f4").reshape(-1, len(_COLUMNS))
+    table = np.frombuffer(b"".join(rows.values()), "f4").reshape(-1, len(columns))
     grids = {name: _grids({step: held[step] for step in sorted(held) if step in rows}) for name, held in arrays.items()}
     return Record(
         np.array([*rows], np.int64),
-        dict(zip(_COLUMNS, table.T, strict=True)),
+        dict(zip(columns, table.T, strict=True)),
         {name: grid for name, grid in grids.items() if grid},
         undone,
         layout,

@@ -15,15 +15,17 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from pydantic import ValidationError
 
 from moray import UserError
 from moray.cluster.events import read_events
 from moray.jobs.config.load import flatten
+from moray.jobs.config.sections import DataSection
 from moray.jobs.models.describe import describe
 from moray.jobs.models.inspect_model import find_config
 from moray.jobs.models.units import short
 from moray.jobs.report.config_table import changed_settings
-from moray.jobs.report.curves import LEARNING, SPEED, curves, curves_of_layers, marks
+from moray.jobs.report.curves import LEARNING, SPEED, Curve, curves, curves_of_layers, marks
 from moray.jobs.report.experts import busiest_map, device_rows, layer_maps, own_time_map, sent_maps
 from moray.jobs.report.mishaps import Mishap, mishaps
 from moray.jobs.report.record import Record, read_record
@@ -56,15 +58,16 @@ def write_report(run: Path, out: Path | None, samples: int) -> Path:
 
 def render(run: Path, status: Status, samples: int) -> str:
     """The page of a run that has such a status."""
-    record = read_record(run)
+    toml, config, no_config = _config(run)
+    folders = _folders(config)
+    by_source = [f"validation_loss/{name}" for name in folders if name]
+    record = read_record(run, by_source)
     events = [*read_events(run / "events.jsonl")] if (run / "events.jsonl").exists() else []
     found = mishaps(events, record.undone)
-    toml, config, no_config = _config(run)
     files = resources.files("moray.jobs.report")
     script = (files / "page.js").read_text()
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    data = str(config.get("data.path", ""))
-    written, told = draw_samples(run, data, samples)
+    written, told = draw_samples(run, folders, samples)
     return page.from_string((files / "page.html").read_text()).render(
         style=Markup((files / "page.css").read_text()),
         script=Markup(script),
@@ -73,9 +76,9 @@ def render(run: Path, status: Status, samples: int) -> str:
         status=status,
         facts=_facts(record, events, status),
         model=_model(run),
-        data=data,
+        data=", ".join(folders.values()),
         record=record,
-        charts=_charts(record, found) if len(record.steps) else None,
+        charts=_charts(record, found, by_source) if len(record.steps) else None,
         mishaps=found[-MOST_MISHAPS:],
         left_out=max(len(found) - MOST_MISHAPS, 0),
         toml=toml,
@@ -86,11 +89,12 @@ def render(run: Path, status: Status, samples: int) -> str:
     )
 
 
-def _charts(record: Record, found: Sequence[Mishap]) -> dict[str, Any]:
-    """All that is drawn of a run with a step at least."""
+def _charts(record: Record, found: Sequence[Mishap], by_source: Sequence[str]) -> dict[str, Any]:
+    """All that is drawn of a run with a step at least. by_source: columns of its sources' validation losses."""
+    of_sources = [Curve(name.replace("_loss/", ", "), "nats a token", "auto", [(name, "loss")]) for name in by_source]
     return {
         "marks": marks(record, found),
-        "learning": curves(record, LEARNING),
+        "learning": curves(record, [*LEARNING, *of_sources]),
         "balance": curves_of_layers(record),
         "speed": curves(record, SPEED),
         "busiest": busiest_map(record),
@@ -130,6 +134,15 @@ def _model(run: Path) -> list[str]:
     total, active = count_parameters(config)
     passes = f", of which a token passes {short(active, 'kMBT')}" if active < total else ""
     return [f"{short(total, 'kMBT')} parameters{passes}", *describe(config)]
+
+
+def _folders(config: Mapping[str, Any]) -> dict[str, str]:
+    """Where the data are, by the sources' names, as far as the settings say."""
+    try:
+        named = {name: config[f"data.{name}"] for name in ("path", "mix", "phases") if f"data.{name}" in config}
+        return DataSection.model_validate(named).folders
+    except ValidationError:
+        return {"": ""}
 
 
 def _config(run: Path) -> tuple[str, dict[str, Any], str]:

@@ -1,6 +1,6 @@
 """How a run's newest commit continues the beginnings of documents that it was not trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from moray import UserError
 from moray.data.chat.exchanges import documents, exchanges
 from moray.data.dataset import Dataset
+from moray.data.sources import Sources, in_turn
 from moray.data.tokenizer import Tokenizer
 from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
 from moray.model import Decoder
@@ -25,17 +26,20 @@ class Sample(NamedTuple):
     truth: str
 
 
-def draw_samples(run: Path, data: str, count: int) -> tuple[list[Sample], list[str]]:
-    """So many, always the same, and what there is to say of them: why there are none, or of a commit passed over."""
+def draw_samples(run: Path, data: Mapping[str, str], count: int) -> tuple[list[Sample], list[str]]:
+    """So many, always the same, from each source in turn; and what there is to say of them: why there are none, or of a
+    commit passed over.
+    """
     told: list[str] = []
     if not count:
         return [], ["left out, as --samples is 0"]
     try:
-        dataset = Dataset.open(data)
+        sources = Sources.open(data)
         for commit in list_commits(run / "checkpoints")[-1:]:
-            dataset.check_fingerprint(commit.manifest.metadata["data"]["fingerprint"])
+            sources.check_fingerprint(commit.manifest.metadata["data"]["fingerprint"])
         decoder, tokenizer = load_run(run, told.append)
-        beginnings = islice(_beginnings(dataset, decoder.config.max_seq_len), count)
+        each = (_beginnings(dataset, decoder.config.max_seq_len) for dataset in sources.datasets.values())
+        beginnings = islice(in_turn(each), count)
         samples = [_continue(decoder, tokenizer, *beginning) for beginning in beginnings]
         return samples, told if samples else [*told, "the validation split holds no document"]
     except (UserError, OSError, ValueError, KeyError, RuntimeError, FloatingPointError, MemoryError) as error:

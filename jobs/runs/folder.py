@@ -12,6 +12,7 @@ from typing import Any
 
 from moray import UserError
 from moray.data.dataset import Dataset
+from moray.data.sources import Sources
 from moray.data.special_tokens import copy_stops
 from moray.data.tokenizer import copy_tokenizer
 from moray.jobs.config.load import flatten
@@ -34,7 +35,7 @@ _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) -> Iterator[bool]:
+def claimed(config: RunConfig, sources: Sources, tell: Callable[[str], None]) -> Iterator[bool]:
     """Makes the run's folder, or checks that it may go on; no other driver can claim it until the block ends.
 
     Yields whether any step is left to do, and writes config.toml and tokenizer/, if so. Until something is committed,
@@ -56,18 +57,18 @@ def claimed(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) ->
     with _locked(folder, tell) as is_alone:
         if is_alone:
             _remove_partials(folder)
-        if not check_folder(config, dataset, tell):
+        if not check_folder(config, sources, tell):
             yield False
             return
         is_bound = bool(list_commits(folder / "checkpoints"))
-        _put_tokenizer(Path(config.data.path), folder / "tokenizer", is_bound=is_bound)
+        _put_tokenizer(sources.first, folder / "tokenizer", is_bound=is_bound)
         if config.weights_from and config.train.objective == "pretrain":  # dialogues end by their own template
             copy_stops(tokenizer_of(Path(config.weights_from)), folder / "tokenizer")
         replace_file(folder / "config.toml", to_toml(config))
         yield True
 
 
-def check_folder(config: RunConfig, dataset: Dataset, tell: Callable[[str], None]) -> bool:
+def check_folder(config: RunConfig, sources: Sources, tell: Callable[[str], None]) -> bool:
     """Whether any step is left to do; tells of a run where none is, and of settings that change at a resume.
 
     Writes nothing. Raises UserError naming what differs in a folder that holds another run, and the room that a commit
@@ -76,7 +77,7 @@ def check_folder(config: RunConfig, dataset: Dataset, tell: Callable[[str], None
     folder = Path(config.run.dir)
     _check_no_file(folder)
     if commits := list_commits(folder / "checkpoints"):
-        check_same_run(commits[-1], config, dataset)
+        check_same_run(commits[-1], config, sources)
         if (done := commits[-1].step) >= config.train.steps and not verify(commits[-1]):
             tell(f"run.dir={folder} has committed step {done} of train.steps={config.train.steps}: nothing to do")
             return False
@@ -91,7 +92,7 @@ def _check_no_file(folder: Path) -> None:
         raise UserError(f"run.dir={folder} is a file; name a folder")
 
 
-def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
+def check_same_run(commit: Commit, now: RunConfig, sources: Sources) -> None:
     """Raises UserError unless config and data continue the run that made the commit, at the position it ended at."""
     metadata = commit.manifest.metadata
     there = metadata["config"]
@@ -120,7 +121,7 @@ def check_same_run(commit: Commit, now: RunConfig, dataset: Dataset) -> None:
             f"train.global_batch={now.train.global_batch} + {skipped} skipped = {expected}: going on would skip or "
             "repeat sequences"
         )
-    dataset.check_fingerprint(metadata["data"]["fingerprint"])
+    sources.check_fingerprint(metadata["data"]["fingerprint"])
 
 
 def _changes(commit: Commit, now: RunConfig) -> list[str]:
@@ -130,8 +131,10 @@ def _changes(commit: Commit, now: RunConfig) -> list[str]:
         if wanted["train"][name] == "auto":
             wanted["train"][name] = there["train"].get(name)  # it stays as it was chosen
     before = dict(flatten({name: there[name] for name in wanted}))
+    before["data.phases"] = ";".join(there.get("data", {}).get("phases", []))
     # A setting that is younger than the commit has not been changed.
-    return _differing(before, {name: value for name, value in flatten(wanted) if name in before})
+    asked = {name: value for name, value in flatten(wanted) if name in before}
+    return _differing(before, asked | {"data.phases": ";".join(now.data.phases)})
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -201,13 +204,14 @@ def _check_space(config: RunConfig, folder: Path) -> None:
         )
 
 
-def _put_tokenizer(data: Path, folder: Path, *, is_bound: bool) -> None:
+def _put_tokenizer(dataset: Dataset, folder: Path, *, is_bound: bool) -> None:
     """Copies the data's tokenizer, whole or not at all; once something is committed, the one there must be the same."""
+    data = Path(dataset.folder)
     if folder.exists():
         if _tokenizer_bytes(folder) == _tokenizer_bytes(data):
             return
         if is_bound:
-            raise UserError(f"{folder} is not the tokenizer of data.path={data}, the run's data; move it away")
+            raise UserError(f"{folder} is not the tokenizer of {dataset.called}={data}, the run's data; move it away")
         shutil.rmtree(folder)
     partial = partial_path(folder)
     partial.mkdir()

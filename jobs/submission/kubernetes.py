@@ -75,7 +75,7 @@ class Kubernetes(Target):
         config = job.config
         for setting, path in (
             ("run.dir", config.run.dir),
-            ("data.path", config.data.path),
+            *(("data.mix" if config.data.mix else "data.path", folder) for folder in config.data.folders.values()),
             ("model.from", config.weights_from),
         ):
             if path and mount not in PurePosixPath(path).parents:

@@ -62,8 +62,8 @@ class Slurm(Target):
             )
         if not is_here:
             raise UserError(
-                f"data.path={job.config.data.path} is not here; a job of Slurm needs data and run in folders that all "
-                "of its nodes and this machine see"
+                f"{job.config.data.told} is not here; a job of Slurm needs data and run in folders that all of its "
+                "nodes and this machine see"
             )
         for option, value, least in (
             ("--nodes", self.nodes, 1),

@@ -30,7 +30,7 @@ def submit(target: Target, command: Sequence[str], console: Console | None = Non
     is_here = _is_here(job.config)
     target.check(job, is_here=is_here)
     if not is_here:
-        tell(f"data.path={job.config.data.path} is not on this machine: the job itself will see whether it can be used")
+        tell(f"{job.config.data.told} is not on this machine: the job itself will see whether it can be used")
     elif not _has_steps(job.config, tell):
         return EXIT_DONE
     files = target.files(job)
@@ -61,7 +61,7 @@ def as_job(target: Target, command: Sequence[str]) -> Job:
 
 
 def _is_here(config: RunConfig) -> bool:
-    return Path(config.data.path).exists()
+    return all(Path(folder).exists() for folder in config.data.folders.values())
 
 
 def _read(command: Sequence[str]) -> tuple[str, RunConfig]:
@@ -76,11 +76,14 @@ def _read(command: Sequence[str]) -> tuple[str, RunConfig]:
 
 def _has_steps(config: RunConfig, tell: Callable[[str], None]) -> bool:
     from moray.jobs.runs.folder import check_folder
+    from moray.jobs.training.begin import checkpoints_of
+    from moray.jobs.training.choices import as_recorded
     from moray.jobs.training.drive import check
 
-    dataset = check(config, tell)
-    dataset.verify()
-    return check_folder(config, dataset, tell)
+    config = as_recorded(config, checkpoints_of(config))
+    sources = check(config, tell)
+    sources.verify()
+    return check_folder(config, sources, tell)
 
 
 def _plain(name: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moray.data.chat.exchanges import exchanges
+from moray.data.sources import in_turn
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.training.begin import Training
 from moray.parallel.generation import write_greedily
@@ -20,7 +21,8 @@ def answer_some(training: Training) -> dict[str, Any]:
     Nothing where no dialogue of the validation split is short enough.
     """
     room = min(MOST_ASKED, training.config.model.max_seq_len - NEW_TOKENS)
-    some = list(islice(exchanges(training.dataset, "validation", room), ANSWERS))
+    each = (exchanges(dataset, "validation", room) for dataset in training.sources.datasets.values())
+    some = list(islice(in_turn(each), ANSWERS))
     if not some:
         return {}
     tokenizer = load_tokenizer(Path(training.config.run.dir) / "tokenizer")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from moray.data.blocks import CACHE_BYTES
-from moray.data.dataset import Dataset
+from moray.data.sources import Sources
 from moray.data.stream import Batch, Stream
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training.begin import Training
@@ -13,16 +13,17 @@ from moray.model import Randomness
 from moray.model.objective import MicroBatch
 
 
-def stream_of(dataset: Dataset, config: RunConfig, lanes: Sequence[int], cache_bytes: int = CACHE_BYTES) -> Stream:
+def stream_of(sources: Sources, config: RunConfig, lanes: Sequence[int], cache_bytes: int = CACHE_BYTES) -> Stream:
     """The training split, as a run with these settings reads it."""
     train = config.train
     return Stream(
-        dataset,
+        [*sources.datasets.values()],
         "train",
         seq_len=train.seq_len,
         global_batch=train.global_batch,
         seed=train.seed,
         lanes=lanes,
+        mixture=config.mixture,
         cache_bytes=cache_bytes,
         long_dialogues=config.data.long_dialogues,
     )

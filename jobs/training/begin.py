@@ -16,7 +16,7 @@ from moray import UserError
 from moray.cluster.events import EventLog
 from moray.cluster.host_memory import keep_freed_memory
 from moray.cluster.worker import WorkerContext
-from moray.data.dataset import Dataset
+from moray.data.sources import Sources
 from moray.jobs.config.run import RunConfig
 from moray.jobs.config.sections import TrainSection
 from moray.jobs.models.base import Base
@@ -90,7 +90,7 @@ class Training:
     config: RunConfig
     layout: Layout
     copy: dist.ProcessGroup
-    dataset: Dataset
+    sources: Sources
     decoder: Decoder
     optimizer: torch.optim.Optimizer
     checkpointer: Checkpointer
@@ -153,7 +153,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     if config.train.exact:
         torch.set_num_threads(1)  # their number decides the order in which products are summed
     layout = config.layout_on(context.world_size)
-    dataset = _open_storage(context, config)
+    sources = _open_storage(context, config)
     commits = None if context.rank else checkpoints_of(config)
     events, pulse = EventLog(Path(config.run.dir) / "events.jsonl"), Pulse(context)
     on_event = partial(note_event, events, pulse, context.generation)
@@ -179,7 +179,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         config=config,
         layout=layout,
         copy=meshes.copy,
-        dataset=dataset,
+        sources=sources,
         decoder=decoder,
         optimizer=optimizer,
         checkpointer=Checkpointer(
@@ -215,7 +215,7 @@ def _compute_reproducibly() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _open_storage(context: WorkerContext, config: RunConfig) -> Dataset:
+def _open_storage(context: WorkerContext, config: RunConfig) -> Sources:
     """Raises UserError naming this machine where it does not see the run or the data that the others see."""
     here = socket.gethostname()
     if not sees_generation(checkpoints_of(config), context.generation):
@@ -224,7 +224,7 @@ def _open_storage(context: WorkerContext, config: RunConfig) -> Dataset:
             f"{SEEN_WITHIN_S:g} s late what others write; it must lie on storage that all nodes share"
         )
     try:
-        return Dataset.open(config.data.path)
+        return Sources.open(config.data.folders)
     except UserError as error:
         raise UserError(f"on {here}: {error}") from None
 
@@ -243,12 +243,14 @@ def resume(training: Training, events: EventLog) -> None:
         source = "commit" if commit else None
         if commit:
             digest = commit.manifest.digest
-            check_same_run(commit, config, training.dataset)
+            check_same_run(commit, config, training.sources)
             go_on_from(training, commit.step, commit.manifest.metadata)
         elif config.weights_from and not training.base:
             fill_shards(training.decoder, Path(config.weights_from))
         else:
             initialise_shards(training.decoder, config.train.seed)
+        if commit and [*config.data.phases] != commit.manifest.metadata["config"]["data"].get("phases", []):
+            training.note("mixture", step=training.step, position=training.position, phases=config.data.phases)
         if not commit and (told := what_learns(config)):
             training.note("lora", **told)
     found = {

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from moray.cluster.worker import WorkerContext
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training.memory import free, needed
-from moray.parallel.checkpoint.commits import list_commits
+from moray.parallel.checkpoint.commits import list_commits, newest_record
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
 
@@ -20,10 +21,16 @@ T = TypeVar("T")
 
 def decided(config: RunConfig, context: WorkerContext, layout: Layout, commits: Path | None) -> RunConfig:
     """The config with `train.dtype` and `train.zero_stage`: those set, else those of the newest commit, else bf16 and
-    stage 1 where every rank has the instructions and the memory for it.
+    stage 1 where every rank has the instructions and the memory for it. Of a mixture with its past, `as_recorded`.
 
     `commits` is the folder of commits, on rank 0 alone, which looks for all. Collective where something is left open.
     """
+    if config.data.mix:
+        # A rank that sees a commit late would go on with other data.
+        data = [as_recorded(config, commits).data if commits else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(data)
+        config = config.model_copy(update={"data": data[0]})
     newest = list_commits(commits)[-1:] if commits else []
     recorded = newest[0].manifest.metadata["config"]["train"] if newest else {}
 
@@ -43,6 +50,21 @@ def decided(config: RunConfig, context: WorkerContext, layout: Layout, commits: 
         has_room = needed(config, layout, chosen["dtype"], 1).total <= SHARE * free(context)
         chosen["zero_stage"] = choose("zero_stage", 1, 3, has_room)
     return config.model_copy(update={"train": config.train.model_copy(update=chosen)})
+
+
+def as_recorded(config: RunConfig, commits: Path) -> RunConfig:
+    """With the weights of a mixture as the newest commit has them up to where it ended, and as asked for from there on.
+
+    So a change of weights is a phase, in the settings that the next commit holds; and what a run has seen stays what it
+    was, from whichever commit it goes on.
+    """
+    newest = newest_record(commits) if config.data.mix else None
+    if newest is None:
+        return config
+    there = newest.metadata
+    batch = there.get("data", {}).get("position", 0) // config.train.global_batch
+    data = config.data.going_on_from(there["config"].get("data", {}), batch)
+    return config.model_copy(update={"data": data})
 
 
 def has_fast_bf16(device: torch.device) -> bool:

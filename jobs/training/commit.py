@@ -21,7 +21,7 @@ def progress(training: Training, row: dict[str, Any]) -> dict[str, Any]:
         "data": {
             "position": training.position,
             "skipped": training.position - training.step * config.train.global_batch,
-            "fingerprint": training.dataset.fingerprint,
+            "fingerprint": training.sources.fingerprint,
         },
         "applied": training.applied,
         "placement": placement_of(training.decoder),

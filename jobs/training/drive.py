@@ -1,6 +1,6 @@
 """A run from the driver's side: checks what can be wrong, then launches the workers and shows how they get on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,10 @@ from moray.cluster.launch import launch
 from moray.cluster.launchers import own_rank
 from moray.cluster.worker import WorkerError
 from moray.data.blocks import CACHE_BYTES
+from moray.data.chat.jinja_template import CHAT_TEMPLATE
 from moray.data.dataset import Dataset
 from moray.data.rows import DialogueRows, rows_of
+from moray.data.sources import Sources
 from moray.data.tokenizer import same_vocabulary
 from moray.jobs.config.load import flatten
 from moray.jobs.config.run import RunConfig
@@ -29,10 +31,14 @@ from moray.jobs.runs.trackers import check_trackers
 from moray.jobs.runs.tracking import tracked
 from moray.jobs.runs.watcher import Listener, Watcher
 from moray.jobs.training.begin import checkpoints_of
+from moray.jobs.training.choices import as_recorded
 from moray.jobs.training.tasks import check_tasks
 from moray.jobs.training.trainer import train
 from moray.model.config.moe import MoEConfig
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
+
+MOST_EPOCHS = 4
+"""Of a source, beyond which a start warns. Source: "Scaling Data-Constrained Language Models", 2023, section 5."""
 
 
 def drive(config: RunConfig, console: Console | None = None, listener: Listener | None = None) -> int:
@@ -44,10 +50,11 @@ def drive(config: RunConfig, console: Console | None = None, listener: Listener 
     is_first = not rank
     console = console or Console(stderr=True, quiet=not is_first)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    dataset = check(config, tell)
+    config = as_recorded(config, checkpoints_of(config))
+    sources = check(config, tell)
     if is_first:
-        dataset.verify()
-    with claimed(config, dataset, tell) if is_first else nullcontext(True) as has_steps:
+        sources.verify()
+    with claimed(config, sources, tell) if is_first else nullcontext(True) as has_steps:
         # The other ranks wait for this one, to find out the same.
         if not has_steps and rank is None:
             return EXIT_DONE
@@ -65,35 +72,70 @@ def drive(config: RunConfig, console: Console | None = None, listener: Listener 
     return code
 
 
-def check(config: RunConfig, tell: Callable[[str], None]) -> Dataset:
-    """The dataset, and all that can be checked without workers and without the run's folder. Raises UserError."""
-    dataset = Dataset.open(config.data.path)
-    check_kind(dataset, config, tell)
+def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
+    """The data, and all that can be checked without workers and without the run's folder. Raises UserError."""
+    sources = Sources.open(config.data.folders)
+    check_kind(sources, config, tell)
     if config.adapters:
         check_there(Path(config.weights_from))
     if config.weights_from:
-        check_tokenizer(Path(config.weights_from), Path(config.data.path), config.model.vocab_size, tell)
-    dataset.check_vocabulary(config.model.vocab_size)
+        check_tokenizer(Path(config.weights_from), Path(sources.first.folder), config.model.vocab_size, tell)
+    sources.check_vocabulary(config.model.vocab_size)
     check_trackers(config.run.trackers)
     check_tasks(config)
-    return dataset
+    return sources
 
 
-def check_kind(dataset: Dataset, config: RunConfig, tell: Callable[[str], None]) -> None:
-    """Raises UserError where a run's objective has other data. Says how full rows of dialogues are."""
+def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None]) -> None:
+    """Raises UserError where a run's objective has other data. Says how full rows of dialogues are, and how often each
+    source of a mixture will have been seen.
+    """
+    dataset = sources.first
     objective, verb = {"text": ("pretrain", "pretrain"), "chat": ("sft", "finetune")}.get(dataset.kind, ("", ""))
     if objective != config.train.objective:
         which = f"`moray {verb}` learns from" if verb else "no verb learns from yet"
         raise UserError(
-            f"data.path={dataset.folder} is of kind {dataset.kind}, which {which}; train.objective="
+            f"{dataset.called}={dataset.folder} is of kind {dataset.kind}, which {which}; train.objective="
             f"{config.train.objective} wants kind {'text' if config.train.objective == 'pretrain' else 'chat'}"
         )
-    for split in dataset.splits:
-        rows = rows_of(dataset, split, config.train.seq_len, CACHE_BYTES, config.data.long_dialogues)
-        if isinstance(rows, DialogueRows):
-            tell(f"{split}: {rows.fill}")
+    for other in sources.datasets.values():
+        if dataset.kind == "chat" and _template(other) != _template(dataset):
+            raise UserError(
+                f"{dataset.called}={dataset.folder} and {other.called}={other.folder} write dialogues by different "
+                "templates; prepare one of them with `--tokenizer` and the folder of the other"
+            )
+    sequences = {}
+    for name, dataset in sources.datasets.items():
+        for split in dataset.splits:
+            rows = rows_of(dataset, split, config.train.seq_len, CACHE_BYTES, config.data.long_dialogues)
+            if isinstance(rows, DialogueRows):
+                tell(f"{name} {split}: {rows.fill}".strip())
+            if split == "train":
+                sequences[name] = int(rows.counts.sum())
+    if config.mixture:
+        drawn = config.mixture.drawn(config.train.steps * config.train.global_batch)
+        for line in epochs(sequences, drawn.tolist()):
+            tell(line)
     if dataset.kind == "chat" and config.model.moe and not config.adapters:  # which freeze routers
         tell(balance_kept(config.model.moe))
+
+
+def _template(dataset: Dataset) -> bytes | None:
+    path = Path(dataset.folder, CHAT_TEMPLATE)
+    return path.read_bytes() if path.is_file() else None
+
+
+def epochs(sequences: Mapping[str, int], drawn: Sequence[int]) -> Iterator[str]:
+    """What a run takes of each source: those it has, and those that are drawn from it in the end."""
+    total = sum(drawn)
+    for (name, has), taken in zip(sequences.items(), drawn, strict=True):
+        yield f"{name} {taken / total:.1%}: {taken:,} sequences, {taken / has:.1f} epochs of {has:,}"
+    for (name, has), taken in zip(sequences.items(), drawn, strict=True):
+        if taken > MOST_EPOCHS * has:
+            yield (
+                f"warning: {name} is seen {taken / has:.1f} times; beyond about {MOST_EPOCHS} epochs, repeated data "
+                "teach less and less (Muennighoff et al., 2023): give it less weight, or the run fewer steps"
+            )
 
 
 def balance_kept(moe: MoEConfig) -> str:

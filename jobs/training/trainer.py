@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moray.cluster.devices import peak_memory_bytes
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED
 from moray.cluster.worker import WorkerContext
+from moray.data.dataset import Dataset
 from moray.data.stream import Batch, evaluation_batches
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training.answers import answer_some
@@ -55,7 +56,7 @@ def run_steps(training: Training) -> int:
     """The steps that are left, with all that comes between them; returns the exit code."""
     context, config, every = training.context, training.config, training.config.checkpoint.every
     first, started = training.step, time.perf_counter()
-    stream = stream_of(training.dataset, config, training.lanes)
+    stream = stream_of(training.sources, config, training.lanes)
     leaving = agree_to_leave(context, config)
     log = None
     if training.is_first_rank:
@@ -182,35 +183,40 @@ def wait_for_all(training: Training) -> None:
 def validate(training: Training) -> dict[str, float]:
     """Mean cross-entropy per token over the whole validation split; nothing where asked to stop on the way.
 
+    Of several sources, over those of all, and of each.
     Raises FloatingPointError where it is not finite: the last update broke the weights, and no loss has told yet.
     """
     config = training.config
-    batches = evaluation_batches(
-        training.dataset,
-        "validation",
-        seq_len=config.train.seq_len,
-        global_batch=config.train.global_batch,
-        lanes=training.lanes,
-        long_dialogues=config.data.long_dialogues,
-    )
     was_stopped = False
 
-    def pieces() -> Iterator[MicroBatch]:
+    def pieces(dataset: Dataset) -> Iterator[MicroBatch]:
         nonlocal was_stopped
-        for batch in batches:
+        for batch in evaluation_batches(
+            dataset,
+            "validation",
+            seq_len=config.train.seq_len,
+            global_batch=config.train.global_batch,
+            lanes=training.lanes,
+            long_dialogues=config.data.long_dialogues,
+        ):
             yield from micro_batches(training, batch, training.lanes)
             training.pulse.again()
             if was_stopped := agree_to_leave(training.context, config) is not None:
                 return
 
-    loss = evaluate(training.decoder, pieces(), training.objective)["loss"]
-    if was_stopped:
-        return {}
+    totals: dict[str, tuple[float, float]] = {}
+    for name, dataset in training.sources.datasets.items():
+        totals[name] = evaluate(training.decoder, pieces(dataset), training.objective)["loss"]
+        if was_stopped:
+            return {}
+    losses = {f"validation_loss/{name}": total / (count or 1) for name, (total, count) in totals.items() if name}
+    total, count = map(math.fsum, zip(*totals.values(), strict=True))
+    loss = total / (count or 1)
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"step {training.step}: validation loss {loss}; the step broke the weights and is not committed. {STEADIER}"
         )
-    return {"validation_loss": loss}
+    return {"validation_loss": loss, **losses}
 
 
 def speed(training: Training, tokens: int, flops: float, seconds: float) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def recomputed(training: Training, batch: Batch, pieces: Sequence[MicroBatch], g
     neighbour = (layout.dp_rank(training.context.rank) + groups * layout.span) % layout.dp
     first = _audited(training, pieces) * train.micro_batch
     lanes = lanes_of(train, layout, neighbour)[first : first + train.micro_batch]
-    theirs = stream_of(training.dataset, training.config, lanes, cache_bytes=0).batch(batch.step)
+    theirs = stream_of(training.sources, training.config, lanes, cache_bytes=0).batch(batch.step)
     audited = micro_batches(training, theirs, lanes)
     losses = accumulate_gradients(
         training.decoder, audited, training.reduction, training.witness, of=pieces, objective=training.objective

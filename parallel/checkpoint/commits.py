@@ -62,6 +62,15 @@ def list_commits(folder: Path) -> list[Commit]:
     return without_given_up([commit for path in commit_paths(folder) if (commit := sound_commit(path))])
 
 
+def newest_record(folder: Path) -> Manifest | None:
+    """What the newest commit says of its run, even if its tensors are damaged and an older one will be gone on from."""
+    found = []
+    for path in commit_paths(folder):
+        with suppress(DamagedError):
+            found.append(read_commit(path))
+    return without_given_up(found)[-1].manifest if found else None
+
+
 def without_given_up(commits: Sequence[Commit]) -> list[Commit]:
     """Those, oldest first, after which no newer generation began anew from an older step."""
     kept: list[Commit] = []

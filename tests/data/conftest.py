@@ -16,9 +16,13 @@ Documents = list[list[int]]
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Dataset]:
     def make(
-        train: Documents, validation: Documents | None = None, block_tokens: int = 8, shard_tokens: int = 24
+        train: Documents,
+        validation: Documents | None = None,
+        block_tokens: int = 8,
+        shard_tokens: int = 24,
+        name: str = "dataset",
     ) -> Dataset:
-        folder = tmp_path / "dataset"
+        folder = tmp_path / name
         folder.mkdir()
         (folder / "tokenizer.json").write_text("{}")
         splits = {}

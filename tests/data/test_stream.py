@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from version_1 import samples_of
 
-from moray.data.blocks import BlockReader
+from moray.data.blocks import FIRST, BlockReader
 from moray.data.dataset import Dataset
+from moray.data.mixture import Mixture, Phase
+from moray.data.order import Order, Places, sequence_counts
 from moray.data.stream import Batch, Stream, evaluation_batches
 
 MakeDataset = Callable[..., Dataset]
@@ -74,6 +77,81 @@ def test_lanes_are_the_same_for_every_world_size(make_dataset: MakeDataset, rank
         singly = torch.cat([lanes_of(one_at_a_time.batch(4 * n + lane)) for lane in range(4)], dim=1)
         assert torch.equal(joined, singly)
         assert {part.batch(n).first for part in parts} == {4 * n}
+
+
+def of_two(make_dataset: MakeDataset) -> tuple[list[Dataset], Mixture]:
+    """Sources whose tokens tell them apart, and a phase that begins within a batch of 8."""
+    datasets = [
+        make_dataset(DOCUMENTS, name="a"),
+        make_dataset([[500 + t for t in d] for d in DOCUMENTS[:5]], name="b"),
+    ]
+    return datasets, Mixture([Phase(0, (3072, 1024)), Phase(20, (1024, 3072))], seed=1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_lanes_of_a_mixture_are_the_same_for_every_world_size(make_dataset: MakeDataset, ranks: int) -> None:
+    datasets, mixture = of_two(make_dataset)
+    share = 8 // ranks
+    parts = [
+        Stream(
+            datasets,
+            "train",
+            seq_len=3,
+            global_batch=8,
+            seed=1,
+            lanes=range(r * share, r * share + share),
+            mixture=mixture,
+        )
+        for r in range(ranks)
+    ]
+    singly = Stream(datasets, "train", seq_len=3, global_batch=1, seed=1, lanes=[0], mixture=mixture)
+    for n in (5, 0, 2, 40):
+        joined = torch.cat([lanes_of(part.batch(n)) for part in parts], dim=1)
+        assert torch.equal(joined, torch.cat([lanes_of(singly.batch(8 * n + lane)) for lane in range(8)], dim=1))
+
+
+def test_a_mixture_takes_each_source_in_the_order_that_it_has_alone(make_dataset: MakeDataset) -> None:
+    datasets, mixture = of_two(make_dataset)
+    mixed = Stream(datasets, "train", seq_len=3, global_batch=8, seed=1, lanes=range(8), mixture=mixture)
+    rows = torch.cat([lanes_of(mixed.batch(n)) for n in range(10)], dim=1)
+    is_second = (rows[0] >= 500).any(1)
+    for dataset, mine in zip(datasets, (rows[:, ~is_second], rows[:, is_second]), strict=True):
+        n = mine.shape[1]
+        assert n > len(DOCUMENTS), "more than an epoch"
+        alone = Stream(dataset, "train", seq_len=3, global_batch=n, seed=1, lanes=range(n))
+        assert torch.equal(mine, lanes_of(alone.batch(0)))
+
+
+@pytest.mark.parametrize("seq_len", [1, 3, 7, 64])
+def test_rows_formed_at_once_are_those_formed_one_by_one(make_dataset: MakeDataset, seq_len: int) -> None:
+    """Two epochs and more, and a batch that straddles them, against tokens read and marked one after another."""
+    dataset = make_dataset(DOCUMENTS, block_tokens=16, shard_tokens=20)
+    stream = Stream(dataset, "train", seq_len=seq_len, global_batch=5, seed=3, lanes=range(5))
+    counts = sequence_counts(dataset.splits["train"].shards["n_tokens"], seq_len)
+    order, reader = Order(counts, 3), BlockReader(dataset, "train")
+    for n in range(2 * int(counts.sum()) // 5 + 2):
+        places = order.locate(np.arange(5 * n, 5 * n + 5))
+        each = [one_row(*reader.read(s, i * seq_len, (i + 1) * seq_len + 1), seq_len) for s, i in pairs_of(places)]
+        assert torch.equal(lanes_of(stream.batch(n)), torch.tensor(each).transpose(0, 1))
+
+
+def pairs_of(places: Places) -> list[tuple[int, int]]:
+    return list(zip(places.shards.tolist(), places.sequences.tolist(), strict=True))
+
+
+def one_row(tokens: np.ndarray, flags: np.ndarray, seq_len: int) -> list[list[int]]:
+    row: list[list[int]] = [[], [], [], []]
+    position = document = 0
+    for at in range(seq_len):
+        if at >= len(tokens) - 1:
+            column = (0, -100, 0, -1)
+        else:
+            begins = at > 0 and flags[at] == FIRST
+            position, document = (0, document + 1) if begins else (position + (at > 0), document)
+            column = (int(tokens[at]), -100 if flags[at + 1] == FIRST else int(tokens[at + 1]), position, document)
+        for values, value in zip(row, column, strict=True):
+            values.append(value)
+    return row
 
 
 def test_a_restart_at_any_batch_goes_on_the_same(make_dataset: MakeDataset) -> None:

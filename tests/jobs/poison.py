@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moray.cluster.worker import WorkerContext
-from moray.data.dataset import Dataset
+from moray.data.sources import Sources
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training import begin, recovery, trainer
 from moray.jobs.training.batches import stream_of
@@ -37,7 +37,7 @@ def is_embedding(module: nn.Module, x_BTD: Tensor) -> bool:
 @contextmanager
 def poisoned(config: RunConfig, nan: tuple[int, ...] = (), spike: tuple[int, ...] = ()) -> Iterator[None]:
     """The first sequence of these batches makes the loss nan, or the gradient large, whoever computes it."""
-    stream = stream_of(Dataset.open(config.data.path), config, range(1))
+    stream = stream_of(Sources.open(config.data.folders), config, range(1))
     rows = {n: stream.batch(n).tokens_BT[0] for n in (*nan, *spike)}
 
     def spoil(module: nn.Module, arguments: tuple[Any, ...], x_BTD: Tensor) -> Tensor | None:

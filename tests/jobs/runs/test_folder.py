@@ -13,6 +13,7 @@ import torch
 from tiny import TINY
 
 from moray.data.dataset import Dataset
+from moray.data.sources import Sources
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
@@ -28,7 +29,7 @@ def config_of(dataset: Path, run: Path, **changes: str) -> RunConfig:
 
 
 def claim(config: RunConfig) -> None:
-    with claimed(config, Dataset.open(config.data.path), print):
+    with claimed(config, Sources.open(config.data.folders), print):
         pass
 
 
@@ -117,7 +118,7 @@ def test_a_commit_that_ended_elsewhere_in_the_stream_is_refused(dataset: Path, t
     config = config_of(dataset, tmp_path)
     wrong = commit(config, step=8, position=64)
     with pytest.raises(ValueError, match=r"step-000000008 was committed at data position 64, not at step 8 \* .* = 32"):
-        check_same_run(wrong, config, Dataset.open(dataset))
+        check_same_run(wrong, config, Sources.open(config.data.folders))
 
 
 def test_the_same_run_may_change_what_does_not_make_it_another(dataset: Path, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_config_toml_is_replaced_whole_or_not_at_all(dataset: Path, tmp_path: Pa
 
 def test_a_folder_in_use_is_refused_and_its_holder_named(dataset: Path, tmp_path: Path) -> None:
     config = config_of(dataset, tmp_path)
-    with claimed(config, Dataset.open(dataset), print):
+    with claimed(config, Sources.open({"": str(dataset)}), print):
         before = (tmp_path / "config.toml").read_bytes()
         with pytest.raises(ValueError, match=r"^run\.dir=.* is in use by") as error:
             claim(config_of(dataset, tmp_path, train__steps="2000"))
@@ -164,12 +165,12 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(dataset: Path, tmp_path
 
 HOLDER = """
 import sys, time
-from moray.data.dataset import Dataset
+from moray.data.sources import Sources
 from moray.jobs.config.load import load_config
 from moray.jobs.runs.folder import claimed
 
 config = load_config(sys.argv[1], {})
-with claimed(config, Dataset.open(config.data.path), print):
+with claimed(config, Sources.open(config.data.folders), print):
     print("holding", flush=True)
     time.sleep(60)
 """

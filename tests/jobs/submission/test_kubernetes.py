@@ -47,6 +47,11 @@ def words(*own: str, run: str = "/shared/runs/first", **changes: object) -> list
         ),
         ([*OPTIONS, "--secret", "Keys"], {}, "--secret Keys can be no secret's name"),
         ([*OPTIONS], {"run": "/scratch/first"}, "run.dir=/scratch/first must lie below --mount /shared: pods see noth"),
+        (
+            [*OPTIONS],
+            {"data__path": "", "data__mix": "a=1:/shared/a,b=1:/scratch/b"},
+            "data.mix=/scratch/b must lie below --mount /shared: pods see noth",
+        ),
         ([*OPTIONS, "--mount", "/data"], {}, "run.dir=/shared/runs/first must lie below --mount /data"),
         ([*OPTIONS, "--mount", "shared"], {}, "--mount shared must be a folder like /shared"),
         ([*OPTIONS, "--mount", "/"], {}, "--mount / must be a folder like /shared"),

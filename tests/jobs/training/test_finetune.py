@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,30 @@ def test_a_kill_changes_nothing(base: Path, chat: Path, tmp_path: Path) -> None:
     cut, whole = (told(read_metrics(tmp_path / name)) for name in ("killed", "whole"))
     assert 6 <= reached < len(whole)
     assert cut == whole
+
+
+def test_dialogues_are_mixed_as_text_is(dataset: Path, base: Path, chat: Path, tmp_path: Path, moray: Moray) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(chat, copy)
+
+    def asked(run: str, mix: str) -> list[str]:
+        return words(base, chat, tmp_path / run, data__path="", data__mix=mix, train__steps=2)
+
+    outcome = moray(*asked("run", f"one=3:{chat},two=1:{copy}"))
+    assert outcome.code == 0, outcome.err
+    assert "one train: " in outcome.err
+    assert "two validation: " in outcome.err
+    row = read_metrics(tmp_path / "run")[-1]
+    assert row["validation_loss/one"] == row["validation_loss/two"] == pytest.approx(row["validation_loss"])
+    prompts = [answer["prompt"] for answer in row["answers"]]
+    assert prompts[0::2] == prompts[1::2], "from each in turn"
+    with pytest.raises(
+        UserError, match=rf"one={chat} is of kind chat, but data.mix: two={dataset} of kind text; a run"
+    ):
+        dispatch(asked("other", f"one=3:{chat},two=1:{dataset}"))
+    (copy / "chat_template.jinja").write_text("another")
+    with pytest.raises(UserError, match=rf"one={chat} and data.mix: two={copy} write dialogues by different templates"):
+        dispatch(asked("other", f"one=3:{chat},two=1:{copy}"))
 
 
 def told(rows: list[dict[str, Any]]) -> list[Any]:

@@ -56,7 +56,7 @@ def begin(data: str, run: str, notes: dict[str, Any], **changes: object) -> Trai
 
 
 def steps(training: Training, number: int) -> list[dict[str, Any] | None]:
-    stream = stream_of(training.dataset, training.config, training.lanes)
+    stream = stream_of(training.sources, training.config, training.lanes)
     with closing(stream.batches(training.step)) as batches:
         return [take_step(training, next(batches)) for _ in range(number)]
 
