@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class _Read(Section):
 class Part:
     """A document, or the part of it that a sequence holds, and its text; of dialogues also what is trained on.
 
-    runs: the text in pieces, each with whether its tokens are trained on; of plain text a single one that is not marked.
+    runs: the text in pieces, each with whether its tokens are trained on; plain text is one, not marked.
     """
 
     passage: Passage
@@ -168,10 +169,7 @@ def _as_json(part: Part, kind: str) -> dict[str, Any]:
 def _runs(tokenizer: Tokenizer, tokens: np.ndarray, trained: np.ndarray) -> list[tuple[str, bool]]:
     """The text, cut where what is trained on begins and ends."""
     cuts = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(tokens)]
-    return [
-        (tokenizer.decode(tokens[start:stop].tolist()), bool(trained[start]))
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    return [(tokenizer.decode(tokens[start:stop].tolist()), bool(trained[start])) for start, stop in pairwise(cuts)]
 
 
 def _settings(run: Path) -> tuple[DataSection, TrainSection, bool]:
@@ -184,7 +182,7 @@ def _settings(run: Path) -> tuple[DataSection, TrainSection, bool]:
         raise UserError(f"{run} {what}; --step and --position are of a run's folder (run.dir)")
     recipe = read_recipe(str(run / "config.toml"))
     try:
-        read = _Read.model_validate({name: recipe.get(name, {}) for name in _Read.model_fields})
+        read = _Read.model_validate({name: _stated(recipe.get(name, {})) for name in _Read.model_fields})
     except ValidationError as error:
         raise UserError(f"{run}/config.toml: {in_one_line(error, _Read)}") from None
     data, train = read.data, read.train
@@ -196,3 +194,8 @@ def _settings(run: Path) -> tuple[DataSection, TrainSection, bool]:
         batch = metadata["data"]["position"] // train.global_batch
         data = data.going_on_from(metadata["config"].get("data", {}), batch)
     return data, train, bool(commits)
+
+
+def _stated(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a file in which `none` stands for None."""
+    return {name: None if value == "none" else value for name, value in section.items()}
