@@ -109,7 +109,8 @@ def _fill(dataset: Dataset, sources: Sources, seq_len: int) -> dict[str, str]:
         filled = targets / max(n_rows * seq_len, 1)
         found[name] = f"{name}: {n_rows:,} rows of {seq_len:,} tokens, {filled:.1%} filled"
     inside = sources.n_inside / max(len(sources.lengths), 1)
-    found["documents"] = f"{inside:.1%} of the documents lie in one row, the others are cut where a row ends"
+    measured = _of_blocks(sources.blocks, sources.of)
+    found["documents"] = f"{inside:.1%} of the documents lie in one row, the others are cut where a row ends{measured}"
     return found
 
 

@@ -92,8 +92,10 @@ def survey_texts(dataset: Dataset, tokenizer: Tokenizer, n_samples: int, seed: i
 
 
 def source_of(key: str) -> str:
-    """What stands before the first slash of a key, or, of a lone file of records, before the colon."""
-    return key.partition("/")[0] if "/" in key.partition(":")[0] else key.partition(":")[0].partition("#")[0]
+    """The source's folder; of a lone file of records the file; of a lone text the file without the piece's number."""
+    file, colon, _ = key.partition(":")
+    folder, slash, _ = file.partition("/")
+    return folder if slash or colon else file.partition("#")[0]
 
 
 def _scripts_of(texts: list[str]) -> list[str]:

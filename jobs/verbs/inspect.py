@@ -62,7 +62,9 @@ def inspect(
         from moray.jobs.datasets.inspect_dataset import inspect_dataset
 
         _refuse(asked - {"source", "json", "seq_len", "samples", "seed"}, source, "a dataset has no such")
-        inspect_dataset(Path(source), seq_len or 4096, samples, seed, as_json=json, console=console)
+        inspect_dataset(
+            Path(source), 4096 if seq_len is None else seq_len, samples, seed, as_json=json, console=console
+        )
         return 0
     from moray.jobs.models.inspect_model import inspect_model
     from moray.jobs.models.worker_memory import TrainingPlan

@@ -29,6 +29,7 @@ from moray.jobs.config.run import RunConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.batches import stream_of
 from moray.jobs.training.drive import drive
+from moray.jobs.training.inspect_step import Lookup
 from moray.jobs.training.metrics import read_metrics
 
 Moray = Callable[..., Any]
@@ -106,6 +107,24 @@ def test_each_step_shows_what_it_was_taken_on(moray: Moray, skipping: RunConfig)
             check_documents(one, row, folder)
 
 
+def test_every_sequence_of_an_epoch_and_the_next_is_found(skipping: RunConfig) -> None:
+    """Also those at the ends of shards, which are shorter, and batches that straddle the epochs."""
+    folder = Path(skipping.data.path)
+    documents, lookup = documents_of(folder), Lookup(Path(skipping.run.dir))
+    stream = stream_of(Sources.open(skipping.data.folders), skipping, range(BATCH))
+    n_held = 0
+    for n in range(stream.sequences_per_epoch // BATCH + 2):
+        for lane, row in enumerate(rows_of_batch(stream, n)):
+            found, _, _, parts = lookup.find(n * BATCH + lane)
+            assert found.epoch == (n * BATCH + lane) // stream.sequences_per_epoch
+            held = [documents[part.passage.key][part.passage.start : part.passage.stop] for part in parts]
+            numbers = row[3]
+            assert held == [row[0, numbers == number].tolist() for number in range(numbers.max() + 1)]
+            n_held += sum(map(len, held)) if not found.epoch else 0
+    n_shards = len(list(folder.glob("train-*.tar")))
+    assert n_held == sum(map(len, documents.values())) - n_shards, "but for the last token of each shard"
+
+
 def test_a_position_says_whose_it_is(moray: Moray, skipping: RunConfig) -> None:
     run, folder = skipping.run.dir, Path(skipping.data.path)
     stream = stream_of(Sources.open(skipping.data.folders), skipping, range(BATCH))
@@ -156,8 +175,8 @@ def test_dialogues_show_what_is_trained_on_and_lines(moray: Moray, dataset: Path
     lines = [{"messages": [{"role": role, "content": text} for role, text in dialogue]} for dialogue in turns]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = tmp_path / "chats"
-    quiet = Console(file=io.StringIO())
-    prepare([tmp_path / "chats.jsonl"], data, kind="chat", tokenizer=dataset, validation=0.2, console=quiet)
+    words = ("--kind", "chat", "--tokenizer", dataset, "--validation", 0.2, "--out", data)
+    assert moray("prepare", tmp_path / "chats.jsonl", *words).code == 0
     config = config_of(data, tmp_path / "run", train__objective="sft", train__steps=2)
     assert drive(config, Console(quiet=True)) == 0
     stream, tokenizer = stream_of(Sources.open(config.data.folders), config, range(BATCH)), load_tokenizer(data)
