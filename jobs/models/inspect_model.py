@@ -68,7 +68,7 @@ def find_config(source: str) -> ModelConfig:
         if (folder / "config.toml").is_file():
             return load_config(str(folder / "config.toml"), {}).model
         raise UserError(
-            f"{folder} is neither a run (config.toml) nor a Hugging Face folder (config.json), nor a dataset (index.json)"
+            f"{folder} is neither a run (config.toml), a Hugging Face folder (config.json) nor a dataset (index.json)"
         ) from error
     return config_of(path)
 

@@ -28,13 +28,12 @@ def inspect(
     limit: int | None = None,
     json: bool = False,
 ) -> int:
-    """Show a model without building it, a dataset, or the text of any step of a run.
-
-    Of a model: architecture, parameters, FLOPs and memory. Of a dataset: splits, sources, lengths, bytes a token, how
-    full rows are, samples. Of a run with --step or --position: the text of sequences, with documents, files and lines.
+    """Show a model before it is built, a dataset, or the text of a run's steps.
 
     Args:
-        source: A preset, a run, a Hugging Face folder, or a dataset.
+        source: A preset, a run or a Hugging Face folder: architecture, parameters, FLOPs and memory. A dataset: splits,
+            sources, lengths, bytes a token, how full rows are, samples. A run with --step or --position: texts, with
+            their documents, files and lines.
         seq_len: Tokens of a sequence; by default 4096, or the model's longest.
         workers: Of a model: workers that train it, of each of which the memory is shown.
         dp_replicate: Copies of the model that they hold.
