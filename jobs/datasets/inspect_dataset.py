@@ -95,10 +95,10 @@ def _fill(dataset: Dataset, sources: Sources, seq_len: int) -> dict[str, str]:
     """How full rows are, in words, by split or as `documents`."""
     if dataset.kind == "chat":
         filled = {}
-        for split in dataset.splits:
-            rows = rows_of(dataset, split, seq_len, CACHE_BYTES, "cut")
+        for name in dataset.splits:
+            rows = rows_of(dataset, name, seq_len, CACHE_BYTES, "cut")
             assert isinstance(rows, DialogueRows)
-            filled[split] = f"{split}: {rows.fill}"
+            filled[name] = f"{name}: {rows.fill}"
         return filled
     if dataset.kind != "text":
         return {}
@@ -106,8 +106,8 @@ def _fill(dataset: Dataset, sources: Sources, seq_len: int) -> dict[str, str]:
     for name, split in dataset.splits.items():
         targets = split.n_tokens - len(split)  # but for each shard's first token
         n_rows = int(sequence_counts(split.shards["n_tokens"], seq_len).sum())
-        filled = targets / max(n_rows * seq_len, 1)
-        found[name] = f"{name}: {n_rows:,} rows of {seq_len:,} tokens, {filled:.1%} filled"
+        share = targets / max(n_rows * seq_len, 1)
+        found[name] = f"{name}: {n_rows:,} rows of {seq_len:,} tokens, {share:.1%} filled"
     inside = sources.n_inside / max(len(sources.lengths), 1)
     measured = _of_blocks(sources.blocks, sources.of)
     found["documents"] = f"{inside:.1%} of the documents lie in one row, the others are cut where a row ends{measured}"
