@@ -1,6 +1,7 @@
 """Reads a split's tokens by byte range: only the blocks asked for, checked against the index, in an LRU cache."""
 
 import io
+import json
 import threading
 import time
 import zlib
@@ -67,6 +68,23 @@ class BlockReader:
             tokens.append(block.tokens[part])
             flags.append(block.flags[part])
         return np.concatenate(tokens).astype(np.int64), np.concatenate(flags)
+
+    def documents(self, shard: int, number: int) -> tuple[list[str], np.ndarray]:
+        """The keys of a block's documents, and where each ends within it, int64 [documents]; its tokens are not read.
+
+        Raises UserError as `read` does.
+        """
+        found = self._split[shard]
+        sample = found.sample(number)
+        names, ends_npy = (self._member(found, sample, extent) for extent in (sample.json, sample.ends))
+        try:
+            keys = json.loads(names)["documents"]
+            ends = np.lib.format.read_array(io.BytesIO(ends_npy), allow_pickle=False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damage(found, sample, sample.json.offset, f"no list of documents ({error!r})") from None
+        if not len(keys) == len(ends) == sample.n_documents:
+            raise self._damage(found, sample, sample.json.offset, "other documents than the index says")
+        return keys, ends
 
     def _block(self, shard: int, number: int) -> Block:
         with self._lock:

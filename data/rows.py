@@ -29,6 +29,9 @@ class Rows(Protocol):
     def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Tokens, targets, positions and documents of these rows of these shards: int64 [N] and [N] -> [4, N, T]."""
 
+    def spans(self, shard: int, number: int) -> list[tuple[int, int]]:
+        """Which tokens of the shard the row holds: ranges, in the row's order, without what pads it."""
+
 
 def rows_of(dataset: Dataset, split: str, seq_len: int, cache_bytes: int, long_dialogues: LongDialogues) -> Rows:
     """The rows that a model learns from. Raises UserError for a kind that is learnt from in another way."""
@@ -44,7 +47,8 @@ class TextRows:
     """T tokens after T tokens of a shard: every token after its first is a target once, but for documents' first."""
 
     def __init__(self, dataset: Dataset, split: str, seq_len: int, reader: BlockReader) -> None:
-        self.counts = sequence_counts(dataset.splits[split].shards["n_tokens"], seq_len)
+        self._n_tokens = dataset.splits[split].shards["n_tokens"]
+        self.counts = sequence_counts(self._n_tokens, seq_len)
         self._seq_len, self._pad_id, self._reader = seq_len, dataset.pad_id, reader
 
     def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -68,6 +72,10 @@ class TextRows:
         for row in np.flatnonzero(lengths <= width).tolist():
             rows[:, row, lengths[row] - 1 :] = padding(width - int(lengths[row]) + 1, self._pad_id)
         return rows
+
+    def spans(self, shard: int, number: int) -> list[tuple[int, int]]:
+        # A shard's last token is only a target.
+        return [(number * self._seq_len, min((number + 1) * self._seq_len, int(self._n_tokens[shard]) - 1))]
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,15 @@ class DialogueRows:
             row[3, here] = count
             at = here.stop
         return row
+
+    def spans(self, shard: int, number: int) -> list[tuple[int, int]]:
+        """Two of a dialogue that is without its first turns, where anything stands before them."""
+        spans = []
+        for document in self._packings[shard].row(number).tolist():
+            begin, end = self._begins(shard)[document : document + 2].tolist()
+            head, turn = self._cuts[shard].get(document, (0, 0))
+            spans += [(begin, begin + head), (begin + turn, end)] if head else [(begin + turn, end)]
+        return spans
 
     def _begins_of(self, shard: int) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self._split.lengths(shard))])

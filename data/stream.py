@@ -39,6 +39,22 @@ class Batch:
     step: int
 
 
+@dataclass(frozen=True)
+class Found:
+    """The sequence at a position: which of the datasets gives it, in which of that one's epochs, where it lies there
+    and what it holds.
+
+    number: among the sequences of its shard, as spans are ranges of the shard's tokens. row: as `Rows.rows`, [4, T].
+    """
+
+    source: int
+    epoch: int
+    shard: int
+    number: int
+    spans: list[tuple[int, int]]
+    row: np.ndarray
+
+
 class Source:
     """The sequences of one dataset's split, in its order, epoch after epoch."""
 
@@ -52,6 +68,13 @@ class Source:
         """int64 [N] -> [4, N, T]."""
         places = self.order.locate(indices)
         return self._rows.rows(places.shards, places.sequences)
+
+    def find(self, source: int, index: int) -> Found:
+        """The sequence of that index; `source` is this one's own number."""
+        places = self.order.locate(np.array([index]))
+        (epoch,), (shard,), (number,) = (x.tolist() for x in (places.epochs, places.shards, places.sequences))
+        row = self._rows.rows(places.shards, places.sequences)[:, 0]
+        return Found(source, epoch, shard, number, self._rows.spans(shard, number), row)
 
 
 class Stream:
@@ -102,6 +125,11 @@ class Stream:
         for source in np.unique(sources).tolist():
             rows[:, sources == source] = self._sources[source].rows(indices[sources == source])
         return _batch(rows, first, n)
+
+    def find(self, position: int) -> Found:
+        """The sequence at a position of the stream, whichever lane reads it."""
+        (source,), (index,) = (found.tolist() for found in self._mixture.place(np.array([position])))
+        return self._sources[source].find(source, index)
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """Batches start, start + 1, …, read ahead by a thread that lives as long as the iterator.

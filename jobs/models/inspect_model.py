@@ -67,7 +67,9 @@ def find_config(source: str) -> ModelConfig:
     except UserError as error:
         if (folder / "config.toml").is_file():
             return load_config(str(folder / "config.toml"), {}).model
-        raise UserError(f"{folder} is neither a run (config.toml) nor a Hugging Face folder (config.json)") from error
+        raise UserError(
+            f"{folder} is neither a run (config.toml), a Hugging Face folder (config.json) nor a dataset (index.json)"
+        ) from error
     return config_of(path)
 
 

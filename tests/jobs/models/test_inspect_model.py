@@ -93,7 +93,10 @@ def test_a_hugging_face_folder_is_its_config(moray: Moray, tmp_path: Path) -> No
     ("arguments", "message"),
     [
         (["deepsek-v3"], "deepsek-v3 is neither a preset nor a folder; did you mean deepseek-v3?"),
-        (["{empty}"], "{empty} is neither a run (config.toml) nor a Hugging Face folder (config.json)"),
+        (
+            ["{empty}"],
+            "{empty} is neither a run (config.toml), a Hugging Face folder (config.json) nor a dataset (index.json)",
+        ),
         (["llama2-7b", "--seq-len", "5000"], "seq_len=5000 must lie between 1 and max_seq_len=4096"),
         (["llama2-7b", "--seq-len", "0"], "seq_len=0 must lie between 1 and max_seq_len=4096"),
     ],
