@@ -82,6 +82,7 @@ class ReadPart:
 
     def _documents(self, account: Account, ledger: Ledger) -> Iterator[Document]:
         for piece in self.pieces:
+            piece.file.check()
             for document in read_piece(piece, account):
                 ledger.count(self.label, READ, "", len(document.text.encode()))
                 yield document

@@ -7,7 +7,6 @@ which the same command goes on after a kill; OUT appears whole.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,7 +161,7 @@ def prepare(
     with planned_folder(Path(out), plan, overwrite=overwrite) as folder:
         _clear_all_but_scratch(folder)
         curation = curation_of(recipe, folder / SCRATCH)
-        sizes = sum(file.path.stat().st_size for source in found for file in source.files)
+        sizes = sum(file.size for source in found for file in source.files)
         with Engine(n_processes if workers or sizes > WORTH_PROCESSES else 1) as engine, stage_bars(console) as bars:
             story = _Story(folder / SCRATCH, engine, bars, found, account)
             runs, scores = story.read(seed, curation)
@@ -209,9 +208,8 @@ class _Story:
         tasks = []
         for number, source in enumerate(self.sources):
             for pieces in parts_of(source):
-                # What a file holds is taken to be the same while its size and time are.
-                files = [(piece, os.stat(piece.file.path).st_mtime_ns) for piece in pieces]
-                out = self.scratch / "parts" / name_of(files, source.label)
+                # What a file holds is taken to be the same while its size and time, or its tag, are.
+                out = self.scratch / "parts" / name_of(pieces, source.label)
                 tasks.append(ReadPart(out, pieces, number, source.label, self.account.rules, curation, seed, RUN_BYTES))
         done = self._do("reading", tasks)
         for number, source in enumerate(self.sources):
