@@ -40,14 +40,13 @@ def parts_of(source: Source) -> Iterator[tuple[Piece, ...]]:
 
 @dataclass(frozen=True)
 class ReadPart:
-    """A part of source number `source`, named `label` -> runs.
+    """A part of the source named `label` -> runs.
 
     curation: what is done to each document. seed: of the shuffle. run_bytes: of text held in memory.
     """
 
     out: Path
     pieces: tuple[Piece, ...]
-    source: int
     label: str
     rules: Rules
     curation: Curation
@@ -64,7 +63,7 @@ class ReadPart:
         scores = np.zeros(SCORES, np.int64)
         for batch in _batches(self._documents(account, ledger)):
             for each in curate(batch, self.curation, self.seed, self.label, ledger):
-                writer.add(record_of(each.document, self.seed, self.source, each.score, each.bands))
+                writer.add(record_of(each.document, self.seed, each.score, each.bands))
                 scores[each.score] += 1
         writer.flush()
         np.save(folder / "scores.npy", scores)

@@ -22,6 +22,7 @@ def prepare(
     dedup: Literal["auto", "exact", "none"] = "auto",
     workers: int | None = None,
     memory_mb: int | None = None,
+    engine: Literal["local", "ray"] = "local",
     text_field: str = "text",
     max_document_bytes: int = 16 << 20,
     long_documents: Literal["cut", "drop"] = "cut",
@@ -37,7 +38,8 @@ def prepare(
     (docs/datasets.md says what they mean). A preparation that was interrupted goes on by the same command.
 
     Args:
-        sources: stdlib, or files (.txt .md .rst .py .jsonl .json .tar, with .gz .zst .bz2 .xz; .parquet) and folders.
+        sources: stdlib, or files (.txt .md .rst .py .jsonl .json .tar, with .gz .zst .bz2 .xz; .parquet), folders, and
+            fsspec URLs of either (s3://…).
         out: The folder to make.
         kind: What the sources hold: text; chat (dialogues to learn the answers of); preference (pairs of answers, one
             of them preferred); prompts (whose answers can be checked). auto: as the fields of the first record say.
@@ -52,6 +54,8 @@ def prepare(
         dedup: What is kept of equal documents: exact, one of them; none, all. auto: of text one, of other kinds all.
         workers: Processes; as many as there are cores and memory has room for, unless it is said.
         memory_mb: What they may take together, in MB; half of the free memory, unless it is said.
+        engine: local, processes of this machine; ray, those of all nodes of the Ray of RAY_ADDRESS or, without one, of
+            a Ray of this machine (docs/datasets.md says what nodes must share).
         text_field: The field of JSON and parquet that holds the text; data.text is a field within a field.
         max_document_bytes: A longer document is cut or dropped.
         long_documents: What is done with one: cut (after a paragraph, a line or a word) or drop.
@@ -79,5 +83,6 @@ def prepare(
         recipe=curation,
         workers=workers,
         memory_mb=memory_mb,
+        engine=engine,
     )
     return 0
