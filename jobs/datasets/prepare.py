@@ -46,6 +46,7 @@ from moray.jobs.datasets.plan import PLAN, SCRATCH, name_of, planned_folder
 from moray.jobs.datasets.progress import StageBar, stage_bars
 from moray.jobs.datasets.recipe import Recipe
 from moray.jobs.datasets.report import REPORT, as_json, lines_of
+from moray.jobs.datasets.upload import Goal
 
 WORTH_PROCESSES = 32 << 20
 """Bytes of sources below which processes take longer to start than they save."""
@@ -117,9 +118,10 @@ def prepare(
     workers: int | None = None,
     memory_mb: int | None = None,
     engine: EngineName = "local",
+    scratch: Path | None = None,
     console: Console | None = None,
 ) -> Summary:
-    """Prepares the sources (see `data.reading`) as a dataset in the folder `out`.
+    """Prepares the sources (see `data.reading`) as a dataset in the folder `out`, or at a URL: then, in `scratch`.
 
     A tokenizer of `vocab_size` entries is trained on the training split, or taken from the folder `tokenizer`.
     `validation` is the share of documents held out, by hash of their key and text; of dialogues, by hash of the first
@@ -144,6 +146,8 @@ def prepare(
     else:
         check_vocab_size(vocab_size)
     most_tasks(workers, memory_mb)
+    goal = Goal.of(out, scratch)
+    goal.check(overwrite=overwrite)
     console = console or Console(stderr=True)
     account = Account(reading)
     found = [tried(source, account) for source in find(sources)]
@@ -161,7 +165,7 @@ def prepare(
         **settings_of(recipe),
     }
     keep_equal = dedup == "none" or (dedup == "auto" and reading.kind != "text")
-    with planned_folder(Path(out), plan, overwrite=overwrite) as folder:
+    with planned_folder(goal.folder, plan, overwrite=overwrite) as folder:
         _clear_all_but_scratch(folder)
         curation = curation_of(recipe, folder / SCRATCH)
         size = sum(file.size for source in found for file in source.files)
@@ -182,11 +186,14 @@ def prepare(
         index.write(splits, max(shard.found["highest_id"] for shard in shards))
         story.ledger.check()
         (folder / REPORT).write_text(json.dumps(as_json(story.ledger, plan), indent=1, ensure_ascii=False) + "\n")
+        goal.put()
+    if goal.url:
+        shutil.rmtree(goal.folder)
     n_bytes = story.ledger.total("kept")[1]
     profile = None if reading.kind in ("text", "prompts") else story.profile
     seconds = time.monotonic() - started
     counted = made.found["vocab_size"], story.ledger, account, n_bytes
-    summary = Summary(Dataset.open(out), *counted, seconds, profile)
+    summary = Summary(Dataset.open(goal.url or goal.folder), *counted, seconds, profile)
     console.print(str(summary), highlight=False, markup=False, soft_wrap=True)  # names may hold [brackets]
     return summary
 

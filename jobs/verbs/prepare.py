@@ -10,7 +10,7 @@ import tyro
 def prepare(
     sources: tyro.conf.Positional[tuple[str, ...]] = ("stdlib",),
     *,
-    out: Path,
+    out: str,
     kind: Literal["auto", "text", "chat", "preference", "prompts"] = "auto",
     vocab_size: int = 6400,
     tokenizer: Path | None = None,
@@ -23,6 +23,7 @@ def prepare(
     workers: int | None = None,
     memory_mb: int | None = None,
     engine: Literal["local", "ray"] = "local",
+    scratch: Path | None = None,
     text_field: str = "text",
     max_document_bytes: int = 16 << 20,
     long_documents: Literal["cut", "drop"] = "cut",
@@ -40,7 +41,7 @@ def prepare(
     Args:
         sources: stdlib, or files (.txt .md .rst .py .jsonl .json .tar, with .gz .zst .bz2 .xz; .parquet), folders, and
             fsspec URLs of either (s3://…).
-        out: The folder to make.
+        out: The folder to make, or the fsspec URL.
         kind: What the sources hold: text; chat (dialogues to learn the answers of); preference (pairs of answers, one
             of them preferred); prompts (whose answers can be checked). auto: as the fields of the first record say.
         vocab_size: Entries of the byte-level BPE that is trained.
@@ -56,6 +57,7 @@ def prepare(
         memory_mb: What they may take together, in MB; half of the free memory, unless it is said.
         engine: local, processes of this machine; ray, those of all nodes of the Ray of RAY_ADDRESS or, without one, of
             a Ray of this machine (docs/datasets.md says what nodes must share).
+        scratch: Where to work when `out` is a URL: a folder on a disk; with --engine ray, on one that all nodes share.
         text_field: The field of JSON and parquet that holds the text; data.text is a field within a field.
         max_document_bytes: A longer document is cut or dropped.
         long_documents: What is done with one: cut (after a paragraph, a line or a word) or drop.
@@ -84,5 +86,6 @@ def prepare(
         workers=workers,
         memory_mb=memory_mb,
         engine=engine,
+        scratch=scratch,
     )
     return 0

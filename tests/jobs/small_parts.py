@@ -1,4 +1,4 @@
-"""A preparation of little text in many parts, runs and buckets: `python small_parts.py OUT ENGINE WORKERS SOURCE …`.
+"""A preparation of little text in many parts, runs and buckets; as a program: OUT ENGINE WORKERS SOURCE …
 
 All sizes are decided on by the driver, so that its processes need not know of these.
 """
@@ -91,6 +91,6 @@ def _paragraph(chance: random.Random, words: list[str]) -> str:
     return " ".join(chance.choice(frequent if n % 4 == 0 else words) for n in range(chance.randint(30, 80))) + "."
 
 
-if __name__ == "__main__":
+def main() -> None:
     out, engine, workers, *sources = sys.argv[1:]
     prepared(Path(out), engine, int(workers), *sources)  # type: ignore[arg-type]

@@ -19,7 +19,10 @@ from small_parts import make_corpus, prepared
 
 from moray.data.dataset import STAGING_SUFFIX, Dataset
 
-SCRIPT = Path(small_parts.__file__)
+# Not a file: every process would import what that imports.
+PROGRAM = (
+    f"import sys; sys.path.insert(0, {str(Path(small_parts.__file__).parent)!r}); import small_parts as it; it.main()"
+)
 GONE_WITHIN_S = 5.0
 STAGES = ("parts", "buckets-*", "repeats-*", "shards-*")
 
@@ -113,7 +116,7 @@ def killed_in(stage: str, out: Path, corpus: Corpus, engine: str) -> bool:
     if out.exists():
         return False
     mark = f"{out}-{stage}"
-    command = [sys.executable, str(SCRIPT), str(out), engine, "2", *map(str, corpus.sources)]
+    command = [sys.executable, "-c", PROGRAM, str(out), engine, "2", *map(str, corpus.sources)]
     process = subprocess.Popen(command, env={**os.environ, "MARK": mark})
     scratch = out.with_name(out.name + STAGING_SUFFIX) / "scratch"
     try:
