@@ -120,11 +120,9 @@ def test_urls_that_cannot_be(url: str, message: str) -> None:
 
 
 def test_what_a_file_is_known_by_changes_with_it(in_memory: str, corpus: Path) -> None:
+    fs = fsspec.filesystem("memory")
     for source, change in (
-        (
-            f"{in_memory}/deep/page.md",
-            lambda: fsspec.filesystem("memory").pipe("/bucket/corpus/deep/page.md", b"b pag"),
-        ),
+        (f"{in_memory}/deep/page.md", lambda: fs.pipe("/bucket/corpus/deep/page.md", b"b page")),
         (corpus / "deep" / "page.md", lambda: (corpus / "deep" / "page.md").write_text("b page")),
     ):
         (before,), (same,) = find([source])[0].files, find([source])[0].files
