@@ -9,10 +9,13 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_PTRACER = 0x59616D61
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when its parent ends, however that ends and whatever this one is stuck in."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process when its parent ends, however that ends and whatever this one is stuck in.
+
+    parent: its process id, where that may have ended before this is called.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)

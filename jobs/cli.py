@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from textwrap import wrap
 
@@ -28,7 +29,7 @@ from moray.jobs.verbs.export import export
 from moray.jobs.verbs.finetune import finetune
 from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
-from moray.jobs.verbs.prepare import prepare
+from moray.jobs.verbs.prepare import prepare, show_recipe
 from moray.jobs.verbs.pretrain import pretrain
 from moray.jobs.verbs.quality import quality
 from moray.jobs.verbs.report import report
@@ -72,6 +73,11 @@ def dispatch(arguments: list[str]) -> int:
     if name in READ_THEIR_OWN_WORDS:
         return VERBS[name](rest)
     if name in TAKE_SETTINGS:
+        if {"-h", "--help"} & {*rest}:
+            with suppress(SystemExit):
+                bind(VERBS[name], f"moray {name}", ["--help"])
+            show_recipe()
+            return 0
         words, settings = split_settings(rest)
         bound: Callable[..., int] = bind(VERBS[name], f"moray {name}", words)
         return bound(settings=settings)

@@ -17,6 +17,8 @@ from pool import Pool
 STARTING_RAY = (
     "tests/cluster/ray/",
     "tests/cluster/test_driver.py",
+    "tests/jobs/datasets/test_engines.py",
+    "tests/jobs/datasets/test_same_bytes.py",
     "tests/jobs/doctor/test_two_nodes.py",
     "tests/jobs/test_cut_off.py",
     "tests/jobs/submission/test_ray_job.py",

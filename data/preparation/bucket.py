@@ -14,8 +14,10 @@ from moray.data.preparation.runs import INDEX, Record, Run, read_records, whole
 from moray.data.preparation.selection import Selection
 
 BUCKET_BYTES = 64 << 20
-ORDER = np.dtype([*INDEX.descr, ("run", "<u4"), ("copy", "<u4")])
-"""run: in which the document lies. copy: how often its key and text have come before it, in its bucket."""
+ORDER = np.dtype([*INDEX.descr, ("run", "<u4"), ("source", "<u4"), ("copy", "<u4")])
+"""run: in which the document lies. source: its number. copy: how often its key and text have come before it, in its
+bucket.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class SortBucket:
             part = np.zeros(len(found), ORDER)
             for name in INDEX.names or ():
                 part[name] = found[name]
-            part["run"] = number
+            part["run"], part["source"] = number, run.source
             parts.append(part)
         rows = np.concatenate(parts)
         return rows[np.lexsort((rows["side"], rows["digest"]))]

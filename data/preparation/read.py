@@ -41,7 +41,7 @@ def parts_of(source: Source) -> Iterator[tuple[Piece, ...]]:
 
 @dataclass(frozen=True)
 class ReadPart:
-    """A part of source number `source`, named `label` -> runs.
+    """A part of the source named `label` -> runs.
 
     curation: what is done to each document. seed: of the shuffle. run_bytes: of text held in memory.
     keep_drops: what is dropped is listed.
@@ -49,7 +49,6 @@ class ReadPart:
 
     out: Path
     pieces: tuple[Piece, ...]
-    source: int
     label: str
     rules: Rules
     curation: Curation
@@ -68,7 +67,7 @@ class ReadPart:
             account = _Account(self.rules, ledger=ledger, label=self.label, seed=self.seed)
             for batch in _batches(self._documents(account, ledger)):
                 for each in curate(batch, self.curation, self.seed, self.label, ledger):
-                    writer.add(record_of(each.document, self.seed, self.source, each.score, each.bands))
+                    writer.add(record_of(each.document, self.seed, each.score, each.bands))
                     scores[each.score] += 1
         writer.flush()
         np.save(folder / "scores.npy", scores)
@@ -83,6 +82,7 @@ class ReadPart:
     def _documents(self, account: "_Account", ledger: Ledger) -> Iterator[Document]:
         for piece in self.pieces:
             account.file = piece.file
+            piece.file.check()
             for document in read_piece(piece, account):
                 ledger.count(self.label, READ, "", len(document.text.encode()))
                 yield document

@@ -28,7 +28,6 @@ INDEX = np.dtype(
         ("offset", "<u8"),
         ("text_bytes", "<u8"),
         ("key_bytes", "<u4"),
-        ("source", "<u4"),
         ("score", "<u2"),
     ]
 )
@@ -49,9 +48,7 @@ class Record:
     bands: np.ndarray | None = None  # uint64: hashes of its MinHash bands, if it has any
 
 
-def record_of(
-    document: Document, seed: int, source: int = 0, score: int = 0, bands: np.ndarray | None = None
-) -> Record:
+def record_of(document: Document, seed: int, score: int = 0, bands: np.ndarray | None = None) -> Record:
     key, text = document.key.encode("utf-8", "replace"), document.text.encode()
     if document.group is None:
         # Of the text too: files may give one id to all their documents, which a hash of keys could not split.
@@ -59,7 +56,7 @@ def record_of(
     else:
         side = hashlib.blake2b(document.group.encode(), digest_size=8).digest()
     digest = digest_of(document.text, seed)
-    return Record(digest, int.from_bytes(side, "little"), key, text, source, score, bands)
+    return Record(digest, int.from_bytes(side, "little"), key, text, score=score, bands=bands)
 
 
 def digest_of(text: str, seed: int) -> bytes:
@@ -96,7 +93,7 @@ class RunWriter:
         with open(path, "wb") as file:
             for number, record in enumerate(self._records):
                 sizes = len(record.text), len(record.key)
-                index[number] = (record.digest, record.side, offset, *sizes, record.source, record.score)
+                index[number] = (record.digest, record.side, offset, *sizes, record.score)
                 file.write(record.key)
                 file.write(record.text)
                 offset += sum(sizes)
@@ -124,9 +121,10 @@ def whole(digest: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, by its documents' file."""
+    """A run, by its documents' file. source: its number, which is another one where sources are in another order."""
 
     path: Path
+    source: int = 0
 
     def index(self, bucket: int, n_buckets: int) -> np.ndarray:
         """The records, INDEX, of one of equally many buckets, a power of two."""
@@ -144,8 +142,8 @@ class Run:
         return np.array(bands[low:high])
 
 
-def runs_in(folders: Sequence[Path]) -> tuple[Run, ...]:
-    return tuple(Run(path) for folder in folders for path in sorted(folder.glob("run-*.documents")))
+def runs_in(folder: Path, source: int = 0) -> tuple[Run, ...]:
+    return tuple(Run(path, source) for path in sorted(folder.glob("run-*.documents")))
 
 
 def slice_of(digests: np.ndarray, bucket: int, n_buckets: int) -> slice:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,19 +35,34 @@ class Done:
 
 
 def perform(task: Task) -> Done:
-    """Does a task, unless it has been done."""
+    """Does a task, unless it has been done. Several may do the same one at once: one was taken for dead and was not."""
     if (done := done_before(task)) is not None:
         return done
-    partial = task.out.with_name(task.out.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = task.out.with_name(f"{task.out.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     partial.mkdir(parents=True)
     found = task.run(partial)
     with open(partial / LEDGER, "w") as file:
         json.dump(found, file)
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(task.out)
+    try:
+        partial.rename(task.out)
+    except OSError:
+        if (done := done_before(task)) is None:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        return done
     return Done(task.out, found)
+
+
+def clear_partials(scratch: Path) -> None:
+    """Removes what tasks that were killed have left. One that lives on unknown to us fails, and spoils nothing."""
+    for partial in scratch.glob(f"*/*{PARTIAL}"):
+        doomed = partial.with_name(f"{partial.name}.removed")
+        with suppress(FileNotFoundError):
+            partial.rename(doomed)  # first, or one that is finished meanwhile would take the rest for its result
+    for doomed in scratch.glob(f"*/*{PARTIAL}.removed"):
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def done_before(task: Task) -> Done | None:

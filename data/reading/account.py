@@ -47,7 +47,7 @@ class Account:
             limit = f"more than max_bad={self.rules.max_bad} records are bad{begin}"
             raise UserError(f"{newest}; {limit}; mend them, or bear more by --max-bad")
 
-    def damaged(self, path: Path, why: str) -> None:
+    def damaged(self, path: Path | str, why: str) -> None:
         """Counts a file that cannot be read, or not to its end. Raises UserError unless such are to be skipped."""
         loss = Loss(Reason.DAMAGED, str(path), why)
         if self.rules.on_damage == "stop":

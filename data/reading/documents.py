@@ -113,8 +113,8 @@ def _try(file: SourceFile, rules: Rules) -> None:
 
 def _items(piece: Piece, rules: Rules) -> Iterator[Item]:
     file = piece.file
-    with open(file.path, "rb") as packed:
-        if file.format.kind != "text" and not file.path.stat().st_size:
+    with file.open() as packed:
+        if file.format.kind != "text" and not file.size:
             raise Damage("holds no documents: it is empty (0 bytes)")
         if file.format.kind == "parquet":  # which is read from its end
             yield from read_parquet(packed, rules, piece.n_before, piece.range)

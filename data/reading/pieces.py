@@ -31,11 +31,10 @@ class Piece:
 
 def pieces_of(file: SourceFile) -> Iterator[Piece]:
     """A file in pieces of about PIECE_BYTES, where its format lets it be cut. Reads a .jsonl once, for its lines."""
-    size = file.path.stat().st_size
-    if size <= PIECE_BYTES or file.format not in (Format("jsonl"), Format("parquet")):
-        yield Piece(file, size)
+    if file.size <= PIECE_BYTES or file.format not in (Format("jsonl"), Format("parquet")):
+        yield Piece(file, file.size)
         return
-    with open(file.path, "rb") as content:
+    with file.open() as content:
         cuts = _row_groups(content) if file.format == Format("parquet") else _lines(content)
         for start, stop, n_before, n_bytes in cuts:
             yield Piece(file, n_bytes, (start, stop), n_before)

@@ -1,6 +1,7 @@
 """From a person's recipe to what the stages are told."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moray.jobs.config.load import flatten
 from moray.jobs.datasets.benchmarks import texts_of_tasks
 from moray.jobs.datasets.recipe import QualitySection, Recipe
 
-BENCHMARKS = "benchmarks.npz"
+BENCHMARKS, CLASSIFIER = "benchmarks.npz", "classifier.safetensors"
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -48,12 +49,16 @@ def curation_of(recipe: Recipe, scratch: Path) -> Curation:
             )
         benchmarks = scratch / BENCHMARKS
         save_benchmarks(found, benchmarks)
+    classifier = None
+    if recipe.quality.classifier:
+        classifier = scratch / CLASSIFIER
+        shutil.copyfile(recipe.quality.classifier, classifier)
     cleaning = Cleaning(**recipe.clean.model_dump())
     return Curation(
         cleaning=cleaning if cleaning != Cleaning(characters=False) else None,
         rules=recipe.rules.rules,
         bands=recipe.duplicates.bands,
-        classifier=Path(recipe.quality.classifier) if recipe.quality.classifier else None,
+        classifier=classifier,
         benchmarks=benchmarks,
     )
 

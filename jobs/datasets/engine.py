@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Protocol
 
 from moray import UserError
 from moray.cluster.parent import die_with_parent
@@ -13,8 +13,14 @@ from moray.data.preparation.progress import listen
 from moray.data.preparation.tasks import Done, Task, perform
 
 POLL_S = 0.2
-_WORKER_MB = 640
+WORKER_MB = 640
 """What a process holds at most: a run of documents, or a bucket, several times over (docs/datasets.md)."""
+
+
+class Doer(Protocol):
+    """Whoever does tasks: `Engine`, or `RayEngine`."""
+
+    def do(self, tasks: Sequence[Task], on_tick: Callable[[int], None]) -> Iterator[tuple[int, Done]]: ...
 
 
 class Engine:
@@ -26,7 +32,7 @@ class Engine:
             # Forked children of a process with threads, as this one is, may wait for ever.
             context = multiprocessing.get_context("spawn")
             self._ticks: Any = context.Value("q", 0)
-            self._pool = ProcessPoolExecutor(workers, context, _begin, (self._ticks,))
+            self._pool = ProcessPoolExecutor(workers, context, _begin, (self._ticks, os.getpid()))
 
     def __enter__(self) -> "Engine":
         return self
@@ -68,27 +74,38 @@ class Engine:
                 future.cancel()
 
 
-def processes_for(workers: int | None, memory_mb: int | None) -> int:
-    """How many processes are to work: those asked for, or one a core that has its share of the memory.
+def most_tasks(workers: int | None, memory_mb: int | None) -> int | None:
+    """How many tasks may be done at a time; None where neither number says it.
 
     Raises UserError for numbers that cannot be.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
-    if memory_mb is not None and memory_mb < _WORKER_MB:
-        raise UserError(f"memory_mb={memory_mb} must be at least {_WORKER_MB}, which one process takes")
-    fit = (memory_mb if memory_mb is not None else _available_mb() // 2) // _WORKER_MB
-    if workers is not None and memory_mb is not None and workers > fit:
-        raise UserError(f"workers={workers} take {workers * _WORKER_MB} MB, more than memory_mb={memory_mb}; use {fit}")
-    return workers or max(min(fit, len(os.sched_getaffinity(0))), 1)
+    if memory_mb is not None and memory_mb < WORKER_MB:
+        raise UserError(f"memory_mb={memory_mb} must be at least {WORKER_MB}, which one process takes")
+    if memory_mb is None:
+        return workers
+    fit = memory_mb // WORKER_MB
+    if workers is not None and workers > fit:
+        raise UserError(f"workers={workers} take {workers * WORKER_MB} MB, more than memory_mb={memory_mb}; use {fit}")
+    return workers or fit
+
+
+def processes_for(workers: int | None, memory_mb: int | None) -> int:
+    """How many processes of this machine are to work: those asked for, or one a core that has its share of the memory.
+
+    Raises UserError as `most_tasks` does.
+    """
+    most = most_tasks(workers, memory_mb)
+    return workers or max(min(most or _available_mb() // 2 // WORKER_MB, len(os.sched_getaffinity(0))), 1)
 
 
 def _available_mb() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
-def _begin(ticks: Any) -> None:
-    die_with_parent()
+def _begin(ticks: Any, driver: int) -> None:
+    die_with_parent(driver)
     os.environ["RAYON_NUM_THREADS"] = "1"  # of tokenizers: there are as many processes as cores
 
     def count(n_bytes: int) -> None:

@@ -83,7 +83,8 @@ def _left(stage: str, amount: tuple[int, int], read: tuple[int, int]) -> Left:
 
 def _facts(ledger: Ledger) -> list[tuple[str, str, str]]:
     read, kept, cleaned = ledger.total(READ), ledger.total(KEPT), sum(ledger.cleaned.values())
-    dropped = [sum(each[n] for each in ledger.dropped()) for n in (2, 3)]
+    all_dropped = list(ledger.dropped())
+    dropped = sum(n for _, _, n, _ in all_dropped), sum(n for _, _, _, n in all_dropped)
     return [
         ("read", f"{read[0]:,}", f"documents, {size(read[1])}"),
         ("kept", f"{kept[0]:,}", f"documents, {size(kept[1])}"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moray import UserError
+from moray.data.preparation.tasks import clear_partials
 from moray.data.staging import staged_folder
 
 PLAN, SCRATCH = "plan.json", "scratch"
@@ -32,6 +33,7 @@ def planned_folder(out: Path, plan: Mapping[str, Any], *, overwrite: bool) -> It
         if before != plan:
             _clear(folder)
         (folder / SCRATCH).mkdir(exist_ok=True)
+        clear_partials(folder / SCRATCH)
         partial = folder / (PLAN + ".partial")
         partial.write_text(json.dumps(plan, indent=1, sort_keys=True) + "\n")
         partial.replace(folder / PLAN)

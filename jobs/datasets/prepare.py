@@ -6,11 +6,10 @@ are sorted, which is the shuffle; shards are encoded out of buckets. All of it h
 which the same command goes on after a kill; OUT appears whole.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -43,16 +42,18 @@ from moray.data.reading.sources import Source, find
 from moray.data.tokenizer import check_vocab_size, load_tokenizer
 from moray.jobs.datasets.curation import curation_of, selection_of, settings_of
 from moray.jobs.datasets.drops import check_drops, write_drops
-from moray.jobs.datasets.engine import Engine, processes_for
+from moray.jobs.datasets.engine import Doer, Engine, most_tasks, processes_for
 from moray.jobs.datasets.plan import PLAN, SCRATCH, name_of, planned_folder
 from moray.jobs.datasets.progress import StageBar, stage_bars
 from moray.jobs.datasets.recipe import Recipe
 from moray.jobs.datasets.report import lines_of, reasons_of, write_reports
+from moray.jobs.datasets.upload import Goal
 
 WORTH_PROCESSES = 32 << 20
 """Bytes of sources below which processes take longer to start than they save."""
 
 Dedup = Literal["auto", "exact", "none"]
+EngineName = Literal["local", "ray"]
 T = TypeVar("T", bound=Task)
 NAMES: Mapping[Kind, str] = {
     "text": "documents",
@@ -118,20 +119,23 @@ def prepare(
     workers: int | None = None,
     memory_mb: int | None = None,
     drops: str | Path | None = None,
+    engine: EngineName = "local",
+    scratch: Path | None = None,
     console: Console | None = None,
 ) -> Summary:
-    """Prepares the sources (see `data.reading`) as a dataset in the folder `out`.
+    """Prepares the sources (see `data.reading`) as a dataset in the folder `out`, or at a URL: then, in `scratch`.
 
     A tokenizer of `vocab_size` entries is trained on the training split, or taken from the folder `tokenizer`.
     `validation` is the share of documents held out, by hash of their key and text; of dialogues, by hash of the first
     thing that a user says. `dedup`: equal documents are kept once (exact) or all (none); auto: once, of text alone.
     `recipe`: what else is done to texts; nothing by default.
-    `workers` processes do it: as many as there are cores, and half of the free memory has room for, or `memory_mb`.
+    `workers` processes do it: as many as there are cores, and half of the free memory has room for, or `memory_mb`;
+    with `engine` ray, those of a Ray's nodes, as many as fit there.
     `drops`: a .parquet file for a list of all documents that are dropped.
     The same documents, seed and settings give the same bytes, whoever reads them in whatever order, and after any kill.
     Memory, whatever the sources: see docs/datasets.md; disk: twice the text.
     Raises UserError for a bad setting, source or folder, a damaged source, an interrupted preparation with other
-    settings, and a full disk.
+    settings, a full disk, and a node that is not fit; WorkerError where a Ray is lost.
     """
     started = time.monotonic()
     if not 0 < validation < 1:
@@ -146,7 +150,9 @@ def prepare(
         _ = chat_template_of(own) if reading.kind != "text" else load_tokenizer(own)
     else:
         check_vocab_size(vocab_size)
-    n_processes = processes_for(workers, memory_mb)
+    most_tasks(workers, memory_mb)
+    goal = Goal.of(out, scratch)
+    goal.check(overwrite=overwrite)
     console = console or Console(stderr=True)
     account = Account(reading)
     found = [tried(source, account) for source in find(sources)]
@@ -166,12 +172,12 @@ def prepare(
     keep_equal = dedup == "none" or (dedup == "auto" and reading.kind != "text")
     # What tasks list is theirs alone, and no matter of the dataset.
     plan = {**settings, "drops": drops is not None}
-    with planned_folder(Path(out), plan, overwrite=overwrite) as folder:
+    with planned_folder(goal.folder, plan, overwrite=overwrite) as folder:
         _clear_all_but_scratch(folder)
         curation = curation_of(recipe, folder / SCRATCH)
-        sizes = sum(file.path.stat().st_size for source in found for file in source.files)
-        with Engine(n_processes if workers or sizes > WORTH_PROCESSES else 1) as engine, stage_bars(console) as bars:
-            story = _Story(folder / SCRATCH, engine, bars, found, account, drops is not None)
+        size = sum(file.size for source in found for file in source.files)
+        with _engine(engine, folder / SCRATCH, workers, memory_mb, size) as doer, stage_bars(console) as bars:
+            story = _Story(folder / SCRATCH, doer, bars, found, account, drops is not None)
             read, scores = story.read(seed, curation)
             runs = read
             buckets = story.sort(runs, selection_of(recipe.quality, scores), keep_equal)
@@ -191,13 +197,30 @@ def prepare(
         write_reports(folder, story.ledger, settings)
         if drops is not None:
             write_drops(Path(drops), story.folders, read)
+        goal.put()
+    if goal.url:
+        shutil.rmtree(goal.folder)
     n_bytes = story.ledger.total("kept")[1]
     profile = None if reading.kind in ("text", "prompts") else story.profile
     seconds = time.monotonic() - started
     counted = made.found["vocab_size"], story.ledger, account, n_bytes
-    summary = Summary(Dataset.open(out), *counted, seconds, profile)
+    summary = Summary(Dataset.open(goal.url or goal.folder), *counted, seconds, profile)
     console.print(str(summary), highlight=False, markup=False, soft_wrap=True)  # names may hold [brackets]
     return summary
+
+
+@contextmanager
+def _engine(name: EngineName, scratch: Path, workers: int | None, memory_mb: int | None, size: int) -> Iterator[Doer]:
+    """size: bytes of the sources."""
+    if name == "ray":
+        from moray.jobs.datasets.ray_engine import ray_engine  # importing Ray takes long
+
+        with ray_engine(scratch, most_tasks(workers, memory_mb)) as doer:
+            yield doer
+    else:
+        is_worth_it = workers or size > WORTH_PROCESSES
+        with Engine(processes_for(workers, memory_mb) if is_worth_it else 1) as doer:
+            yield doer
 
 
 @dataclass
@@ -205,7 +228,7 @@ class _Story:
     """The stages of a preparation, and what they have found so far."""
 
     scratch: Path
-    engine: Engine
+    engine: Doer
     bars: StageBar
     sources: list[Source]
     account: Account
@@ -219,19 +242,19 @@ class _Story:
 
     def read(self, seed: int, curation: Curation) -> tuple[tuple[Run, ...], np.ndarray]:
         """The runs, and how many documents have each score."""
-        tasks = []
+        tasks, numbers = [], []
         for number, source in enumerate(self.sources):
             for pieces in parts_of(source):
-                # What a file holds is taken to be the same while its size and time are.
-                files = [(piece, os.stat(piece.file.path).st_mtime_ns) for piece in pieces]
-                out = self.scratch / "parts" / name_of(files, source.label)
+                # What a file holds is taken to be the same while its size and time, or its tag, are.
+                out = self.scratch / "parts" / name_of(pieces, source.label)
                 how = self.account.rules, curation, seed, RUN_BYTES, self.keep_drops
-                tasks.append(ReadPart(out, pieces, number, source.label, *how))
+                tasks.append(ReadPart(out, pieces, source.label, *how))
+                numbers.append(number)
         done = self._do("reading", tasks)
         for number, source in enumerate(self.sources):
             n_records = 0
-            for task, part in zip(tasks, done, strict=True):
-                if task.source == number:
+            for of, part in zip(numbers, done, strict=True):
+                if of == number:
                     found = account_of_json(part.found["account"], self.account.rules)
                     n_records += found.n_records
                     self.account.add(found)
@@ -243,7 +266,8 @@ class _Story:
             left_out = ", ".join(f"{count:,} {reason}: {self.account.named[reason][0]}" for reason, count in counts)
             raise UserError(f"the sources hold no usable document; left out: {left_out}")
         scores = sum((np.load(part.folder / "scores.npy") for part in done), np.zeros(SCORES, np.int64))
-        return runs_in([part.folder for part in done]), scores
+        runs = [run for number, part in zip(numbers, done, strict=True) for run in runs_in(part.folder, number)]
+        return tuple(runs), scores
 
     def sort(self, runs: tuple[Run, ...], selection: Selection, keep_equal: bool) -> list[Done]:
         name = self._name = name_of(runs)

@@ -39,7 +39,7 @@ def shuffled(
         hashes = None if bands is None else np.array(bands.get(document.key, []), np.uint64)
         writer.add(record_of(document, seed, score=(scores or {}).get(document.key, 0), bands=hashes))
     writer.flush()
-    runs, selection = runs_in([folder]), selection or Selection()
+    runs, selection = runs_in(folder), selection or Selection()
     assert len(runs) == writer.n_runs
     near = []
     if bands is not None:
