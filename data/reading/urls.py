@@ -68,7 +68,7 @@ def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         fs, root = url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise UserError(f"source {url!r} cannot be read ({_in_one_line(error)})") from None
+        raise UserError(f"{url} is no URL that can be used here ({_in_one_line(error)})") from None
     return fs, root.rstrip("/")
 
 

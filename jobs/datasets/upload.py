@@ -40,7 +40,7 @@ class Goal:
                 f"out={out} is a URL: say by --scratch FOLDER where to work, on a disk with room for twice the text"
             )
         url = str(out).rstrip("/")
-        return cls(scratch / name_of(url), url)
+        return cls(scratch.expanduser().resolve() / name_of(url), url)
 
     def check(self, *, overwrite: bool) -> None:
         """Raises UserError where something is at the URL that is not to be replaced, or nothing can be."""

@@ -101,7 +101,7 @@ def test_a_storage_that_fails_ends_the_reading_whatever_damage_is_borne(in_memor
     account = Account(Rules(on_damage="skip"))
     documents = read_documents([in_memory], account)
     fsspec.filesystem("memory").rm("/bucket/corpus/lines.jsonl")
-    with pytest.raises(ValueError, match=r"memory://?/bucket/corpus/lines.jsonl cannot be read"):
+    with pytest.raises(ValueError, match=r"memory:///bucket/corpus/lines.jsonl cannot be read"):
         list(documents)
 
 
@@ -109,7 +109,7 @@ def test_a_storage_that_fails_ends_the_reading_whatever_damage_is_borne(in_memor
     ("url", "message"),
     [
         ("memory://nowhere", "source 'memory://nowhere' does not exist"),
-        ("nothing://x/y.txt", "source 'nothing://x/y.txt' cannot be read .*nothing"),
+        ("nothing://x/y.txt", "nothing://x/y.txt is no URL that can be used here .*nothing"),
         ("http://127.0.0.1:9/x.txt", "source 'http://127.0.0.1:9/x.txt' (cannot be|does not exist)"),
         ("file:///nowhere", "source 'file:///nowhere' does not exist"),
     ],
@@ -129,7 +129,7 @@ def test_what_a_file_is_known_by_changes_with_it(in_memory: str, corpus: Path) -
         change()
         (after,) = find([source])[0].files
         assert before == same != after
-    with pytest.raises(ValueError, match=r"page.md is not there as it was found; let it be while it is read"):
+    with pytest.raises(ValueError, match="is not there as it was found; let it be while it is read"):
         before.check()
 
 
