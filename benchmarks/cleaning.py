@@ -1,6 +1,6 @@
 """What cleaning is worth: text with known dirt in it, prepared as it is and by the recipe `web`, and a model on each.
 
-    python benchmarks/cleaning.py SOURCE … [--mb 6] [--steps 300] [--into docs/datasets.md --picture docs/cleaning.png]
+    python benchmarks/cleaning.py SOURCE … [--mb 6] [--steps 300] [--into docs/data.md --picture docs/cleaning.png]
 
 Clean are the sources' texts, in pieces of 3 kB, as the recipe leaves them. A twentieth of them is held out.
 Into the rest are put near copies, copies in broken encoding, spam, stubs, menus and a footer; the first table compares

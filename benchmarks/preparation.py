@@ -1,7 +1,7 @@
 """What cleaning, rules and near-duplicates cost: moray beside datatrove and datasketch, on the same documents.
 
     pip install datatrove spacy orjson xxhash datasketch scipy
-    python benchmarks/preparation.py SOURCE … [--mb 20] [--document-bytes 3000] [--rounds 2]
+    python benchmarks/preparation.py SOURCE … [--mb 20] [--document-bytes 3000] [--rounds 2] [--into docs/data.md]
 
 Every contender is a process of its own with one thread and gets the same .jsonl file, made of the sources' texts cut to
 documents of about that size, a tenth of which are there twice with a few words changed. The figures are the system's:
@@ -22,6 +22,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from parity_table import replaced
 
 from moray.data.reading.account import Account
 from moray.data.reading.documents import read_documents
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=20)
     parser.add_argument("--document-bytes", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--into", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -258,17 +261,20 @@ def main() -> None:
         path = folder / "documents.jsonl"
         n, n_bytes = corpus(options.sources or ["stdlib"], path, int(options.mb * 1e6), options.document_bytes)
         print(f"{n:,} documents, {n_bytes / 1e6:.1f} MB")
-        print(f"{'':<18} {'CPU s':>8} {'MB/CPU s':>9} {'MiB':>7} {'kept':>8}")
-        found = {}
+        found, table = {}, ["| | CPU s | MB a CPU s | MiB | documents kept |", "|---|---|---|---|---|"]
         for name, cpu_s, mib, kept in rounds_of(path, options.rounds):
             found[name] = cpu_s
-            print(f"{name:<18} {cpu_s:8.1f} {n_bytes / 1e6 / cpu_s:9.2f} {mib:7.0f} {kept:8,}")
+            what = name.replace("_", ", ")
+            table.append(f"| {what} | {cpu_s:.1f} | {n_bytes / 1e6 / cpu_s:.2f} | {mib:.0f} | {kept:,} |")
+        print("\n".join(table))
         for what in ("recipe", "rules", "near"):
             for peer in ("datatrove", "datasketch"):
                 if f"{peer}_{what}" in found:
                     print(f"{what}: moray is {found[f'{peer}_{what}'] / found[f'moray_{what}']:.1f} times {peer}")
         near = found["moray_near"] - found["moray_reading"]
         print(f"near-duplicates add {near / found['moray_tokenizing']:.1%} to the time of tokenizing")
+        if options.into:
+            options.into.write_text(replaced(options.into.read_text(), "preparation table", "\n".join(table)))
     finally:
         shutil.rmtree(folder)
 
