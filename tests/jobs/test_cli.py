@@ -335,7 +335,7 @@ def test_generate_passes_over_a_damaged_commit_loudly(moray: Moray, finished: Pa
         (["generate", "RUN", "--prompt", "a", "--top-k", "b"], "Error parsing --top-k: invalid literal for int()"),
         (["generate", "RUN", "OTHER", "--prompt", "a"], "Unrecognized options: OTHER; `moray generate --help`"),
         (["generate", "RUN", "/far" * 50, "--prompt", "a"], f"Unrecognized options: {'/far' * 50}; "),
-        (["prepare", "stdlib"], "Missing from moray prepare: --out PATH; `moray prepare --help` says more"),
+        (["prepare", "stdlib"], "Missing from moray prepare: --out STR; `moray prepare --help` says more"),
         (["checkpoints", "RUN", "--verfy"], "--verfy is not an option of moray checkpoints; did you mean --verify?"),
         (["demo", "--dri", "x"], "--dri is not an option of moray demo; did you mean --dir?"),
     ],
