@@ -4,7 +4,7 @@
     python benchmarks/loader.py DATA [--seq-len 1024] [--batch 64] [--seconds 5] [--rounds 3]
 
 DATA is what `moray prepare` made of a text. The peers get the same sequences as samples of int64 tokens, in their own
-shards, and make batches of int64 tokens and targets of them in one process, shuffled; moray's batches hold positions and
+shards, and make batches of int64 tokens and targets of them in one process, shuffled; moray's hold positions and
 documents as well. Contenders take turns; the figures are of this process's CPU time, with the files in the page cache.
 A peer that is not installed is left out.
 """
@@ -119,10 +119,8 @@ def main() -> None:
     print("| | million tokens a CPU second | moray's is |\n|---|---|---|")
     own = statistics.median(found["moray"])
     for name, speeds in found.items():
-        middle = statistics.median(speeds)
-        print(
-            f"| {name} | {middle / 1e6:.1f} ({min(speeds) / 1e6:.1f} to {max(speeds) / 1e6:.1f}) | {own / middle:.1f} times |"
-        )
+        least, middle, most = (each(speeds) / 1e6 for each in (min, statistics.median, max))
+        print(f"| {name} | {middle:.1f} ({least:.1f} to {most:.1f}) | {own / middle / 1e6:.1f} times |")
 
 
 if __name__ == "__main__":
