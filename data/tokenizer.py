@@ -1,5 +1,6 @@
 """Byte-level BPE, trained here or taken from a Hugging Face folder, and saved so that transformers agrees with it."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -223,6 +224,16 @@ def copy_tokenizer_files(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     copy_stops(source, folder)
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Of all files in a folder that a tokenizer and its template are made of."""
+    sha256 = hashlib.sha256()
+    for name in _FILES:
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            sha256.update(f"{name} {len(content)}\n".encode() + content)
+    return sha256.hexdigest()
 
 
 def same_vocabulary(one: Path, other: Path, vocab_size: int) -> bool:

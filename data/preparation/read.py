@@ -83,10 +83,9 @@ class ReadPart:
         for piece in self.pieces:
             account.file = piece.file
             piece.file.check()
-            for document in read_piece(piece, account):
+            for document in read_piece(piece, account, tick):
                 ledger.count(self.label, READ, "", len(document.text.encode()))
                 yield document
-            tick(piece.size)
 
 
 @dataclass

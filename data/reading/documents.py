@@ -1,8 +1,9 @@
 """Reads sources into documents: find the files, try each, read them one after another, and account for every loss."""
 
+import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -111,17 +112,27 @@ def _try(file: SourceFile, rules: Rules) -> None:
         raise Damage(f"none of its first records can be read; {bad}")
 
 
-def _items(piece: Piece, rules: Rules) -> Iterator[Item]:
-    file = piece.file
+def _items(piece: Piece, rules: Rules, on_bytes: Callable[[int], None] = lambda n_bytes: None) -> Iterator[Item]:
+    file, told = piece.file, 0
     with file.open() as packed:
         if file.format.kind != "text" and not file.size:
             raise Damage("holds no documents: it is empty (0 bytes)")
-        if file.format.kind == "parquet":  # which is read from its end
-            yield from read_parquet(packed, rules, piece.n_before, piece.range)
-        elif piece.range:
-            yield from read_json_lines(within(packed, *piece.range), rules, piece.n_before)
-        else:
-            yield from _READERS[file.format.kind](decompressed(packed, file.format.compression), rules)
+        begin = piece.range[0] if piece.range and file.format.kind != "parquet" else 0
+        for item in _read(piece, packed, rules):
+            yield item
+            if (at := min(packed.tell() - begin, piece.size)) > told:
+                on_bytes(at - told)
+                told = at
+    on_bytes(piece.size - told)
+
+
+def _read(piece: Piece, packed: io.BufferedReader, rules: Rules) -> Iterator[Item]:
+    file = piece.file
+    if file.format.kind == "parquet":  # which is read from its end
+        return read_parquet(packed, rules, piece.n_before, piece.range)
+    if piece.range:
+        return read_json_lines(within(packed, *piece.range), rules, piece.n_before)
+    return _READERS[file.format.kind](decompressed(packed, file.format.compression), rules)
 
 
 def _of_source(source: Source, account: Account) -> Iterator[Document]:
@@ -131,11 +142,16 @@ def _of_source(source: Source, account: Account) -> Iterator[Document]:
     check_any(source, account.n_records - before, account)
 
 
-def read_piece(piece: Piece, account: Account) -> Iterator[Document]:
-    """The documents of a file, or of a range of it, one in memory at a time. Raises UserError as `read_documents`."""
+def read_piece(
+    piece: Piece, account: Account, on_bytes: Callable[[int], None] = lambda n_bytes: None
+) -> Iterator[Document]:
+    """The documents of a file, or of a range of it, one in memory at a time. Raises UserError as `read_documents`.
+
+    on_bytes: hears of bytes of the file that were gone through, `piece.size` in all.
+    """
     file, n_documents = piece.file, 0
     try:
-        for item in _items(piece, account.rules):
+        for item in _items(piece, account.rules, on_bytes):
             account.n_records += isinstance(item, Record)
             for document in _documents(item.within(str(file.path), file.key), account):
                 yield document

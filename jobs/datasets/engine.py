@@ -8,6 +8,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from moray import UserError
+from moray.cluster.cores import usable_cores
+from moray.cluster.host_memory import free_memory
 from moray.cluster.parent import die_with_parent
 from moray.data.preparation.progress import listen
 from moray.data.preparation.tasks import Done, Task, perform
@@ -97,11 +99,7 @@ def processes_for(workers: int | None, memory_mb: int | None) -> int:
     Raises UserError as `most_tasks` does.
     """
     most = most_tasks(workers, memory_mb)
-    return workers or max(min(most or _available_mb() // 2 // WORKER_MB, len(os.sched_getaffinity(0))), 1)
-
-
-def _available_mb() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    return workers or max(min(most or (free_memory() >> 21) // WORKER_MB, usable_cores()), 1)
 
 
 def _begin(ticks: Any, driver: int) -> None:
