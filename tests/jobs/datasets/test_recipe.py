@@ -89,9 +89,7 @@ def test_settings_are_words_of_the_command(tmp_path: Path, capsys: pytest.Captur
     rule = ["--rules.sets=gopher_n_words", "--rules.bounds", "gopher_n_words=17..", "--clean.characters=true"]
     assert dispatch([*words, "--vocab-size", "300", *rule]) == 0
     told = capsys.readouterr().err
-    assert "rules: gopher_n_words                           6 " in " ".join(told.split("\n")).replace(
-        "  rules", "rules"
-    )
+    assert re.search(r"rules: gopher_n_words +6 ", told)
     assert "cleaned: characters" in told
 
 
