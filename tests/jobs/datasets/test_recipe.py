@@ -1,5 +1,6 @@
 """Recipes and the settings that win over them: what is read of them, and what is refused before any work is done."""
 
+import re
 from pathlib import Path
 
 import numpy as np
