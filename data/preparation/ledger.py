@@ -5,8 +5,8 @@ smallest digests stay.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 SAMPLES = 20
@@ -101,14 +101,6 @@ class Ledger:
         for stage, reason in sorted(found, key=lambda key: (STAGES.index(key[0]), key[1])):
             if found[stage, reason]:
                 yield stage, reason, found[stage, reason], n_bytes[stage, reason]
-
-    def name_winners(self, stage: str, keys_of: Callable[[set[str]], Mapping[str, str]]) -> None:
-        """Puts keys where samples of a stage hold the digests of who stayed for them."""
-        for key, samples in self.samples.items():
-            if key[0] == stage:
-                shown = sorted(samples)[:SAMPLES]
-                names = keys_of({sample.kept for sample in shown})
-                samples[:] = [replace(sample, kept=names[sample.kept]) for sample in shown]
 
     def check(self) -> None:
         """Raises AssertionError where what was read is not what was kept and dropped: of each source, to the byte."""

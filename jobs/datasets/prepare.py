@@ -23,7 +23,7 @@ from moray.data.dataset import Dataset
 from moray.data.index import Kind
 from moray.data.preparation.ledger import Ledger
 from moray.data.preparation.profile import Profile
-from moray.data.preparation.winners import keys_of
+from moray.data.preparation.winners import name_winners
 from moray.data.reading.account import Account
 from moray.data.reading.documents import tried
 from moray.data.reading.rules import Rules
@@ -186,7 +186,7 @@ def prepare(
             raise UserError(f"no {NAMES[reading.kind]} are left for the {empty[0]} split: {why}")
         index.write(splits, max(shard.found["highest_id"] for shard in shards))
         story.ledger.check()
-        story.ledger.name_winners("near-duplicates", lambda digests: keys_of(digests, read))
+        name_winners(story.ledger, read)
         write_reports(folder, story.ledger, settings)
         if drops is not None:
             write_drops(Path(drops), story.folders, read)

@@ -178,6 +178,7 @@ def test_samples_say_what_was_measured_and_who_stayed(made: tuple[Summary, Path]
     assert {frozenset((key, sample.kept)) for key, sample in near.items()} == {
         frozenset((f"pages.jsonl:good-{10 + n}", f"pages.jsonl:near-{n}")) for n in range(6)
     }
+    assert all(float(sample.value.removeprefix("Jaccard index ")) > 0.8 for sample in near.values())
     exact = shown(ledger, "exact duplicates")
     assert {frozenset((key, sample.kept)) for key, sample in exact.items()} == {
         frozenset(f"pages.jsonl:{name}" if "." not in name else name for name in pair)
