@@ -41,8 +41,9 @@ def perform(task: Task) -> Done:
     partial = task.out.with_name(f"{task.out.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     partial.mkdir(parents=True)
     found = task.run(partial)
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     with open(partial / LEDGER, "w") as file:
-        json.dump(found, file)
+        json.dump({"found": found, "sizes": sizes}, file)
         file.flush()
         os.fsync(file.fileno())
     try:
@@ -66,5 +67,19 @@ def clear_partials(scratch: Path) -> None:
 
 
 def done_before(task: Task) -> Done | None:
+    """What the task found, if it is done and its files are as long as they were: a power cut may shorten them."""
     path = task.out / LEDGER
-    return Done(task.out, json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        done = json.loads(path.read_text())
+        is_whole = all((task.out / name).stat().st_size == size for name, size in done["sizes"].items())
+    except (OSError, ValueError, KeyError):
+        is_whole = False
+    if is_whole:
+        return Done(task.out, done["found"])
+    doomed = task.out.with_name(f"{task.out.name}.{secrets.token_hex(4)}{PARTIAL}.removed")
+    with suppress(FileNotFoundError):
+        task.out.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    return None
