@@ -140,7 +140,12 @@ def test_in_a_terminal(run: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "moray", "chat", str(run), "--max-new-tokens", "4"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TERM": "dumb"}
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    # A shell that started these tests in its background has had them ignore Ctrl-C, and all that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, before)
     os.close(theirs)
     seen = b""
 
