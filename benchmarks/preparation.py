@@ -74,13 +74,12 @@ def moray_tasks(path: Path, folder: Path, *, recipe: str, near: bool) -> int:
     chosen = load_recipe(recipe, {"duplicates.paragraphs": "false", "duplicates.near": "0.72" if near else "none"})
     curation = curation_of(chosen, folder)
     (source,) = find([path])
-    parts = [
-        perform(ReadPart(folder / f"part-{n}", pieces, 0, source.label, Rules(), curation, 0, RUN_BYTES)).folder
-        for n, pieces in enumerate(parts_of(source))
-    ]
-    runs, selection = runs_in(parts), Selection()
+    how = Rules(), curation, 0, RUN_BYTES, False
+    pieces = tuple(piece for part in parts_of(source) for piece in part)
+    part = perform(ReadPart(folder / "part", pieces, source.label, *how)).folder
+    runs, selection = tuple(runs_in(part, 0)), Selection()
     found = (perform(FindNear(folder / "near", runs, selection, 0, 1)).folder,) if near else ()
-    done = perform(SortBucket(folder / "bucket", runs, (source.label,), found, selection, False, 0, 1))
+    done = perform(SortBucket(folder / "bucket", runs, (source.label,), found, selection, False, 0, 1, False))
     return len(np.load(done.folder / "order.npy"))
 
 
@@ -269,7 +268,7 @@ def main() -> None:
         print("\n".join(table))
         for what in ("recipe", "rules", "near"):
             for peer in ("datatrove", "datasketch"):
-                if f"{peer}_{what}" in found:
+                if {f"{peer}_{what}", f"moray_{what}"} <= found.keys():
                     print(f"{what}: moray is {found[f'{peer}_{what}'] / found[f'moray_{what}']:.1f} times {peer}")
         near = found["moray_near"] - found["moray_reading"]
         print(f"near-duplicates add {near / found['moray_tokenizing']:.1%} to the time of tokenizing")

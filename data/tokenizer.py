@@ -229,7 +229,7 @@ def copy_tokenizer_files(source: Path, folder: Path) -> None:
 def tokenizer_digest(folder: Path) -> str:
     """Of all files in a folder that a tokenizer and its template are made of."""
     sha256 = hashlib.sha256()
-    for name in _FILES:
+    for name in (*_FILES, "generation_config.json", "config.json"):
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
             sha256.update(f"{name} {len(content)}\n".encode() + content)

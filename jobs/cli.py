@@ -112,7 +112,7 @@ def main() -> None:
         complain(str(error))
         code = EXIT_MISTAKE
     except KeyboardInterrupt:
-        complain("interrupted; of a run, the newest commit stands, and the same command resumes from it")
+        complain("interrupted; the same command goes on from what is done: of a run, from its newest commit")
         code = EXIT_KILLED_BY_KEYBOARD
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

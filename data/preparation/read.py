@@ -13,7 +13,6 @@ from moray.data.preparation.drops import ledger_of
 from moray.data.preparation.ledger import READ, Ledger, Sample
 from moray.data.preparation.progress import tick
 from moray.data.preparation.runs import RunWriter, digest_of, record_of
-from moray.data.preparation.selection import SCORES
 from moray.data.reading.account import Account
 from moray.data.reading.documents import Document, read_piece
 from moray.data.reading.pieces import PIECE_BYTES, Piece, pieces_of
@@ -31,10 +30,14 @@ def parts_of(source: Source) -> Iterator[tuple[Piece, ...]]:
     part: list[Piece] = []
     for file in source.files:
         for piece in pieces_of(file):
-            if part and (sum(held.size for held in part) + piece.size > PIECE_BYTES or len(part) == MOST_PIECES):
+            is_full = sum(held.size for held in part) + piece.size > PIECE_BYTES or len(part) == MOST_PIECES
+            if part and (is_full or piece.range):
                 yield tuple(part)
                 part = []
             part.append(piece)
+            if piece.range:  # others read the rest of the file meanwhile
+                yield tuple(part)
+                part = []
     if part:
         yield tuple(part)
 
@@ -62,7 +65,7 @@ class ReadPart:
 
     def run(self, folder: Path) -> dict[str, Any]:
         writer = RunWriter(folder, self.run_bytes, has_bands=self.curation.bands is not None)
-        scores = np.zeros(SCORES, np.int64)
+        scores: Counter[int] = Counter()
         with ledger_of(folder, self.keep_drops) as ledger:
             account = _Account(self.rules, ledger=ledger, label=self.label, seed=self.seed)
             for batch in _batches(self._documents(account, ledger)):
@@ -70,7 +73,8 @@ class ReadPart:
                     writer.add(record_of(each.document, self.seed, each.score, each.bands))
                     scores[each.score] += 1
         writer.flush()
-        np.save(folder / "scores.npy", scores)
+        if self.curation.classifier:
+            np.save(folder / "scores.npy", np.array([[*scores], [*scores.values()]], np.int64))
         return {
             "ledger": ledger.as_json(),
             "account": account_as_json(account),

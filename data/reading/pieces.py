@@ -14,6 +14,8 @@ from moray.data.reading.parquet import row_groups
 from moray.data.reading.sources import SourceFile
 
 PIECE_BYTES = 64 << 20
+LEAST_BYTES = 4 << 20
+MANY = 16  # pieces of a file that is smaller than so many of the largest: for as many processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +32,23 @@ class Piece:
 
 
 def pieces_of(file: SourceFile) -> Iterator[Piece]:
-    """A file in pieces of about PIECE_BYTES, where its format lets it be cut. Reads a .jsonl once, for its lines."""
-    if file.size <= PIECE_BYTES or file.format not in (Format("jsonl"), Format("parquet")):
+    """A file in pieces of 4 to 64 MiB, where its format lets it be cut. Reads a .jsonl once, for its lines."""
+    most = min(max(file.size // MANY, LEAST_BYTES), PIECE_BYTES)
+    if file.size <= most or file.format not in (Format("jsonl"), Format("parquet")):
         yield Piece(file, file.size)
         return
     with file.open() as content:
-        cuts = _row_groups(content) if file.format == Format("parquet") else _lines(content)
+        cuts = _row_groups(content, most) if file.format == Format("parquet") else _lines(content, most)
         for start, stop, n_before, n_bytes in cuts:
             yield Piece(file, n_bytes, (start, stop), n_before)
 
 
-def _lines(content: io.BufferedReader) -> Iterator[tuple[int, int, int, int]]:
+def _lines(content: io.BufferedReader, most: int) -> Iterator[tuple[int, int, int, int]]:
     """Ranges that end behind a newline, with the lines before each."""
     start = at = n_before = n_lines = 0
     while block := content.read(BUFFER_BYTES):
         counted = 0  # of this block, the bytes whose lines are
-        while (end := block.find(b"\n", max(start + PIECE_BYTES - at, counted)) + 1) > 0:
+        while (end := block.find(b"\n", max(start + most - at, counted)) + 1) > 0:
             yield start, at + end, n_before, at + end - start
             start, n_before = at + end, n_before + n_lines + block.count(b"\n", counted, end)
             n_lines, counted = 0, end
@@ -55,12 +58,12 @@ def _lines(content: io.BufferedReader) -> Iterator[tuple[int, int, int, int]]:
         yield start, at, n_before, at - start
 
 
-def _row_groups(content: io.BufferedReader) -> Iterator[tuple[int, int, int, int]]:
+def _row_groups(content: io.BufferedReader, most: int) -> Iterator[tuple[int, int, int, int]]:
     start = n_before = n_rows = n_bytes = 0
     groups = row_groups(content)
     for number, (rows, size) in enumerate(groups, 1):
         n_rows, n_bytes = n_rows + rows, n_bytes + size
-        if n_bytes >= PIECE_BYTES or number == len(groups):
+        if n_bytes >= most or number == len(groups):
             yield start, number, n_before, n_bytes
             start, n_before, n_rows, n_bytes = number, n_before + n_rows, 0, 0
 

@@ -144,6 +144,11 @@ def _stat(path: Path) -> tuple[int, str]:
     return stat.st_size, str(stat.st_mtime_ns)
 
 
+def _is_passed_over(name: str) -> bool:
+    """Whether a folder is hidden, or what a preparation works in: `--out` may lie within a source."""
+    return name.startswith(".") or name.endswith((".moray-unfinished", ".moray-replaced"))
+
+
 def _walk(folder: Path, label: str, leave_out: frozenset[str] = frozenset()) -> Iterator[SourceFile | Loss]:
     """All below a folder, in an order that is always the same."""
 
@@ -152,9 +157,9 @@ def _walk(folder: Path, label: str, leave_out: frozenset[str] = frozenset()) -> 
 
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         for name in sorted(folders):
-            if name.startswith(".") or Path(parent, name).is_symlink():
+            if _is_passed_over(name) or Path(parent, name).is_symlink():
                 yield Loss(Reason.UNREAD, f"{Path(parent, name)}/")
-        folders[:] = sorted(name for name in folders if name not in leave_out and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in leave_out and not _is_passed_over(name))
         for name in sorted(files):
             path = Path(parent, name)
             format = format_of(name)

@@ -2,10 +2,10 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from moray import UserError
 from moray.data.index import Kind, Split, joined, shard_name, write_index
 from moray.data.preparation.tasks import Done
 from moray.data.preparation.vocabulary import put_tokenizer
@@ -28,8 +28,10 @@ class Assembly:
             mine = [shard.folder for shard in shards if shard.folder.name.startswith(f"{split}-")]
             for number, shard in enumerate(mine):
                 name = shard_name(split, number)
-                with suppress(FileNotFoundError):  # a template may refuse all of a shard
+                if (shard / name).exists():
                     _link(shard / name, self.folder / name)
+                elif len(mine) > 1:
+                    raise UserError(f"{name} is empty: the chat template refuses all that it was to hold; use another")
             splits[split] = joined(self.folder, split, self.kind, mine)
         return splits
 

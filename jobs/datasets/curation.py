@@ -2,6 +2,9 @@
 
 import hashlib
 import shutil
+import unicodedata
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,25 @@ import numpy as np
 
 from moray import UserError
 from moray.data.curation.classifier import Classifier, bin_of, probability_of
-from moray.data.curation.cleaning import Cleaning
+from moray.data.curation.cleaning import Cleaning, clean
 from moray.data.curation.contamination import Benchmarks
 from moray.data.preparation.curate import Curation, save_benchmarks
 from moray.data.preparation.selection import SCORES, Selection, by_pareto, cut_for
 from moray.jobs.config.load import flatten
 from moray.jobs.datasets.benchmarks import texts_of_tasks
+from moray.jobs.datasets.plan import name_of
 from moray.jobs.datasets.recipe import QualitySection, Recipe
 
-BENCHMARKS, CLASSIFIER = "benchmarks.npz", "classifier.safetensors"
+MADE_WITH = ("numpy", "tokenizers", "sentencex", "ftfy")
+
+
+def versions() -> str:
+    """What a preparation must be gone on with: characters and words are those of Python's Unicode."""
+    found = {f"Unicode {unicodedata.unidata_version}"}
+    for name in MADE_WITH:
+        with suppress(PackageNotFoundError):
+            found.add(f"{name} {version(name)}")
+    return ", ".join(sorted(found))
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -47,13 +60,16 @@ def curation_of(recipe: Recipe, scratch: Path) -> Curation:
             raise UserError(
                 f"benchmarks.tasks: none of {found.n_short:,} items has 8 words, by which it could be found"
             )
-        benchmarks = scratch / BENCHMARKS
+        # Named by what it holds: processes keep what they have read of a file.
+        benchmarks = scratch / f"benchmarks-{name_of(found.hashes.tobytes())}.npz"
         save_benchmarks(found, benchmarks)
     classifier = None
     if recipe.quality.classifier:
-        classifier = scratch / CLASSIFIER
-        shutil.copyfile(recipe.quality.classifier, classifier)
+        path = Path(recipe.quality.classifier)
+        classifier = scratch / f"classifier-{Classifier.load(path).fingerprint[:16]}.safetensors"
+        shutil.copyfile(path, classifier)
     cleaning = Cleaning(**recipe.clean.model_dump())
+    clean("text", cleaning)  # which says what is not installed
     return Curation(
         cleaning=cleaning if cleaning != Cleaning(characters=False) else None,
         rules=recipe.rules.rules,

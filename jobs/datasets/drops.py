@@ -15,8 +15,8 @@ ROWS = 1 << 17
 """Held in memory at a time, and a row group of the file."""
 
 
-def check_drops(path: Path, out: Path) -> None:
-    """Raises UserError for a file that could not be written in the end."""
+def check_drops(path: Path, out: Path, *, overwrite: bool) -> None:
+    """Raises UserError for a file that could not be written in the end, or that is there and is not to be replaced."""
     if path.suffix != ".parquet":
         raise UserError(f"drops={path} must be a .parquet file, for example {path.with_suffix('.parquet')}")
     if path.absolute().is_relative_to(out.absolute()):
@@ -25,6 +25,8 @@ def check_drops(path: Path, out: Path) -> None:
         raise UserError(f"drops={path}: there is no folder {path.parent}; make it, or name a file in another one")
     if path.is_dir():
         raise UserError(f"drops={path} is a folder; name a file in it, for example {path / 'drops.parquet'}")
+    if path.exists() and not overwrite:
+        raise UserError(f"drops={path} is there already; choose another name, or replace it with --overwrite")
     optional("pyarrow.parquet", PURPOSE)
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,8 +16,10 @@ from moray.data.preparation.progress import listen
 from moray.data.preparation.tasks import Done, Task, perform
 
 POLL_S = 0.2
-WORKER_MB = 640
-"""What a process holds at most: a run of documents, or a bucket, several times over (docs/datasets.md)."""
+WORKER_MB = 1100
+"""What a process holds at most: a run of documents and what the longest of 16 MiB takes, or a bucket several times over
+(docs/datasets.md)."""
+SLOTS = 1024
 
 
 class Doer(Protocol):
@@ -33,8 +36,11 @@ class Engine:
         if workers > 1:
             # Forked children of a process with threads, as this one is, may wait for ever.
             context = multiprocessing.get_context("spawn")
-            self._ticks: Any = context.Value("q", 0)
-            self._pool = ProcessPoolExecutor(workers, context, _begin, (self._ticks, os.getpid()))
+            # A slot a process, and no lock: one that is killed while it holds a lock would stop all others.
+            self._ticks: Any = context.RawArray("q", SLOTS)
+            self._numbers = context.Value("q", 0)
+            self._heard = 0
+            self._pool = ProcessPoolExecutor(workers, context, _begin, (self._ticks, self._numbers, os.getpid()))
 
     def __enter__(self) -> "Engine":
         return self
@@ -61,9 +67,9 @@ class Engine:
         try:
             while futures:
                 done, _ = wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED)
-                with self._ticks.get_lock():
-                    ticked, self._ticks.value = self._ticks.value, 0
-                on_tick(ticked)
+                ticked = sum(self._ticks)
+                on_tick(ticked - self._heard)
+                self._heard = ticked
                 for future in done:
                     yield futures.pop(future), future.result()
         except BrokenProcessPool:
@@ -102,12 +108,14 @@ def processes_for(workers: int | None, memory_mb: int | None) -> int:
     return workers or max(min(most or (free_memory() >> 21) // WORKER_MB, usable_cores()), 1)
 
 
-def _begin(ticks: Any, driver: int) -> None:
+def _begin(ticks: Any, numbers: Any, driver: int) -> None:
     die_with_parent(driver)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the driver ends them
+    with numbers.get_lock():
+        slot, numbers.value = numbers.value % SLOTS, numbers.value + 1
     os.environ["RAYON_NUM_THREADS"] = "1"  # of tokenizers: there are as many processes as cores
 
     def count(n_bytes: int) -> None:
-        with ticks.get_lock():
-            ticks.value += n_bytes
+        ticks[slot] += n_bytes
 
     listen(count)

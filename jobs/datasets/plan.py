@@ -38,8 +38,10 @@ def planned_folder(out: Path, plan: Mapping[str, Any], *, overwrite: bool) -> It
         partial.write_text(json.dumps(plan, indent=1, sort_keys=True) + "\n")
         partial.replace(folder / PLAN)
         yield folder
-        shutil.rmtree(folder / SCRATCH)
-        (folder / PLAN).unlink()
+    # Only now: until it has its name, all that was done must be there for the next try.
+    finished = out.expanduser().resolve()
+    shutil.rmtree(finished / SCRATCH, ignore_errors=True)
+    (finished / PLAN).unlink(missing_ok=True)
 
 
 def name_of(*parts: object) -> str:

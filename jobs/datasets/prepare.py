@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from rich.console import Console
@@ -30,7 +30,7 @@ from moray.data.reading.rules import Rules
 from moray.data.reading.sources import find
 from moray.data.tokenizer import check_vocab_size, load_tokenizer, tokenizer_digest
 from moray.jobs.datasets.assembly import Assembly
-from moray.jobs.datasets.curation import curation_of, selection_of, settings_of
+from moray.jobs.datasets.curation import curation_of, selection_of, settings_of, versions
 from moray.jobs.datasets.drops import check_drops, write_drops
 from moray.jobs.datasets.engine import Doer, Engine, most_tasks, processes_for
 from moray.jobs.datasets.plan import PLAN, SCRATCH, planned_folder
@@ -130,6 +130,9 @@ def prepare(
     settings, a full disk, and a node that is not fit; WorkerError where a Ray is lost.
     """
     started = time.monotonic()
+    for name, value, known in (("dedup", dedup, get_args(Dedup)), ("engine", engine, get_args(EngineName))):
+        if value not in known:
+            raise UserError(f"{name}={value!r} must be one of {', '.join(known)}")
     if not 0 < validation < 1:
         raise UserError(f"validation={validation} must lie between 0 and 1, for example 0.01")
     own = None if tokenizer is None else Path(tokenizer).absolute()
@@ -137,7 +140,7 @@ def prepare(
     reading, recipe = reading or Rules(), recipe or Recipe()
     recipe.check_kind(reading.kind)
     if drops is not None:
-        check_drops(Path(drops), Path(out))
+        check_drops(Path(drops), Path(out), overwrite=overwrite)
     if own:
         _ = chat_template_of(own) if reading.kind != "text" else load_tokenizer(own)
     else:
@@ -148,6 +151,8 @@ def prepare(
     console = console or Console(stderr=True)
     account = Account(reading)
     found = [tried(source, account) for source in find(sources)]
+    if drops is not None and str(Path(drops).resolve()) in {str(file.path) for each in found for file in each.files}:
+        raise UserError(f"drops={drops} is one of the sources; choose another name")
     settings = {
         "version": VERSION,
         "kind": reading.kind,
@@ -164,7 +169,7 @@ def prepare(
     }
     keep_equal = dedup == "none" or (dedup == "auto" and reading.kind != "text")
     # What tasks list is theirs alone, and no matter of the dataset.
-    plan = {**settings, "drops": drops is not None}
+    plan = {**settings, "drops": drops is not None, "made with": versions()}
     with planned_folder(goal.folder, plan, overwrite=overwrite) as folder:
         _clear_all_but_scratch(folder)
         curation = curation_of(recipe, folder / SCRATCH)
@@ -187,7 +192,7 @@ def prepare(
         index.write(splits, max(shard.found["highest_id"] for shard in shards))
         story.ledger.check()
         name_winners(story.ledger, read)
-        write_reports(folder, story.ledger, settings)
+        write_reports(folder, story.ledger, settings, account)
         if drops is not None:
             write_drops(Path(drops), story.folders, read)
         goal.put()

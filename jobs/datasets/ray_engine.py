@@ -52,7 +52,8 @@ class RayEngine:
         """
         waiting, losses = deque(range(len(tasks))), Counter[int]()
         running: dict[ray.ObjectRef, int] = {}
-        most = self._most or AHEAD * self._slots()
+        slots = self._slots()
+        most = self._most or AHEAD * slots
         try:
             while waiting or running:
                 while waiting and len(running) < most:

@@ -143,7 +143,7 @@ def load_recipe(name: str, overrides: Mapping[str, str]) -> Recipe:
 
 
 def _listed(value: Any) -> Any:
-    return () if value is None else tuple(value.split(",")) if isinstance(value, str) else value
+    return () if value in (None, "") else tuple(value.split(",")) if isinstance(value, str) else value
 
 
 def _bound(text: str) -> tuple[str, str]:

@@ -6,15 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from moray.data.preparation.ledger import KEPT, READ, Ledger
+from moray.data.preparation.read import NOT_DOCUMENTS
+from moray.data.reading.account import Account
 from moray.jobs.datasets.page import PAGE, render
 from moray.jobs.datasets.table import size, table_of, what_of
 
 REPORT = "report.json"
 
 
-def write_reports(folder: Path, ledger: Ledger, settings: Mapping[str, Any]) -> None:
-    """The ledger with the settings that it came of: the same for the same documents in whatever order."""
-    content = json.dumps({"settings": dict(settings), **ledger.as_json()}, indent=1, ensure_ascii=False) + "\n"
+def write_reports(folder: Path, ledger: Ledger, settings: Mapping[str, Any], account: Account) -> None:
+    """The ledger with the settings that it came of: the same for the same documents in whatever order.
+
+    Of what is no document, files that were damaged or not read, their numbers alone: places differ between machines.
+    """
+    files = {reason: count for reason, count in sorted(account.counts.items()) if reason in NOT_DOCUMENTS}
+    report = {"settings": dict(settings), "files and texts": files, **ledger.as_json()}
+    content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     (folder / REPORT).write_text(content, encoding="utf-8")
     (folder / PAGE).write_text(render(ledger, settings))
 

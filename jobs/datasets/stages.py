@@ -1,5 +1,7 @@
 """The stages of a preparation: which tasks there are, out of what the stage before has found."""
 
+import secrets
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from moray.data.preparation.near import FindNear
 from moray.data.preparation.paragraphs import FILTER_HASHES, CutRepeats, FindRepeats, HashParagraphs
 from moray.data.preparation.profile import Profile
 from moray.data.preparation.read import ReadPart, account_of_json, parts_of
-from moray.data.preparation.runs import BAND, RUN_BYTES, Run, buckets_for, runs_in
+from moray.data.preparation.runs import BAND, RECORD_BYTES, RUN_BYTES, Run, buckets_for, runs_in
 from moray.data.preparation.selection import SCORES, Selection
 from moray.data.preparation.tasks import Done, Task
 from moray.data.preparation.vocabulary import MakeTokenizer
@@ -28,6 +30,7 @@ from moray.jobs.datasets.assembly import SPLITS
 from moray.jobs.datasets.engine import Doer, Engine
 from moray.jobs.datasets.plan import name_of
 from moray.jobs.datasets.progress import StageBar
+from moray.jobs.datasets.report import reasons_of
 
 T = TypeVar("T", bound=Task)
 
@@ -55,26 +58,31 @@ class Stages:
         for number, source in enumerate(self.sources):
             for pieces in parts_of(source):
                 # What a file holds is taken to be the same while its size and time, or its tag, are.
-                out = self.scratch / "parts" / name_of(pieces, source.label)
+                # Where nothing tells versions apart, nothing is taken for the same; and what bears damage reads more.
+                unknown = [secrets.token_hex(8) for piece in pieces if not piece.file.version]
+                out = self.scratch / "parts" / name_of(pieces, source.label, self.account.rules.on_damage, unknown)
                 how = self.account.rules, curation, seed, RUN_BYTES, self.keep_drops
                 tasks.append(ReadPart(out, pieces, source.label, *how))
                 numbers.append(number)
         done = self._do("reading", tasks)
+        n_records = Counter[int]()
+        for number, part in zip(numbers, done, strict=True):
+            found = account_of_json(part.found["account"], self.account.rules)
+            n_records[number] += found.n_records
+            self.account.add(found)
         for number, source in enumerate(self.sources):
-            n_records = 0
-            for of, part in zip(numbers, done, strict=True):
-                if of == number:
-                    found = account_of_json(part.found["account"], self.account.rules)
-                    n_records += found.n_records
-                    self.account.add(found)
-            check_any(source, n_records, self.account)
-        self._n_bytes = sum(part.found["n_bytes"] for part in done)
+            check_any(source, n_records[number], self.account)
+        self._n_bytes = sum(part.found["n_bytes"] + RECORD_BYTES * part.found["n_documents"] for part in done)
         self._n_bands = sum(part.found["n_bands"] for part in done)
         if not any(part.found["n_documents"] for part in done):
             counts = self.account.counts.items()
-            left_out = ", ".join(f"{count:,} {reason}: {self.account.named[reason][0]}" for reason, count in counts)
-            raise UserError(f"the sources hold no usable document; left out: {left_out}")
-        scores = sum((np.load(part.folder / "scores.npy") for part in done), np.zeros(SCORES, np.int64))
+            left_out = [f"{count:,} {reason}: {self.account.named[reason][0]}" for reason, count in counts]
+            why = ", ".join(left_out) or reasons_of(self.ledger)
+            raise UserError(f"the sources hold no usable document; left out: {why}")
+        scores = np.zeros(SCORES, np.int64)
+        for part in done if curation.classifier else ():
+            each, counts_of = np.load(part.folder / "scores.npy")
+            scores[each] += counts_of
         runs = [run for number, part in zip(numbers, done, strict=True) for run in runs_in(part.folder, number)]
         return tuple(runs), scores
 
@@ -172,7 +180,9 @@ class Stages:
             for split in SPLITS
             for number, (group, n_bytes) in enumerate(_shards(buckets, split, limit))
         ]
-        done = self._do("encoding", tasks)
+        # What is one shard for the most part is encoded here: the tokenizer uses all cores of one process.
+        alone = 2 * max(task.size for task in tasks) > sum(task.size for task in tasks)
+        done = self._do("encoding", tasks, alone=alone)
         for shard in done:
             self.profile.add(shard.found["profile"])
         return done

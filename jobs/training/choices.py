@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from moray.cluster.worker import WorkerContext
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training.memory import free, needed
 from moray.parallel.checkpoint.commits import list_commits, newest_record
+from moray.parallel.control_plane import ControlPlane
 from moray.parallel.gradients import world_sum
 from moray.parallel.layout import Layout
 
@@ -27,10 +27,8 @@ def decided(config: RunConfig, context: WorkerContext, layout: Layout, commits: 
     """
     if config.data.mix:
         # A rank that sees a commit late would go on with other data.
-        data = [as_recorded(config, commits).data if commits else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(data)
-        config = config.model_copy(update={"data": data[0]})
+        data = ControlPlane().from_rank_0(lambda: as_recorded(config, commits).data if commits else config.data)
+        config = config.model_copy(update={"data": data})
     newest = list_commits(commits)[-1:] if commits else []
     recorded = newest[0].manifest.metadata["config"]["train"] if newest else {}
 

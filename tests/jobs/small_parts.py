@@ -18,17 +18,17 @@ from rich.console import Console
 
 from moray.data.preparation import bucket, near, read
 from moray.data.reading import pieces
-from moray.jobs.datasets import prepare as module
+from moray.jobs.datasets import stages
 from moray.jobs.datasets.prepare import EngineName, Summary, prepare
 from moray.jobs.datasets.recipe import DuplicatesSection, Recipe, RulesSection
 
 SIZES = [
     (pieces, "PIECE_BYTES", 1 << 14),
     (read, "PIECE_BYTES", 1 << 14),
-    (module, "RUN_BYTES", 1 << 13),
+    (stages, "RUN_BYTES", 1 << 13),
     (near, "BUCKET_BYTES", 1 << 15),
     (bucket, "BUCKET_BYTES", 1 << 15),
-    (module, "FILTER_HASHES", 1 << 7),
+    (stages, "FILTER_HASHES", 1 << 7),
 ]
 RECIPE = Recipe(
     rules=RulesSection(sets=("gopher-quality",), bounds=("gopher_n_words=40..100000",)),

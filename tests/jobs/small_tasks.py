@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moray.data.preparation.progress import listen, tick
 from moray.data.preparation.tasks import perform
 
 
@@ -23,6 +24,18 @@ class Touch:
 class Die(Touch):
     def run(self, folder: Path) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+@dataclass(frozen=True)
+class DieTelling(Touch):
+    """Killed while it tells how far it is."""
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        for _ in range(1000):
+            tick(1)
+        listen(lambda n_bytes: os.kill(os.getpid(), signal.SIGKILL))
+        tick(1)
         return {}
 
 

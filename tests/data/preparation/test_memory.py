@@ -27,7 +27,7 @@ def peak():
 
 path, folder, run_mb, n_buckets = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 (source,) = find([path])
-(pieces,) = parts_of(source)
+pieces = tuple(piece for part in parts_of(source) for piece in part)
 curation, selection = Curation(bands=(14, 8)), Selection()
 # What a batch takes, and what is imported or made once, is there before: a small part of the same kind.
 small = path.with_name("small.jsonl")

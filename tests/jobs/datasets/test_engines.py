@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import small_tasks
-from small_tasks import Die, FindsNothing, Race, Touch
+from small_tasks import Die, DieTelling, FindsNothing, Race, Touch
 
 from moray.data.preparation.tasks import Task, clear_partials, perform
 from moray.jobs.datasets import ray_task
@@ -36,8 +36,8 @@ def done_by(engine: Any, tasks: list[Task]) -> list[int]:
     ("workers", "memory_mb", "message"),
     [
         (0, None, "workers=0 must be at least 1"),
-        (None, 100, "memory_mb=100 must be at least 640"),
-        (3, 1280, "workers=3 take 1920 MB, more than memory_mb=1280; use 2"),
+        (None, 100, "memory_mb=100 must be at least 1100"),
+        (3, 2500, "workers=3 take 3300 MB, more than memory_mb=2500; use 2"),
     ],
 )
 def test_numbers_that_cannot_be(workers: int | None, memory_mb: int | None, message: str) -> None:
@@ -46,16 +46,20 @@ def test_numbers_that_cannot_be(workers: int | None, memory_mb: int | None, mess
 
 
 def test_what_numbers_mean() -> None:
-    assert (most_tasks(None, None), most_tasks(5, None), most_tasks(None, 1300), most_tasks(1, 1300)) == (None, 5, 2, 1)
+    assert (most_tasks(None, None), most_tasks(5, None), most_tasks(None, 2500), most_tasks(1, 2500)) == (None, 5, 2, 1)
     assert processes_for(5, None) == 5
-    assert processes_for(None, 640) == 1
+    assert processes_for(None, 1100) == 1
 
 
 def test_a_process_that_is_killed_is_said_so_and_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     with Engine(2) as engine:
         assert done_by(engine, [Touch(tmp_path / "s" / f"{n}") for n in range(9)]) == list(range(9))
-    with Engine(2) as engine, pytest.raises(ValueError, match="killed, perhaps because memory ran out; the same com"):
-        done_by(engine, [Die(tmp_path / "s" / "9")])
+    for kind in (Die, DieTelling):
+        with (
+            Engine(2) as engine,
+            pytest.raises(ValueError, match="killed, perhaps because memory ran out; the same"),
+        ):
+            done_by(engine, [kind(tmp_path / "s" / "9")])
     with Engine(2) as engine:
         assert done_by(engine, [Die(tmp_path / "s" / f"{n}") for n in range(9)]) == list(range(9))
 

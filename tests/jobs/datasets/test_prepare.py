@@ -24,6 +24,7 @@ from moray.data.preparation.read import ReadPart
 from moray.data.reading.rules import Rules
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.datasets.prepare import Summary, prepare
+from moray.jobs.datasets.recipe import load_recipe
 from moray.jobs.verbs.prepare import prepare as verb
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -279,3 +280,73 @@ def test_two_at_once_do_not_write_the_same_folder(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     Dataset.open(tmp_path / "out")
+
+
+def test_a_kill_after_the_last_task_costs_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As late as that: the folder is about to get its name."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moray.data.staging._replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(tmp_path / "out")
+    n_done = []
+    with monkeypatch.context() as patch:
+        patch.setattr("moray.data.preparation.tasks.Path.rename", lambda *names: n_done.append(names))
+        patch.setattr("moray.data.staging._replace", lambda out, staging: os.rename(staging, out))
+        prepared(tmp_path / "out")
+    assert not n_done
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert not (tmp_path / "out" / "scratch").exists()
+
+
+def test_what_was_read_with_damage_is_not_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = b"".join(b'{"text": "row %d"}\n' % n for n in range(3000))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows)[:-400])
+    with monkeypatch.context() as patch:
+        patch.setattr("moray.jobs.datasets.stages.Stages.encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(tmp_path / "out", tmp_path / "rows.jsonl.gz", reading=Rules(on_damage="skip"))
+    with pytest.raises(ValueError, match=r"damaged or unreadable after .* documents"):
+        prepared(tmp_path / "out", tmp_path / "rows.jsonl.gz")
+
+
+def test_a_preparation_within_its_own_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    with monkeypatch.context() as patch:
+        patch.setattr("moray.jobs.datasets.stages.Stages.encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(tmp_path / "out", tmp_path)
+    summary = prepared(tmp_path / "out", tmp_path)
+    assert sum(split.n_documents for split in summary.dataset.splits.values()) == 20
+
+
+def test_two_preparations_in_one_process_have_benchmarks_of_their_own(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"text {number} " + " ".join(f"word{number * n}" for n in range(30)))
+    dropped = []
+    for number in (3, 4):
+        query = (tmp_path / f"{number}.txt").read_text()
+        (tmp_path / f"task{number}.jsonl").write_text(json.dumps({"text": query}) + "\n")
+        recipe = load_recipe("none", {"benchmarks.tasks": str(tmp_path / f"task{number}.jsonl")})
+        sources = [tmp_path / f"{n}.txt" for n in range(20)]
+        summary = prepared(tmp_path / "out", *sources, recipe=recipe, overwrite=True)
+        ((_, samples),) = summary.ledger.samples.items()
+        dropped += [sample.key for sample in samples]
+    assert dropped == ["3.txt", "4.txt"]
+
+
+def test_where_all_is_dropped_it_is_said_why(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match=r"no usable document; left out: read 1 documents.*gopher_n_words"):
+        prepared(tmp_path / "out", tmp_path / "short.txt", recipe=load_recipe("none", {"rules.sets": "gopher_n_words"}))
+
+
+def test_a_list_of_drops_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "drops.parquet").write_text("mine")
+    with pytest.raises(ValueError, match=r"drops\.parquet is there already"):
+        prepared(tmp_path / "out", drops=tmp_path / "drops.parquet")
+    assert (tmp_path / "drops.parquet").read_text() == "mine"
