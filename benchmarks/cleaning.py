@@ -44,6 +44,7 @@ MENU = "Home | Catalogue | Authors | Sign in"
 SPAM = "Buy the best pills online today at the lowest price with free delivery."
 SHORTEST = 1000  # characters; in shorter ones a changed word changes too many shingles
 MOST_PIECES = 400  # of a document, so that there are some of many
+SPAM_PAGES = 4  # to a text: of a crawl, too, most is not kept (of FineWeb's, 85%)
 EVERY = 50
 
 
@@ -80,7 +81,7 @@ class Planted:
 
 def planted(clean: list[str], seed: int = 0) -> Planted:
     """Of every ten texts, one comes in four copies with some words changed, one has a broken copy if it has any letter
-    that breaks, three have a menu above them and three a footer below; there are as many spam pages as texts.
+    that breaks, three have a menu above them and three a footer below; there are four pages of spam to each text.
     """
     chance = random.Random(seed)
     texts, counts, with_footer = [], Counter[str](), 0
@@ -100,15 +101,24 @@ def planted(clean: list[str], seed: int = 0) -> Planted:
         if kind == 1 and (broken := text.encode().decode("cp1252", "ignore")) != text and mended(broken) == text:
             counts["broken"] += 1
             texts.append(broken)
-        topic = f"{chance.randrange(10**9):,}"
-        texts.append("\n".join(f"{SPAM} Offer {topic} ends soon." for _ in range(chance.randrange(20, 40))))
+        for _ in range(SPAM_PAGES):
+            topic = f"{chance.randrange(10**9):,}"
+            texts.append("\n".join(f"{SPAM} Offer {topic} ends soon." for _ in range(chance.randrange(20, 40))))
         if kind in (8, 9):
             counts["stubs"] += 1
             texts.append(f"Page {topic} is empty. Please come back later.")
     chance.shuffle(texts)
     footer, menu = len(f"\n\n{FOOTER}".encode()), len(f"{MENU}\n".encode())
     dropped = (with_footer - 1) * footer
-    return Planted(texts, counts["near"], counts["broken"], len(clean), counts["stubs"], counts["menu"] * menu, dropped)
+    return Planted(
+        texts,
+        counts["near"],
+        counts["broken"],
+        SPAM_PAGES * len(clean),
+        counts["stubs"],
+        counts["menu"] * menu,
+        dropped,
+    )
 
 
 def changed(text: str, chance: random.Random) -> str:
