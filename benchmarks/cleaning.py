@@ -110,15 +110,8 @@ def planted(clean: list[str], seed: int = 0) -> Planted:
     chance.shuffle(texts)
     footer, menu = len(f"\n\n{FOOTER}".encode()), len(f"{MENU}\n".encode())
     dropped = (with_footer - 1) * footer
-    return Planted(
-        texts,
-        counts["near"],
-        counts["broken"],
-        SPAM_PAGES * len(clean),
-        counts["stubs"],
-        counts["menu"] * menu,
-        dropped,
-    )
+    spam, bytes_of_menus = SPAM_PAGES * len(clean), counts["menu"] * menu
+    return Planted(texts, counts["near"], counts["broken"], spam, counts["stubs"], bytes_of_menus, dropped)
 
 
 def changed(text: str, chance: random.Random) -> str:
