@@ -97,7 +97,7 @@ def planted(clean: list[str], seed: int = 0) -> Planted:
         texts.append(text)
         if kind == 0:
             counts["near"] += 4
-            texts += [changed(text, chance) for _ in range(4)]
+            texts += changed(text, 4, chance)
         if kind == 1 and (broken := text.encode().decode("cp1252", "ignore")) != text and mended(broken) == text:
             counts["broken"] += 1
             texts.append(broken)
@@ -114,13 +114,19 @@ def planted(clean: list[str], seed: int = 0) -> Planted:
     return Planted(texts, counts["near"], counts["broken"], spam, counts["stubs"], bytes_of_menus, dropped)
 
 
-def changed(text: str, chance: random.Random) -> str:
-    """With one word of two hundred changed, or a character: of 5-word shingles nine in ten or more are still there."""
+def changed(text: str, n_copies: int, chance: random.Random) -> list[str]:
+    """Copies in which one word of two hundred is changed, or a character, another one in each: of 5-word shingles nine in
+    ten or more are still there.
+    """
     gap = " " if text.count(" ") > len(text) / 10 else ""
     words = text.split(gap) if gap else list(text)
-    for place in chance.sample(range(len(words)), max(len(words) // 200, 1)):
-        words[place] = f"un{words[place]}" if gap else "也"
-    return gap.join(words)
+    places, copies = chance.sample(range(len(words)), n_copies * max(len(words) // 200, 1)), []
+    for number in range(n_copies):
+        copy = list(words)
+        for place in places[number::n_copies]:
+            copy[place] = f"un{copy[place]}" if gap else "也"
+        copies.append(gap.join(copy))
+    return copies
 
 
 def mended(text: str) -> str:
