@@ -115,8 +115,8 @@ def planted(clean: list[str], seed: int = 0) -> Planted:
 
 
 def changed(text: str, n_copies: int, chance: random.Random) -> list[str]:
-    """Copies in which one word of two hundred is changed, or a character, another one in each: of 5-word shingles nine in
-    ten or more are still there.
+    """Copies in which one word of two hundred is changed, or a character, another one in each: of 5-word shingles nine
+    in ten or more are still there.
     """
     gap = " " if text.count(" ") > len(text) / 10 else ""
     words = text.split(gap) if gap else list(text)
