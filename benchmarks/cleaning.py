@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from optimizers import SMALL_RUN
 from parity_table import replaced
 from rich.console import Console
 
@@ -45,7 +46,6 @@ SPAM = "Buy the best pills online today at the lowest price with free delivery."
 SHORTEST = 1000  # characters; in shorter ones a changed word changes too many shingles
 MOST_PIECES = 400  # of a document, so that there are some of many
 SPAM_PAGES = 4  # to a text: of a crawl, too, most is not kept (of FineWeb's, 85%)
-EVERY = 50
 
 
 def clean_texts(sources: list[str], n_bytes: int) -> Iterator[str]:
@@ -164,19 +164,10 @@ def written(path: Path, texts: list[str]) -> Path:
 def curve(data: Path, clean: Path, run: Path, steps: int) -> dict[int, float]:
     """Loss on the clean text, by step."""
     plan = {
+        **SMALL_RUN,
         "data.mix": f"data=1:{data},clean=0:{clean}",
         "run.dir": str(run),
-        "model.preset": "demo-moe",
-        "model.n_layers": "4",
         "train.steps": str(steps),
-        "train.global_batch": "8",
-        "train.micro_batch": "8",
-        "train.seq_len": "256",
-        "train.eval_every": str(EVERY),
-        "train.dtype": "float32",
-        "checkpoint.every": "100000",
-        "cluster.launcher": "local",
-        "run.trackers": "none",
         "optimizer.lr": "2e-3",
     }
     assert drive(load_config(None, plan), Console(quiet=True)) == 0

@@ -24,25 +24,23 @@ KINDS: dict[str, dict[str, str]] = {
 }
 RATES = (1e-3, 2e-3, 4e-3)
 EVERY = 50
+SMALL_RUN = {
+    "model.preset": "demo-moe",
+    "model.n_layers": "4",
+    "train.global_batch": "8",
+    "train.micro_batch": "8",
+    "train.seq_len": "256",
+    "train.eval_every": str(EVERY),
+    "train.dtype": "float32",
+    "checkpoint.every": "100000",
+    "cluster.launcher": "local",
+    "run.trackers": "none",
+}
 
 
 def curve(data: Path, folder: Path, steps: int, settings: dict[str, str]) -> tuple[dict[int, float], float]:
     """Validation loss by step, and the median of a step's seconds."""
-    plan = {
-        "data.path": str(data),
-        "run.dir": str(folder),
-        "model.preset": "demo-moe",
-        "model.n_layers": "4",
-        "train.steps": str(steps),
-        "train.global_batch": "8",
-        "train.micro_batch": "8",
-        "train.seq_len": "256",
-        "train.eval_every": str(EVERY),
-        "train.dtype": "float32",
-        "checkpoint.every": "100000",
-        "cluster.launcher": "local",
-        "run.trackers": "none",
-    }
+    plan = {**SMALL_RUN, "data.path": str(data), "run.dir": str(folder), "train.steps": str(steps)}
     assert drive(load_config(None, plan | settings), Console(quiet=True)) == 0
     rows = read_metrics(folder)
     losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}

@@ -31,7 +31,7 @@ def staged_folder(out: Path, *, overwrite: bool, keep: Callable[[Path], bool] = 
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
         if not keep(staging):
-            _clear(staging)
+            clear(staging)
         yield staging
         _replace(out, staging)
     except BlockingIOError:
@@ -57,7 +57,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise UserError(f"out={out} is not empty; choose another folder")
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
+    """Removes all that is in a folder; links, not what they lead to."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from moray import UserError
-from moray.jobs.config.nearest import nearest
+from moray import UserError, nearest
 
 T = TypeVar("T")
 

@@ -1,14 +1,13 @@
 """Rules for a text: bounds on signals, as published, and the first one that a text breaks."""
 
-import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from moray import UserError
+from moray import UserError, nearest
 from moray.data.curation.signals import signals
 
 Scripts = Literal["any", "spaced", "latin", "chinese"]
@@ -156,13 +155,12 @@ def rules_named(names: Sequence[str], changed: Mapping[str, str] | None = None) 
     known = {**RULE_SETS, **{rule.name: (rule,) for rules in RULE_SETS.values() for rule in rules}}
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the sets are {', '.join(RULE_SETS)}"
-            raise UserError(f"there is no rule or set of rules {name}; {hint}")
+            raise UserError(f"rules.sets={name} is no rule or set of rules; {nearest(name, known)}")
     rules = {rule.name: rule for name in names for rule in known[name]}
     for name, bounds in (changed or {}).items():
         if name not in rules:
-            raise UserError(f"bounds are given for {name}, which is none of the rules chosen; {_nearest(name, rules)}")
+            chosen = nearest(name, rules) if rules else "rules.sets names none"
+            raise UserError(f"rules.bounds has {name}, which is none of the rules chosen; {chosen}")
         low, high = _bounds(name, bounds)
         rules[name] = replace(rules[name], low=low, high=high, source=f"set to {bounds}; was: {rules[name].source}")
     return tuple(rules.values())
@@ -176,10 +174,5 @@ def _bounds(name: str, text: str) -> tuple[float | None, float | None]:
     except ValueError:
         least, most = math.inf, -math.inf
     if not dots or not least <= most:
-        raise UserError(f"bounds of {name} are {text!r}, and should be like 50..100000, 0.5.. or ..0.2")
+        raise UserError(f"rules.bounds: those of {name} are {text!r}, and should be like 50..100000, 0.5.. or ..0.2")
     return least if low.strip() else None, most if high.strip() else None
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"

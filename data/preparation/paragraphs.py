@@ -5,7 +5,6 @@ of all buckets, in their order, with a Bloom filter of its own; buckets are writ
 Of a new paragraph one in a million is taken for an old one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import numpy as np
 
 from moray.data.curation.bloom import Bloom
 from moray.data.curation.paragraphs import hashes, without
+from moray.data.preparation.batches import batches
 from moray.data.preparation.bucket import read_bucket
 from moray.data.preparation.drops import ledger_of
 from moray.data.preparation.ledger import Ledger, Sample, excerpt
 from moray.data.preparation.runs import Record, Run
 
-BATCH_BYTES = 1 << 20
 RATE = 1e-6
 FILTER_HASHES = 1 << 23  # of one filter, which takes 32 MiB
 
@@ -35,7 +34,7 @@ class HashParagraphs:
 
     def run(self, folder: Path) -> dict[str, Any]:
         parts = [np.zeros(0, np.uint64)]
-        for batch in _batches(read_bucket(np.load(self.bucket / "order.npy"), self.runs)):
+        for batch in batches(read_bucket(np.load(self.bucket / "order.npy"), self.runs), _size):
             parts.append(hashes([record.text.decode() for record in batch])[0])
         found = np.concatenate(parts)
         np.save(folder / "hashes.npy", found)
@@ -87,7 +86,7 @@ class CutRepeats:
         order, repeated = np.load(self.bucket / "order.npy"), self._repeated()
         stays, at, offset, n = np.ones(len(order), bool), 0, 0, 0
         with ledger_of(folder, self.keep_drops) as ledger, open(folder / "run-000.documents", "wb") as file:
-            for batch in _batches(read_bucket(order, self.runs)):
+            for batch in batches(read_bucket(order, self.runs), _size):
                 texts = [record.text.decode() for record in batch]
                 _, first, spans = hashes(texts)
                 for number, record in enumerate(batch):
@@ -136,14 +135,5 @@ def _in_range(hashed: Path, number: int, n_ranges: int) -> np.ndarray:
     return (found >> np.uint64(48)) // np.uint64((1 << 16) // n_ranges) == number
 
 
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += len(record.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _size(record: Record) -> int:
+    return len(record.text)

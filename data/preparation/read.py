@@ -1,13 +1,14 @@
 """Reads a part of the sources: what is good of it, as runs of documents; what is not, in the ledger."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moray.data.preparation.batches import batches
 from moray.data.preparation.curate import Curation, curate
 from moray.data.preparation.drops import ledger_of
 from moray.data.preparation.ledger import READ, Ledger, Sample
@@ -20,7 +21,6 @@ from moray.data.reading.records import Loss, Reason
 from moray.data.reading.rules import Rules
 from moray.data.reading.sources import Source, SourceFile
 
-BATCH_BYTES = 1 << 20
 NOT_DOCUMENTS = (Reason.UNREAD, Reason.DAMAGED, Reason.CUT)
 MOST_PIECES = 1000  # of a part: of small files there may be many
 
@@ -68,7 +68,7 @@ class ReadPart:
         scores: Counter[int] = Counter()
         with ledger_of(folder, self.keep_drops) as ledger:
             account = _Account(self.rules, ledger=ledger, label=self.label, seed=self.seed)
-            for batch in _batches(self._documents(account, ledger)):
+            for batch in batches(self._documents(account, ledger), lambda document: len(document.text)):
                 for each in curate(batch, self.curation, self.seed, self.label, ledger):
                     writer.add(record_of(each.document, self.seed, each.score, each.bands))
                     scores[each.score] += 1
@@ -110,19 +110,6 @@ class _Account(Account):
             self.ledger.drop(
                 self.label, "reading", loss.reason, 0, Sample(digest_of(key, self.seed).hex(), key, why, "")
             )
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def account_as_json(account: Account) -> dict[str, Any]:

@@ -73,6 +73,11 @@ def damage_of(error: Exception) -> str | None:
     optional = type(error).__module__.partition(".")[0] in ("zstandard", "pyarrow")
     if not optional and not isinstance(error, Damage | OSError | EOFError | zlib.error | LZMAError | TarError):
         return None
+    return in_one_line(error)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, or its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

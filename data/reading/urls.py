@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from moray import UserError
 from moray.data.reading.compression import BUFFER_BYTES
+from moray.data.reading.records import in_one_line
 
 VERSIONS = ("ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems say of a file that changes with its content."""
@@ -54,7 +55,7 @@ def entries(url: str) -> list[Entry]:
     except FileNotFoundError:
         raise UserError(f"source {url!r} does not exist") from None
     except Exception as error:  # of whatever library the storage has
-        raise UserError(f"source {url!r} cannot be listed ({_in_one_line(error)})") from error
+        raise UserError(f"source {url!r} cannot be listed ({in_one_line(error)})") from error
     names = sorted((name for name in found if not name.endswith("/")), key=lambda name: name.split("/"))
     return [_entry(fs, root, name, found[name]) for name in names]
 
@@ -68,7 +69,7 @@ def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         fs, root = url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{url} is no URL that can be used here ({_in_one_line(error)})") from None
+        raise UserError(f"{url} is no URL that can be used here ({in_one_line(error)})") from None
     return fs, root.rstrip("/")
 
 
@@ -112,8 +113,4 @@ class _Remote(io.RawIOBase):
             return what()
         except Exception as error:  # of whatever library the storage has
             why = "the same command goes on from what is done, once the storage answers"
-            raise UserError(f"{self._url} cannot be read ({_in_one_line(error)}); {why}") from error
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self._url} cannot be read ({in_one_line(error)}); {why}") from error

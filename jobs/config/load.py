@@ -12,11 +12,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from moray import UserError
+from moray import UserError, nearest
 from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
 from moray.data.rows import rows_of
-from moray.jobs.config.nearest import nearest
 from moray.jobs.config.run import DEFAULT_PRESET, RunConfig
 from moray.jobs.config.sections import absolute
 from moray.jobs.models.weights import check_changes, config_of, locate

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from moray import UserError
+from moray import UserError, nearest
 from moray.data.mixture import CYCLE, Phase, counts_of, least_weight
-from moray.jobs.config.nearest import nearest
 
 DIGITS = 9
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from moray import UserError
 from moray.data.preparation.tasks import clear_partials
-from moray.data.staging import staged_folder
+from moray.data.staging import clear, staged_folder
 
 PLAN, SCRATCH = "plan.json", "scratch"
 
@@ -31,7 +31,7 @@ def planned_folder(out: Path, plan: Mapping[str, Any], *, overwrite: bool) -> It
         if before is not None and before != plan and not overwrite:
             raise UserError(_difference(out, before, plan))
         if before != plan:
-            _clear(folder)
+            clear(folder)
         (folder / SCRATCH).mkdir(exist_ok=True)
         clear_partials(folder / SCRATCH)
         partial = folder / (PLAN + ".partial")
@@ -67,11 +67,3 @@ def _difference(out: Path, before: Mapping[str, Any], plan: Mapping[str, Any]) -
         f"out={out}: an interrupted preparation there has {was}, this one {now}; "
         "give the same settings to go on with it, or begin anew with --overwrite"
     )
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

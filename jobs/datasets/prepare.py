@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +23,7 @@ from moray.data.dataset import Dataset
 from moray.data.index import Kind
 from moray.data.preparation.ledger import Ledger
 from moray.data.preparation.profile import Profile
+from moray.data.preparation.tasks import Done
 from moray.data.preparation.winners import name_winners
 from moray.data.reading.account import Account
 from moray.data.reading.documents import tried
@@ -153,20 +154,7 @@ def prepare(
     found = [tried(source, account) for source in find(sources)]
     if drops is not None and str(Path(drops).resolve()) in {str(file.path) for each in found for file in each.files}:
         raise UserError(f"drops={drops} is one of the sources; choose another name")
-    settings = {
-        "version": VERSION,
-        "kind": reading.kind,
-        "answers": reading.answers,
-        "text_field": reading.text_field,
-        "max_document_bytes": reading.max_document_bytes,
-        "long_documents": reading.long_documents,
-        "dedup": dedup,
-        "seed": seed,
-        "validation": validation,
-        "vocab_size": None if own else vocab_size,
-        "tokenizer": own and tokenizer_digest(own),
-        **settings_of(recipe),
-    }
+    settings = _settings(reading, dedup, seed, validation, vocab_size if own is None else own, recipe)
     keep_equal = dedup == "none" or (dedup == "auto" and reading.kind != "text")
     # What tasks list is theirs alone, and no matter of the dataset.
     plan = {**settings, "drops": drops is not None, "made with": versions()}
@@ -184,12 +172,7 @@ def prepare(
             limit = story.limit(buckets, validation)
             made = story.make_tokenizer(buckets, runs, limit, vocab_size, own)
             shards = story.encode(buckets, runs, limit, made.folder)
-        index = Assembly(folder, reading.kind, made)
-        splits = index.splits(shards)
-        if empty := [name for name, split in splits.items() if not len(split)]:
-            why = "; ".join([reasons_of(story.ledger), *account.lines()])
-            raise UserError(f"no {NAMES[reading.kind]} are left for the {empty[0]} split: {why}")
-        index.write(splits, max(shard.found["highest_id"] for shard in shards))
+        _assemble(folder, story, made, shards)
         story.ledger.check()
         name_winners(story.ledger, read)
         write_reports(folder, story.ledger, settings, account)
@@ -205,6 +188,37 @@ def prepare(
     summary = Summary(Dataset.open(goal.url or goal.folder), *counted, seconds, profile)
     console.print(str(summary), highlight=False, markup=False, soft_wrap=True)  # names may hold [brackets]
     return summary
+
+
+def _settings(
+    reading: Rules, dedup: Dedup, seed: int, validation: float, tokenizer: int | Path, recipe: Recipe
+) -> dict[str, Any]:
+    """All that decides about the dataset beside its sources, flat. tokenizer: entries of a new one, or a folder."""
+    return {
+        "version": VERSION,
+        "kind": reading.kind,
+        "answers": reading.answers,
+        "text_field": reading.text_field,
+        "max_document_bytes": reading.max_document_bytes,
+        "long_documents": reading.long_documents,
+        "dedup": dedup,
+        "seed": seed,
+        "validation": validation,
+        "vocab_size": tokenizer if isinstance(tokenizer, int) else None,
+        "tokenizer": None if isinstance(tokenizer, int) else tokenizer_digest(tokenizer),
+        **settings_of(recipe),
+    }
+
+
+def _assemble(folder: Path, story: Stages, made: Done, shards: Sequence[Done]) -> None:
+    """Puts the dataset together in its folder. Raises UserError where a split has no document."""
+    kind = story.account.rules.kind
+    index = Assembly(folder, kind, made)
+    splits = index.splits(shards)
+    if empty := [name for name, split in splits.items() if not len(split)]:
+        why = "; ".join([reasons_of(story.ledger), *story.account.lines()])
+        raise UserError(f"no {NAMES[kind]} are left for the {empty[0]} split: {why}")
+    index.write(splits, max(shard.found["highest_id"] for shard in shards))
 
 
 @contextmanager

@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from moray import UserError
+from moray import UserError, nearest
 from moray.data.curation.minhash import banding
 from moray.data.curation.rules import Rule, rules_named
 from moray.jobs.config.load import flatten, read_recipe, settings
-from moray.jobs.config.nearest import nearest
 from moray.jobs.config.sections import AnyPath, Section
 from moray.model.config.mistakes import in_one_line
 

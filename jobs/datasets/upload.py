@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 from moray import UserError
 from moray.data.dataset import STAGING_SUFFIX
 from moray.data.index import INDEX
+from moray.data.reading.records import in_one_line
 from moray.data.reading.urls import is_url, local_path
 from moray.jobs.datasets.plan import PLAN, SCRATCH, name_of
 
@@ -86,7 +87,7 @@ def _told(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of whatever library the storage has
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = in_one_line(error)
         raise UserError(
             f"out={url} cannot be written ({why}); the same command goes on from what is done, once it can"
         ) from error

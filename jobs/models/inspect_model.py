@@ -7,9 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moray import UserError
+from moray import UserError, nearest
 from moray.jobs.config.load import load_config
-from moray.jobs.config.nearest import nearest
 from moray.jobs.models.describe import describe
 from moray.jobs.models.units import binary, short
 from moray.jobs.models.weights import config_of, locate

@@ -3,12 +3,11 @@
 A file's `[base]` is what its presets share; `like = "NAME"` starts from one above it instead.
 """
 
-import difflib
 import tomllib
 from importlib import resources
 from typing import Any
 
-from moray import UserError
+from moray import UserError, nearest
 from moray.model.config.parts import merge
 
 
@@ -34,7 +33,5 @@ PRESETS = _read_all()
 def preset_fields(name: str) -> dict[str, Any]:
     """The fields of a preset. Raises UserError with the nearest name if there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
-        raise UserError(f"model.preset={name} is not known; {hint}")
+        raise UserError(f"model.preset={name} is not known; {nearest(name, PRESETS)}")
     return PRESETS[name]

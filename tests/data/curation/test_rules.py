@@ -172,17 +172,21 @@ def test_rules_are_named_once_in_order_with_changed_bounds() -> None:
 @pytest.mark.parametrize(
     ("names", "changed", "said"),
     [
-        (["gopher-qualty"], {}, "there is no rule or set of rules gopher-qualty; did you mean gopher-quality?"),
-        (["zzz"], {}, "there is no rule or set of rules zzz; the sets are gopher-quality, gopher-repetition"),
+        (["gopher-qualty"], {}, "rules.sets=gopher-qualty is no rule or set of rules; did you mean gopher-quality?"),
+        (["zzz"], {}, "rules.sets=zzz is no rule or set of rules; there are gopher-quality, gopher-repetition"),
         (
             ["c4"],
             {"c4_n_sentence": "3.."},
-            "bounds are given for c4_n_sentence, which is none of the rules chosen",
+            "rules.bounds has c4_n_sentence, which is none of the rules chosen",
         ),
-        (["c4"], {"c4_n_sentences": "3"}, "bounds of c4_n_sentences are '3', and should be like 50..100000"),
-        (["c4"], {"c4_n_sentences": "a..b"}, "bounds of c4_n_sentences are 'a..b'"),
-        (["c4"], {"c4_n_sentences": "9..3"}, "bounds of c4_n_sentences are '9..3'"),
-        (["c4"], {"c4_n_sentences": "nan.."}, "bounds of c4_n_sentences are 'nan..'"),
+        (
+            ["c4"],
+            {"c4_n_sentences": "3"},
+            "rules.bounds: those of c4_n_sentences are '3', and should be like 50..100000",
+        ),
+        (["c4"], {"c4_n_sentences": "a..b"}, "rules.bounds: those of c4_n_sentences are 'a..b'"),
+        (["c4"], {"c4_n_sentences": "9..3"}, "rules.bounds: those of c4_n_sentences are '9..3'"),
+        (["c4"], {"c4_n_sentences": "nan.."}, "rules.bounds: those of c4_n_sentences are 'nan..'"),
     ],
 )
 def test_mistakes_are_told(names: list[str], changed: dict[str, str], said: str) -> None:
