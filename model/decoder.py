@@ -15,6 +15,7 @@ from moray.model.attention.rope import rope_angles
 from moray.model.block import Block
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
+from moray.model.logprobs import log_softmax_at, token_logprobs
 from moray.model.loss import CHUNK_TOKENS, IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
@@ -128,6 +129,32 @@ class Decoder(nn.Module):
         auxiliary = auxiliary_loss(statistics, moe) if moe and statistics else torch.zeros_like(z)
         return Losses(cross_entropy, z, auxiliary)
 
+    def logprobs(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | Documents | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """log softmax(logits / temperature)[target] of each token, [B, T], at least fp32, with a gradient; 0 where the
+        target is -100. Balance losses are no part of it.
+        """
+        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, None, None)
+        x_ND, scored_N = self.vocabulary.tokens.gather(x_BTD).flatten(0, 1), targets_BT.flatten() != IGNORED
+        weight_VD, bias_V = self._head()
+        logp_S = token_logprobs(
+            x_ND[scored_N],
+            weight_VD,
+            targets_BT.flatten()[scored_N],
+            self.vocabulary,
+            bias_V=bias_V,
+            softcap=self.config.final_softcap,
+            temperature=temperature,
+        )
+        logp_N = logp_S.new_zeros(len(x_ND)).masked_scatter(scored_N, logp_S)
+        return logp_N.view_as(targets_BT)
+
     def likeliest(self, tokens_BT: Tensor, last_B: Tensor) -> Tensor:
         """The likeliest token behind the one at `last_B` of each row, [B]; what stands behind that changes nothing."""
         x_BTD = self.hidden(tokens_BT)
@@ -149,14 +176,10 @@ class Decoder(nn.Module):
         return torch.cat(logp), torch.cat(greedy)
 
     def _score(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        vocabulary, logits_NV = self.vocabulary, self.logits(x_ND).float()
+        logits_NV = self.logits(x_ND).float()
         highest_N, likeliest_N = self._highest(logits_NV)
-        log_N = vocabulary.total((logits_NV - highest_N[:, None]).exp().sum(-1)).log() + highest_N
-        # Under a vocabulary shard, the target's logit is on one rank alone.
-        index_N = target_N - vocabulary.start
-        here_N = (index_N >= 0) & (index_N < logits_NV.shape[1])
-        target_logit_N = logits_NV.gather(1, torch.where(here_N, index_N, 0)[:, None])[:, 0]
-        return vocabulary.total(torch.where(here_N, target_logit_N, 0.0)) - log_N, likeliest_N == target_N
+        logp_N, _ = log_softmax_at(logits_NV, target_N, highest_N, self.vocabulary)
+        return logp_N, likeliest_N == target_N
 
     def _highest(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         """The highest logit over the whole vocabulary, and whose it is; of equal ones the first, as argmax has it."""

@@ -97,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_CV = grad_CV.to(x_ND.dtype)
                 torch.mm(grad_CV, w_VD, out=grad_x_ND[rows])
             if grad_w_VD is not None:
-                _accumulate(grad_w_VD, grad_CV.t(), x_ND[rows])
+                accumulate(grad_w_VD, grad_CV.t(), x_ND[rows])
         ctx.save_for_backward(grad_x_ND, grad_w_VD, grad_bias_V)
         ctx.mark_non_differentiable(z)
         return loss, z
@@ -116,14 +116,13 @@ def _chunk(x_CD: Tensor, targets_C: Tensor, head: Head, dtype: torch.dtype) -> t
     That of the loss is softmax - onehot, that of the z-loss 2 z_loss logsumexp softmax.
     """
     vocabulary = head.vocabulary
-    logits_CV, slope_CV = _logits(x_CD, head, dtype)
+    logits_CV, slope_CV = logits_of(x_CD, head, dtype)
     valid_C = targets_C != IGNORED
     highest_C = vocabulary.highest(logits_CV.amax(-1))
     logits_CV -= highest_C[:, None]
-    # Under a vocabulary shard, the target's logit is on one rank alone; elsewhere the row contributes 0.
-    index_C = targets_C - vocabulary.start
-    here_C = valid_C & (index_C >= 0) & (index_C < logits_CV.shape[1])
-    index_C1 = torch.where(here_C, index_C, 0)[:, None]
+    index_C, here_C = place_of(targets_C, vocabulary, logits_CV.shape[1])
+    here_C &= valid_C
+    index_C1 = index_C[:, None]
     target_C = vocabulary.total(logits_CV.gather(1, index_C1)[:, 0] * here_C)
     exponentials_CV = logits_CV.exp_()
     sums_C = vocabulary.total(exponentials_CV.sum(-1))
@@ -136,7 +135,16 @@ def _chunk(x_CD: Tensor, targets_C: Tensor, head: Head, dtype: torch.dtype) -> t
     return loss, z, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
 
 
-def _logits(x_CD: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def place_of(targets_C: Tensor, vocabulary: WholeVocabulary, width: int) -> tuple[Tensor, Tensor]:
+    """Which of this rank's `width` vocabulary entries each target is, and whether it is one of them: under a vocabulary
+    shard a target is on one rank alone, and elsewhere its row contributes 0.
+    """
+    index_C = targets_C - vocabulary.start
+    here_C = (index_C >= 0) & (index_C < width)
+    return torch.where(here_C, index_C, 0), here_C
+
+
+def logits_of(x_CD: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A chunk's logits, and the soft-cap's derivative, 1 - tanh^2 (None without one)."""
     w_DV = head.w_VD.t()
     logits_CV = (x_CD @ w_DV if head.bias_V is None else torch.addmm(head.bias_V, x_CD, w_DV)).to(dtype)
@@ -147,7 +155,8 @@ def _logits(x_CD: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return tanh_CV.mul_(head.softcap), slope_CV
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, whatever the dtypes."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
