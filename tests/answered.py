@@ -9,7 +9,7 @@ from torch import Tensor
 from moray.model import Decoder, ModelConfig, initialise
 from moray.model.alignment.pairs import PairBatch
 
-VOCAB, WIDTH = 23, 40
+VOCAB, WIDTH = 23, 64
 
 
 @dataclass(frozen=True)

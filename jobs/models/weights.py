@@ -76,7 +76,9 @@ def open_weights(path: Path, open_base: "Callable[[Path], Weights] | None" = Non
     read, adapted = CommitWeights(commit).read, adapted_in(commit)
     if adapted:
         lora, base = adapted
-        check_same(identify(Path(base.path), base), base, str(path))
+        check_same(
+            identify(Path(base.path), base), base, "model.from", f"what the adapters of {path} were trained beside"
+        )
         opened = (open_base or open_weights)(Path(base.path))
         read = Merged(opened.read, read, adapter_shapes(config, lora), lora.scale).read
     return Weights(path, config, read, tokenizer_of(path), is_commit=True)
