@@ -32,7 +32,8 @@ def make_dialogues(
         for number, (tokens, letters) in enumerate(dialogues):
             flags = np.array([FLAGS[letter] for letter in letters], np.uint8)
             together = kind == "preference" and number % 2 > 0
-            writer.add(f"dialogue-{number}", np.array(tokens, "<u2"), flags, together=together)
+            reference = {"number": number} if kind == "prompts" else None
+            writer.add(f"dialogue-{number}", np.array(tokens, "<u2"), flags, together=together, reference=reference)
         splits[name] = writer.finish()
     write_index(folder, vocab_size, 0, splits, kind)
     return Dataset.open(folder)
