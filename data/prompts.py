@@ -61,8 +61,8 @@ class Prompts:
         if not self.counts.sum():
             shortest = min(int(of_shard.min()) for of_shard in lengths if len(of_shard))
             raise UserError(
-                f"no prompt of the {split} split of {dataset.called}={dataset.folder} has at most {most_tokens} tokens: "
-                f"that is what train.seq_len leaves beside rl.max_new_tokens; the shortest has {shortest}"
+                f"no prompt of the {split} split of {dataset.called}={dataset.folder} has at most {most_tokens} tokens "
+                f"(what train.seq_len leaves beside rl.max_new_tokens); the shortest has {shortest}"
             )
 
     def read(self, shard: int, number: int, position: int) -> Prompt:
