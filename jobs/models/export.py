@@ -39,14 +39,14 @@ def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]
             f"and what loads it is {family.architecture} of its authors"
         )
     with staged_folder(out, overwrite=False) as folder:
-        write_pretrained(folder, weights.config, weights.read, dtype)
         tokenizer = copy_tokenizer(weights.tokenizer, folder)
-        _complete_tokenizer(folder, tokenizer, weights.config.max_seq_len)
         ids = _special_ids(tokenizer, weights.config.vocab_size)
-        if weights.config.head == "vocabulary":
-            _update_json(folder / GENERATION_CONFIG, {**ids, "eos_token_id": list(tokenizer.stop_ids)})
-        else:
+        if weights.config.head == "scalar":
             _check_padding(ids["pad_token_id"], tokenizer)
+        else:
+            _update_json(folder / GENERATION_CONFIG, {**ids, "eos_token_id": list(tokenizer.stop_ids)})
+        _complete_tokenizer(folder, tokenizer, weights.config.max_seq_len)
+        write_pretrained(folder, weights.config, weights.read, dtype)
         # Of a dialogue, too, the model ends its turn; config.json names the end of a document alone.
         _update_json(folder / "config.json", ids)
     return family.model_type
