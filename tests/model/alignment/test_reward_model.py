@@ -1,22 +1,28 @@
 """The reward model's objective, against answers that are scored one by one, and a loss in fp64 by hand."""
 
+import copy
 import math
 
 import pytest
 import torch
-from architectures import MODELS
-from pairs import LENGTHS, VOCABULARY, answers, packed
+from architectures import MODELS, PIECES
+from pairs import LENGTHS, TOKENS, VOCABULARY, answers, packed
 from torch import Tensor
 
 from moray.model import Decoder, initialise
 from moray.model.alignment.reward_model import RewardModel, ScoredPairs, bradley_terry, pair_ends
+from moray.parallel.gradients import accumulate_gradients, evaluate
 
-CONFIG = MODELS["dense"].but(head="scalar")
+CONFIGS = {
+    "RoPE": MODELS["dense"].but(head="scalar"),
+    "learned positions": PIECES["GPT: biases, learned positions, LayerNorm, z-loss"][0].but(head="scalar"),
+    "experts": MODELS["moe-deepseek"].but(head="scalar"),
+}
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    decoder = Decoder(CONFIG).double()
+@pytest.fixture(scope="module", params=CONFIGS)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    decoder = Decoder(CONFIGS[request.param]).double()
     initialise(decoder, 0)
     return decoder
 
@@ -65,7 +71,7 @@ def test_padding_and_a_neighbour_change_no_score(decoder: Decoder) -> None:
     before = scores(decoder, packed(lanes))
     lanes[1][0] = tuple((tokens + 1) % VOCABULARY for tokens in lanes[1][0])
     after = scores(decoder, packed(lanes))
-    changed = (before != after).any(1).tolist()
+    changed = ((before - after).abs() > 1e-12).any(1).tolist()  # experts' products are of all rows together
     assert changed == [False, True, False, False, False, False, False]
 
 
@@ -77,9 +83,8 @@ def test_ends_are_the_last_tokens_of_answers_and_never_padding() -> None:
         pair_ends(torch.tensor([[0, 0, 1, 1], [0, 0, -1, -1]]))
 
 
-def test_ties_are_mistakes_and_cost_ln_2() -> None:
-    decoder = Decoder(CONFIG).double()
-    initialise(decoder, 0)
+def test_ties_are_mistakes_and_cost_ln_2(decoder: Decoder) -> None:
+    decoder = copy.deepcopy(decoder)
     decoder.head.weight.data.zero_()
     objective, pairs = RewardModel(), packed(answers())
     sums = dict(zip(objective.names, objective.sums(decoder, pairs), strict=True))
@@ -94,3 +99,43 @@ def test_far_apart_scores_lose_no_gradient() -> None:
     loss.sum().backward()
     assert scores.grad is not None
     assert scores.grad.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+
+
+def test_evaluation_counts_every_pair_once_however_they_are_divided(decoder: Decoder) -> None:
+    """Not the mean over batches of their means (OpenRLHF#1332): they have one to five pairs here."""
+    lanes = answers()
+    whole = evaluate(decoder, [packed(lanes)], RewardModel(0.1))
+    parts = evaluate(decoder, [packed(lanes[:1]), packed(lanes[1:3]), packed(lanes[3:])], RewardModel(0.1))
+    assert {name: count for name, (_, count) in parts.items()} == dict.fromkeys(RewardModel.names, 7)
+    assert {n: x for n, (x, _) in parts.items()} == pytest.approx({n: x for n, (x, _) in whole.items()}, rel=1e-12)
+
+
+def test_scores_of_a_model_in_bf16_are_not_rounded_to_bf16(decoder: Decoder) -> None:
+    decoder, pairs = copy.deepcopy(decoder).bfloat16(), packed(answers())
+    found = decoder.values(pairs.tokens_BT, pairs.positions_BT, pairs.documents)
+    assert found.dtype == torch.float32
+    hidden = decoder.hidden(pairs.tokens_BT, pairs.positions_BT, pairs.documents).float()
+    torch.testing.assert_close(found, (hidden * decoder.head.weight.float()[0]).sum(-1))
+    assert not torch.equal(found, found.bfloat16().float())
+
+
+def test_a_model_learns_which_answers_are_better() -> None:
+    """Those with more even tokens: of pairs it has never seen, it tells nine in ten."""
+    decoder, objective = Decoder(CONFIGS["RoPE"].but(init={"std": 0.05})), RewardModel(centring=0.01)
+    initialise(decoder, 0)
+    optimizer, draw = torch.optim.AdamW(decoder.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
+
+    def batch() -> ScoredPairs:
+        drawn = torch.randint(VOCABULARY, (64, 2, TOKENS), generator=draw)
+        even = (drawn % 2 == 0).sum(2)
+        better = (even[:, 1] > even[:, 0]).long()
+        pairs = [(x[b], x[1 - b]) for x, b in zip(drawn, better, strict=True)]
+        unequal = [pair for pair, (one, other) in zip(pairs, even.tolist(), strict=True) if one != other]
+        return packed([[pair] for pair in unequal])
+
+    for _ in range(60):
+        accumulate_gradients(decoder, [batch()], objective=objective)
+        optimizer.step()
+        optimizer.zero_grad()
+    right, count = evaluate(decoder, [batch() for _ in range(4)], objective)["accuracy"]
+    assert right / count > 0.9
