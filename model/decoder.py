@@ -57,13 +57,14 @@ class Decoder(nn.Module):
         # After post-norm blocks the stream is normalised already.
         is_post = config.norm.placement == "post"
         self.norm = nn.Identity() if is_post else build_norm(config.d_model, config.norm)
-        self.head = Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        has_bias = config.head_bias and config.head == "vocabulary"
+        self.head = Linear(config.d_model, config.head_width, bias=has_bias)
         self.vocabulary = WholeVocabulary()
         self.tie()
 
     def tie(self) -> None:
         """Makes a tied head's weight the embedding's, after whatever has given the two modules new ones."""
-        if self.config.tied_embeddings:
+        if self.config.has_tied_head:
             self.head.weight = self.embedding.weight
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
@@ -166,6 +167,24 @@ class Decoder(nn.Module):
         logp_N, _ = Decoder.with_head(self, logprobs, tokens_BT, positions_BT, documents_BT)
         return logp_N.view_as(targets_BT)
 
+    def values(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | Documents | None = None,
+    ) -> Tensor:
+        """What a scalar head makes of each token and those before it, [B, T], in fp32 at least, with its gradient.
+
+        Raises UserError of a decoder with a vocabulary's head.
+        """
+        if self.config.head != "scalar":
+            raise UserError(f"model.head={self.config.head} gives logits and no values; it must be scalar")
+        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, None, None)
+        accurate = torch.promote_types(x_BTD.dtype, torch.float32)
+        # Each rank scores its own tokens: the products of all would be there as often as there are ranks.
+        own_BT = F.linear(x_BTD.to(accurate), local(self.head.weight).to(accurate))[..., 0]
+        return self.vocabulary.tokens.gather_alike(own_BT)
+
     def likeliest(self, tokens_BT: Tensor, last_B: Tensor) -> Tensor:
         """The likeliest token behind the one at `last_B` of each row, [B]; what stands behind that changes nothing."""
         x_BTD = self.hidden(tokens_BT)
@@ -193,7 +212,9 @@ class Decoder(nn.Module):
         return logp_N, likeliest_N == target_N
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
-        """This rank's rows of the head's weight and bias."""
+        """This rank's rows of the vocabulary head's weight and bias. Raises UserError where there is another one."""
+        if self.config.head != "vocabulary":
+            raise UserError(f"model.head={self.config.head}: this model scores texts, and neither writes nor predicts")
         return local(self.head.weight), None if self.head.bias is None else local(self.head.bias)
 
     def _hidden(

@@ -57,8 +57,8 @@ def rank_memory(
     ends, layers, experts = _divided(config, layout)
     shard = _shard(layout, ends, layers, experts)
     kept = activation_bytes(config, seq_len, recompute, dtype=dtype, tp=layout.tp)
-    vocabulary = config.vocab_size / layout.tp
-    logits = min(CHUNK_TOKENS, seq_len * micro_batch) * vocabulary * (2 * FP32_BYTES + dtype.itemsize)
+    outputs = config.head_width / layout.tp
+    logits = min(CHUNK_TOKENS, seq_len * micro_batch) * outputs * (2 * FP32_BYTES + dtype.itemsize)
     adapters = count_adapters(config, lora).total / (layout.shard * layout.tp) if lora else 0.0
     learns = adapters if lora else shard
     return RankMemory(
@@ -68,7 +68,7 @@ def rank_memory(
         gathered=_gathered(config, layout, dtype, stage, ends, layers, experts, 0 if lora else FP32_BYTES),
         activations=kept.total * micro_batch,
         transient=max(kept.transient * micro_batch, logits),
-        head=0.0 if lora else FP32_BYTES * vocabulary * config.d_model,
+        head=0.0 if lora else FP32_BYTES * outputs * config.d_model,
     )
 
 

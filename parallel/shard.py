@@ -118,7 +118,7 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
     if stage == 3:
         wrap([*decoder.blocks], dense, compute_dtype, dp_shard > 1)
     wrap([decoder], dense, compute_dtype, False)
-    for entry in ("loss", "logprobs", "with_head", "likeliest", "score"):
+    for entry in ("loss", "logprobs", "with_head", "likeliest", "score", "values"):
         register_fsdp_forward_method(decoder, entry)
     for module in decoder.modules():
         # A lone rank's sum is its mean, and dividing by 1 would be a pass over all gradients.

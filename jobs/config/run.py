@@ -238,6 +238,10 @@ class RunConfig(Section):
                 f"lora.rank={lora.rank} needs model.from, whose weights stay as they are: a Hugging Face folder, a run "
                 "or a commit; or set lora.rank=0"
             )
+        if self.model.head == "scalar":
+            raise UserError(
+                f"lora.rank={lora.rank} with model.head=scalar would leave the head as it is; set lora.rank=0"
+            )
         has = targets_in(self.model)
         if missing := [target for target in lora.targets if target not in has]:
             raise UserError(

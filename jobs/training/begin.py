@@ -257,7 +257,7 @@ def resume(training: Training, events: EventLog) -> None:
             check_same_run(commit, config, training.sources)
             go_on_from(training, commit.step, commit.manifest.metadata)
         elif config.weights_from and not training.base:
-            fill_shards(training.decoder, Path(config.weights_from))
+            fill_shards(training.decoder, Path(config.weights_from), config.train.seed)
         else:
             initialise_shards(training.decoder, config.train.seed)
         if commit and [*config.data.phases] != commit.manifest.metadata["config"]["data"].get("phases", []):
