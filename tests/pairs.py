@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from moray.model.alignment.reward_model import ScoredPairs, pair_ends
-from moray.model.objective import MicroBatch
+from moray.model.alignment.pairs import PairBatch
 
 TOKENS, VOCABULARY = 16, 64
 LENGTHS = [[(3, 5)], [(4, 2), (1, 6), (7, 1)], [(2, 9), (12, 3)], [(16, 16)]]
@@ -17,7 +16,7 @@ def answers(seed: int = 0) -> list[list[tuple[Tensor, Tensor]]]:
     return [[tuple(torch.randint(VOCABULARY, (n,), generator=draw) for n in both) for both in lane] for lane in LENGTHS]
 
 
-def packed(lanes: list[list[tuple[Tensor, Tensor]]], margins_P: Tensor | None = None, padding: int = 0) -> ScoredPairs:
+def packed(lanes: list[list[tuple[Tensor, Tensor]]], padding: int = 0) -> PairBatch:
     """Two rows a lane."""
     tokens = torch.full((2 * len(lanes), TOKENS), padding)
     positions, documents = torch.zeros_like(tokens), torch.full_like(tokens, -1)
@@ -30,5 +29,5 @@ def packed(lanes: list[list[tuple[Tensor, Tensor]]], margins_P: Tensor | None = 
                 positions[row, start:end] = torch.arange(end - start)
                 documents[row, start:end] = number
                 start = end
-    batch = MicroBatch.of(tokens, torch.full_like(tokens, -100), positions, documents, torch.device("cpu"))
-    return ScoredPairs(**vars(batch), ends_P2=pair_ends(documents), margins_P=margins_P)
+    rows = (tokens, torch.full_like(tokens, -100), positions, documents)
+    return PairBatch.of_lanes(*(x.unflatten(0, (-1, 2)) for x in rows), torch.device("cpu"))

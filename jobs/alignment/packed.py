@@ -64,4 +64,6 @@ def packed(samples: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int, multi
             rows_4RT[2, row, here] = torch.arange(len(whole))
             rows_4RT[3, row, here] = number
     each = range(len(samples))
-    return Rows(*rows_4RT, [places[sample] for sample in each], [ends[sample] for sample in each])
+    tokens_RT, targets_RT, positions_RT, documents_RT = rows_4RT
+    in_order = [places[sample] for sample in each], [ends[sample] for sample in each]
+    return Rows(tokens_RT, targets_RT, positions_RT, documents_RT, *in_order)

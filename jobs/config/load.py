@@ -51,8 +51,10 @@ def load_config(
     sections["model"] = merge(fields, model)
     if source:
         sections["weights_from"] = str(source[0])
-    if named := sections.get("align", {}).get("reference"):
-        sections["align"]["reference"] = str(_pinned("align.reference", named, sections.get("run", {}).get("dir", "")))
+    for name in ("reference", "teacher"):
+        if named := sections.get("align", {}).get(name):
+            run = sections.get("run", {}).get("dir", "")
+            sections["align"][name] = str(_pinned(f"align.{name}", named, run))
     config = _validated(sections)
     if source:
         check_changes(source[1], config.model)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_va
 from moray import UserError
 from moray.cluster.group import Group
 from moray.data.mixture import Mixture
-from moray.jobs.config.alignment import ALIGNMENT, HAS_REFERENCE, AlignSection
+from moray.jobs.config.alignment import ALIGNMENT, PREFERENCES, AlignSection
 from moray.jobs.config.sections import (
     AnyPath,
     CheckpointSection,
@@ -180,6 +180,11 @@ class RunConfig(Section):
 
     def _check_alignment(self) -> None:
         """A policy must be the same function while it learns as where it is compared."""
+        if (self.model.head == "scalar") != (self.train.objective == "reward"):
+            raise UserError(
+                f"model.head={self.model.head} with train.objective={self.train.objective}: a scalar head scores "
+                "answers, which `moray align --method reward` teaches it; everything else needs a vocabulary's"
+            )
         if not self.is_alignment:
             if self.align != AlignSection():
                 raise UserError(f"align.… settings are of `moray align`; train.objective={self.train.objective}")
@@ -188,7 +193,11 @@ class RunConfig(Section):
             raise UserError(
                 f"model.from is missing: train.objective={self.train.objective} starts with a model that was trained"
             )
-        moe = self.model.moe
+        if self.train.objective == "distill" and not self.align.teacher:
+            raise UserError("align.teacher is missing: the model that train.objective=distill learns from")
+        if self.eval.tasks and self.train.objective == "reward":
+            raise UserError("eval.tasks are asked of models that predict tokens, and train.objective=reward makes none")
+        moe = self.model.moe if self.train.objective in PREFERENCES else None
         if moe and moe.capacity_factor is not None:
             raise UserError(
                 f"model.moe.capacity_factor={moe.capacity_factor:g} must be none with train.objective="
@@ -283,16 +292,17 @@ class RunConfig(Section):
 
     @property
     def learnt(self) -> ModelConfig:
-        """The model, as it learns: nothing balances experts that preferences are about."""
-        return without_balancing(self.model) if self.is_alignment else self.model
+        """The model, as it learns: nothing balances experts while preferences are learnt."""
+        return without_balancing(self.model) if self.train.objective in PREFERENCES else self.model
 
     @property
     def frozen(self) -> dict[str, tuple[str, str]]:
         """The models beside it, by what they are: the setting that names each, and its folder."""
-        if self.train.objective not in HAS_REFERENCE:
-            return {}
         named = self.align.reference
-        return {"reference": ("align.reference", named) if named else ("model.from", self.weights_from)}
+        reference = ("align.reference", named) if named else ("model.from", self.weights_from)
+        beside = {"reference": reference}
+        of = {"dpo": beside, "ipo": beside, "distill": {"teacher": ("align.teacher", self.align.teacher)}}
+        return of.get(self.train.objective, {})
 
     @property
     def mixture(self) -> Mixture | None:

@@ -16,6 +16,8 @@ STARTS: Mapping[str, Mapping[str, object]] = {
     "finetune": {"train.objective": "sft", "train.epochs": 3.0, "optimizer.lr": 2e-5, "optimizer.weight_decay": 0.0},
     "dpo": {**_ONCE, "optimizer.lr": 1e-6},
     "ipo": {**_ONCE, "optimizer.lr": 1e-6},
+    "reward": {**_ONCE, "optimizer.lr": 1e-5, "model.head": "scalar"},
+    "distill": {**_ONCE, "optimizer.lr": 2e-5},
 }
 """By the name of the verb, or of the method of `moray align`: what settings are where neither command line nor recipe
 says. Without `train.epochs` where the number of steps is said."""

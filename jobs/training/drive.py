@@ -20,7 +20,7 @@ from moray.data.dataset import Dataset
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.sources import Sources
 from moray.data.tokenizer import same_vocabulary
-from moray.jobs.config.alignment import KIND_OF, VERB_OF
+from moray.jobs.config.alignment import KINDS, VERB_OF
 from moray.jobs.config.load import flatten
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.base import check_there
@@ -35,7 +35,6 @@ from moray.jobs.training.begin import checkpoints_of
 from moray.jobs.training.choices import as_recorded
 from moray.jobs.training.tasks import check_tasks
 from moray.jobs.training.trainer import train
-from moray.model import ModelConfig
 from moray.model.config.moe import MoEConfig
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
 
@@ -84,7 +83,7 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
     for setting, folder in {**models, **dict(config.frozen.values())}.items():
         check_tokenizer(Path(folder), Path(sources.first.folder), config.model.vocab_size, tell, setting)
     for setting, folder in config.frozen.values():
-        check_beside(config.model, Path(folder), setting)
+        check_beside(config, Path(folder), setting)
     sources.check_vocabulary(config.model.vocab_size)
     check_trackers(config.run.trackers)
     check_tasks(config)
@@ -96,13 +95,13 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
     source of a mixture will have been seen.
     """
     dataset = sources.first
-    wanted = KIND_OF[config.train.objective]
-    if dataset.kind != wanted:
+    wanted = KINDS[config.train.objective]
+    if dataset.kind not in wanted:
         verb = VERB_OF.get(dataset.kind)
         which = f"`moray {verb}` learns from" if verb else "no verb learns from yet"
         raise UserError(
             f"{dataset.called}={dataset.folder} is of kind {dataset.kind}, which {which}; train.objective="
-            f"{config.train.objective} wants kind {wanted}"
+            f"{config.train.objective} wants kind {' or '.join(wanted)}"
         )
     for other in sources.datasets.values():
         if dataset.kind != "text" and _template(other) != _template(dataset):
@@ -152,14 +151,26 @@ def balance_kept(moe: MoEConfig) -> str:
     return f"routers are balanced as before: {kept}; 0 turns one off" if kept else "nothing balances the routers"
 
 
-def check_beside(model: ModelConfig, folder: Path, setting: str) -> None:
-    """Raises UserError where a model beside the one that learns is not there, or knows other tokens."""
+def check_beside(config: RunConfig, folder: Path, setting: str) -> None:
+    """Raises UserError where a model beside the one that learns is not there, knows other tokens or shorter texts, or
+    cannot be spread in the same way.
+    """
     check_there(folder, setting)
-    if (theirs := config_of(folder).vocab_size) != model.vocab_size:
+    theirs, ours, seq_len = config_of(folder), config.model, config.train.seq_len
+    if theirs.vocab_size != ours.vocab_size:
         raise UserError(
-            f"{setting}={folder} has a vocabulary of {theirs} tokens, but model.vocab_size={model.vocab_size}: both "
-            "must give probabilities to the same tokens"
+            f"{setting}={folder} has a vocabulary of {theirs.vocab_size} tokens, but model.vocab_size="
+            f"{ours.vocab_size}: both must give probabilities to the same tokens"
         )
+    if theirs.max_seq_len < seq_len:
+        raise UserError(f"{setting}={folder} has max_seq_len={theirs.max_seq_len}, less than train.seq_len={seq_len}")
+    if not config.cluster.is_elastic:
+        try:
+            config.resolved_layout.validate_for(theirs, seq_len)
+        except UserError as error:
+            raise UserError(
+                f"{setting}={folder} cannot be spread as the model that learns beside it: {error}"
+            ) from None
 
 
 def check_tokenizer(

@@ -8,13 +8,16 @@ from moray import UserError
 
 
 def align(arguments: list[str]) -> int:
-    """Align a model with preferences: `--method dpo --model.from DIR --data.path PAIRS --run.dir RUN [--setting …]`.
+    """Align a model: `--method dpo|ipo|reward|distill --model.from DIR --data.path DATA --run.dir RUN [--setting …]`.
 
-    `--method` is dpo or ipo. `--model.from` is the tuned run or Hugging Face folder that it starts with, and the
-    reference where `--align.reference` names no other; `moray prepare --kind preference` makes the data, of which a
-    lane of the global batch holds as many pairs as fit. All settings are those of `moray pretrain`, but that these hold
-    where nothing else is said: train.epochs 1 (or give train.steps), optimizer.lr 1e-6, optimizer.weight_decay 0.
-    Nothing balances the experts of a model meanwhile.
+    `--model.from` is the tuned run or Hugging Face folder that it starts with. dpo and ipo learn what people prefer,
+    over a reference: that model, or `--align.reference`; reward makes a model with a scalar head that scores answers.
+    `moray prepare --kind preference` makes their data, of which a lane of the global batch holds as many pairs as fit;
+    nothing balances a model's experts meanwhile. distill learns the probabilities of `--align.teacher`, on text or
+    dialogues.
+
+    All settings are those of `moray pretrain`, but that these hold where nothing else is said: train.epochs 1 (or give
+    train.steps), optimizer.weight_decay 0, optimizer.lr 1e-6 (reward 1e-5, distill 2e-5).
     """
     from moray.jobs.config.run import RunConfig
     from moray.jobs.config.settings_help import show_settings

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from architectures import EP, FSDP, MODELS, TP, TP_4, TP_EP, TP_FSDP
 from law1 import MAX_NORM, OPTIMIZER, SEED, full, plain_adamw, starve, state
-from pairs import LENGTHS, answers, packed
+from pairs import answers, packed
 from pool import Pool
-from torch import Tensor
 
 from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import Decoder, ModelConfig, initialise
@@ -25,13 +24,9 @@ from moray.parallel.layout import Layout
 from moray.parallel.reduction import Reduction, Stage
 from moray.parallel.shard import build_decoder, initialise_shards
 
-CENTRING = 0.3
+CENTRING, MARGIN = 0.3, 0.2
 CONFIGS = {name: MODELS[name].but(head="scalar") for name in ("dense", "moe-deepseek")}
 EVERYTHING = Layout(dp_replicate=2, dp_shard=2, tp=2, ep=2)
-
-
-def margins(lane: int, n_pairs: int) -> Tensor:
-    return 0.5 * lane + 0.1 * torch.arange(n_pairs).double()
 
 
 def truth(config: ModelConfig) -> dict[str, Any]:
@@ -42,7 +37,7 @@ def truth(config: ModelConfig) -> dict[str, Any]:
         torch.stack([torch.stack([decoder.values(tokens_T[None])[0, -1] for tokens_T in pair]) for pair in lane])
         for lane in answers()
     ]
-    losses = [bradley_terry(x_P2, margins(lane, len(x_P2))) for lane, x_P2 in enumerate(scores)]
+    losses = [bradley_terry(x_P2, MARGIN) for x_P2 in scores]
     all_P2 = torch.cat(scores)
     loss, centring = torch.cat(losses).mean(), CENTRING * all_P2.sum(1).square().mean()
     (loss + centring).backward()
@@ -69,11 +64,11 @@ def spread(config: ModelConfig, layout: Layout, stage: Stage, exact: bool, folde
     optimizer = build_optimizer(decoder, OPTIMIZER, fused=not exact, copy=meshes.copy, dtype=torch.float64)
     reduction = GradientTree(decoder, meshes) if exact else Reduction(decoder, meshes, stage)
     lanes = layout.lanes(layout.dp_rank(dist.get_rank()), len(answers()), 1 if exact else None)
-    pieces = [packed([answers()[lane]], margins(lane, len(LENGTHS[lane]))) for lane in lanes]
+    pieces = [packed([answers()[lane]]) for lane in lanes]
     with torch.no_grad():
         p = packed(answers())
-        scores = decoder.values(p.tokens_BT, p.positions_BT, p.documents).flatten()[p.ends_P2]
-    found = accumulate_gradients(decoder, pieces, reduction, objective=RewardModel(CENTRING))
+        scores = decoder.values(p.tokens_BT, p.positions_BT, p.documents).flatten()[p.last_P2]
+    found = accumulate_gradients(decoder, pieces, reduction, objective=RewardModel(CENTRING, MARGIN))
     gradients = {name: full(weight.grad) for name, weight in decoder.named_parameters()}
     norm = clip_gradients(decoder.parameters(), MAX_NORM, exact=exact)
     optimizer.step()

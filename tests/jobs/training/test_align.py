@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny, tiny_from
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from moray.data.reading.rules import Rules
 from moray.jobs.cli import dispatch
@@ -25,6 +25,7 @@ from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
+DENSE = {"preset": "demo-dense", "moe": "none"}
 COLOURS, TYPES = ("red", "blue", "green"), ("list", "dict", "set")
 
 
@@ -86,19 +87,30 @@ def test_it_begins_at_ln_2_and_learns_what_is_preferred(aligned: Path) -> None:
     assert last["chosen_logp"] - first["chosen_logp"] > last["rejected_logp"] - first["rejected_logp"]
 
 
+NUMBERS = ("step", "loss", "margin", "accuracy", "kl", "agreement", "grad_norm", "positions", "validation_loss")
+
+
 def told(run: Path) -> list[dict[str, Any]]:
-    names = ("step", "loss", "margin", "accuracy", "kl", "grad_norm", "positions", "validation_loss")
-    return [{name: row.get(name) for name in names} for row in read_metrics(run)]
+    return [{name: row.get(name) for name in NUMBERS} for row in read_metrics(run)]
 
 
-def test_a_kill_changes_nothing(base: Path, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["dpo", "reward", "distill"])
+def test_a_kill_changes_nothing(
+    moray: Moray, base: Path, pairs: Path, aligned: Path, dataset: Path, tmp_path: Path, method: str
+) -> None:
     """NeMo-RL 2955, 3722: a resume took the policy that it found for the reference. Here all numbers stay the same."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    settings: dict[str, object] = {"method": method, "checkpoint__every": 4}
+    settings |= {"align__teacher": aligned} if method == "distill" else {}
 
     def command(name: str) -> list[str]:
-        return [sys.executable, "-m", "moray", *words(base, pairs, tmp_path / name, checkpoint__every=4)]
+        return words(base, dataset if method == "distill" else pairs, tmp_path / name, **settings)
 
-    killed = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "moray", *command("killed")],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + 50
         while len(read_metrics(tmp_path / "killed")) < 6 and time.monotonic() < deadline:
@@ -109,7 +121,8 @@ def test_a_kill_changes_nothing(base: Path, pairs: Path, tmp_path: Path) -> None
     reached = len(read_metrics(tmp_path / "killed"))
     assert list_commits(tmp_path / "killed" / "checkpoints")[-1].step in (4, 8)
     for name in ("killed", "whole"):
-        subprocess.run(command(name), env=environment, check=True, capture_output=True, timeout=50)
+        outcome = moray(*command(name))
+        assert outcome.code == 0, outcome.err
     assert 6 <= reached < 12
     assert told(tmp_path / "killed") == told(tmp_path / "whole")
 
@@ -153,6 +166,51 @@ def test_the_export_prefers_what_the_run_preferred(
                 logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             found.append(logp[trained].sum().item())
         assert found[0] > found[1] + 1
+
+
+def test_a_reward_model_learns_and_is_read_by_transformers(
+    moray: Moray, base: Path, pairs: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """And scores with transformers what it scores here; it cannot be asked to write."""
+    dense = begun(dataset, tmp_path / "dense", **{f"model__{name}": value for name, value in DENSE.items()})
+    run = tmp_path / "run"
+    outcome = moray(*words(dense, pairs, run, method="reward", train__steps=60, align__centring=0.01))
+    assert outcome.code == 0, outcome.err
+    rows = read_metrics(run)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert rows[-1]["validation_accuracy"] > 0.95
+    assert rows[-1]["validation_margin"] > 1
+    assert moray("export", run, "--out", tmp_path / "hf").code == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    scores = []
+    for answer in ("red", "list"):
+        said = [{"role": "user", "content": "17: list or red?"}, {"role": "assistant", "content": answer}]
+        whole = tokenizer.apply_chat_template(said, return_dict=True, return_tensors="pt")
+        scores.append(model(**whole).logits.item())
+    assert scores[0] > scores[1] + 1
+    outcome = moray("generate", run, "--prompt", "x")
+    assert outcome.code == 2
+    assert "this model scores texts" in outcome.err
+    outcome = moray(*words(base, pairs, tmp_path / "none", method="reward", eval__tasks=dataset / "x.jsonl"))
+    assert "eval.tasks are asked of models that predict tokens" in outcome.err
+
+
+def test_a_student_comes_near_its_teacher(
+    moray: Moray, base: Path, aligned: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """A dense student of a mixture of experts, of the same vocabulary."""
+    dense = begun(dataset, tmp_path / "dense", **{f"model__{name}": value for name, value in DENSE.items()})
+    run = tmp_path / "run"
+    asked = words(dense, dataset, run, method="distill", align__teacher=aligned, train__steps=40, align__mix=0.2)
+    outcome = moray(*asked)
+    assert outcome.code == 0, outcome.err
+    rows = read_metrics(run)
+    assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
+    assert rows[-1]["agreement"] > rows[0]["agreement"]
+    outcome = moray(*words(dense, dataset, tmp_path / "none", method="distill"))
+    assert outcome.code == 2
+    assert "align.teacher is missing" in outcome.err
 
 
 def test_what_it_refuses(moray: Moray, base: Path, pairs: Path, dataset: Path, tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from architectures import MODELS, PIECES
-from pairs import LENGTHS, TOKENS, VOCABULARY, answers, packed
+from pairs import TOKENS, VOCABULARY, answers, packed
 from torch import Tensor
 
 from moray.model import Decoder, initialise
-from moray.model.alignment.reward_model import RewardModel, ScoredPairs, bradley_terry, pair_ends
+from moray.model.alignment.pairs import PairBatch
+from moray.model.alignment.reward_model import RewardModel, bradley_terry
 from moray.parallel.gradients import accumulate_gradients, evaluate
 
 CONFIGS = {
@@ -37,23 +38,21 @@ def scores_alone(decoder: Decoder) -> list[tuple[float, float]]:
         ]
 
 
-def scores(decoder: Decoder, pairs: ScoredPairs) -> Tensor:
-    return decoder.values(pairs.tokens_BT, pairs.positions_BT, pairs.documents).flatten()[pairs.ends_P2]
+def scores(decoder: Decoder, pairs: PairBatch) -> Tensor:
+    return decoder.values(pairs.tokens_BT, pairs.positions_BT, pairs.documents).flatten()[pairs.last_P2]
 
 
 def test_sums_are_those_of_answers_that_are_scored_one_by_one(decoder: Decoder) -> None:
     alone = scores_alone(decoder)
-    margins = [0.1 * i for i in range(len(alone))]
     expected = {
-        "loss": sum(math.log1p(math.exp(-(w - r - m))) for (w, r), m in zip(alone, margins, strict=True)),
+        "loss": sum(math.log1p(math.exp(-(w - r - 0.2))) for w, r in alone),
         "centring": sum(0.3 * (w + r) ** 2 for w, r in alone),
         "accuracy": sum(w > r for w, r in alone),
         "margin": sum(w - r for w, r in alone),
         "chosen_score": sum(w for w, _ in alone),
         "rejected_score": sum(r for _, r in alone),
     }
-    objective = RewardModel(centring=0.3)
-    pairs = packed(answers(), torch.tensor(margins, dtype=torch.float64))
+    objective, pairs = RewardModel(centring=0.3, least_margin=0.2), packed(answers())
     sums = dict(zip(objective.names, objective.sums(decoder, pairs), strict=True))
     assert {name: value.item() for name, value in sums.items()} == pytest.approx(expected, rel=1e-10)
     assert {name for name, value in sums.items() if value.requires_grad} == {"loss", "centring"}
@@ -76,11 +75,11 @@ def test_padding_and_a_neighbour_change_no_score(decoder: Decoder) -> None:
 
 
 def test_ends_are_the_last_tokens_of_answers_and_never_padding() -> None:
-    documents = torch.tensor([[0, 0, 1, -1], [0, 1, 1, 1], [0, -1, -1, -1], [0, 0, 0, 0]])
-    assert pair_ends(documents).tolist() == [[1, 4], [2, 7], [8, 15]]
-    assert pair_ends(packed(answers()).documents.valid_BT.long() - 1).shape == (len(LENGTHS), 2)
-    with pytest.raises(AssertionError, match="of the same pairs"):  # an answer of no tokens
-        pair_ends(torch.tensor([[0, 0, 1, 1], [0, 0, -1, -1]]))
+    documents = torch.tensor([[[0, 0, 1, -1], [0, 1, 1, 1]], [[0, -1, -1, -1], [0, 0, 0, 0]]])
+    same = torch.zeros_like(documents)
+    pairs = PairBatch.of_lanes(same, same, same, documents, torch.device("cpu"))
+    assert pairs.last_P2.tolist() == [[1, 4], [2, 7], [8, 15]]
+    assert packed(answers()).last_P2.shape == (7, 2)
 
 
 def test_ties_are_mistakes_and_cost_ln_2(decoder: Decoder) -> None:
@@ -94,7 +93,7 @@ def test_ties_are_mistakes_and_cost_ln_2(decoder: Decoder) -> None:
 
 def test_far_apart_scores_lose_no_gradient() -> None:
     scores = torch.tensor([[-200.0, 200.0], [200.0, -200.0]], requires_grad=True)
-    loss = bradley_terry(scores, torch.tensor([1.0, 0.0]))
+    loss = bradley_terry(scores, 1.0)
     assert loss.tolist() == [401.0, 0.0]
     loss.sum().backward()
     assert scores.grad is not None
@@ -125,7 +124,7 @@ def test_a_model_learns_which_answers_are_better() -> None:
     initialise(decoder, 0)
     optimizer, draw = torch.optim.AdamW(decoder.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
 
-    def batch() -> ScoredPairs:
+    def batch() -> PairBatch:
         drawn = torch.randint(VOCABULARY, (64, 2, TOKENS), generator=draw)
         even = (drawn % 2 == 0).sum(2)
         better = (even[:, 1] > even[:, 0]).long()
