@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from moray import UserError
-from moray.data.curation.words import Words
+from moray.data.curation.words import Words, parts_of, stretches
 
 N_BINS = 1 << 16
 ZERO_BIN = N_BINS // 2
@@ -124,10 +124,15 @@ def features(words: Words) -> tuple[np.ndarray, np.ndarray]:
     """
     n_documents, n_other_bits = len(words.counts), np.uint64(64 - FEATURE_BITS)
     keys = [
-        np.repeat(np.arange(n_documents) << FEATURE_BITS, np.diff(first)) | (hashes >> n_other_bits).astype(np.int64)
+        _distinct(parts_of(first, low, high) << FEATURE_BITS | (hashes[low:high] >> n_other_bits).astype(np.int64))
         for hashes, first in ((words.hashes, words.first), words.ngrams(2))
+        for low, high in stretches(len(hashes))
     ]
-    of_documents = np.sort(np.concatenate(keys))
-    of_documents = of_documents[np.diff(of_documents, prepend=-1) != 0]
+    of_documents = _distinct(np.concatenate([np.zeros(0, np.int64), *keys]))
     first = np.searchsorted(of_documents, np.arange(n_documents + 1) << FEATURE_BITS)
     return of_documents & ((1 << FEATURE_BITS) - 1), first
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    values = np.sort(values)
+    return values[np.diff(values, prepend=-1) != 0]

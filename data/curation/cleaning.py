@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from moray import UserError
-from moray.data.curation.lines import TERMINALS
+from moray.data.curation.lines import TERMINALS, lines_by_stretch
 from moray.data.curation.masking import masked
 from moray.data.curation.words import Words
 
@@ -76,7 +76,8 @@ def clean_characters(text: str) -> str:
             text = _without_long_runs(unicodedata.normalize("NFC", _without_long_runs(text)))
             text = _JOINING.sub(_joiner, text)
     text = unicodedata.normalize("NFC", text)
-    return _outlined("\n".join([line.rstrip() for line in text.split("\n")]))
+    parts = ["\n".join([line.rstrip() for line in lines]) for lines in lines_by_stretch(text)]
+    return _outlined("\n".join(parts))
 
 
 def _joiner(run: re.Match[str]) -> str:
@@ -148,14 +149,16 @@ def prose_lines(text: str) -> str:
     words, and their marks end lines, a double ellipsis as well; other ellipses do not: such lines are cut off.
     Source: Raffel et al., JMLR 2020, section 2.2.
     """
-    lines = text.split("\n")
-    n_words = Words.of(lines).counts.tolist()
-    kept = [
-        line
-        for line, n in zip(lines, n_words, strict=True)
-        if not line.strip() or (n >= _MIN_WORDS and _is_prose(line))
-    ]
-    return _outlined("\n".join(kept))
+    parts = []
+    for lines in lines_by_stretch(text):
+        n_words = Words.of(lines).counts.tolist()
+        kept = [
+            line
+            for line, n in zip(lines, n_words, strict=True)
+            if not line.strip() or (n >= _MIN_WORDS and _is_prose(line))
+        ]
+        parts += ["\n".join(kept)] if kept else []
+    return _outlined("\n".join(parts))
 
 
 def _is_prose(line: str) -> bool:

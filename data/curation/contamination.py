@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from moray.data.curation.words import Words, folded, folded_words, spans
+from moray.data.curation.words import Words, folded, folded_words, pieces, spans
 
 MOST_WORDS, FEWEST_WORDS = 13, 8
 
@@ -37,7 +37,7 @@ class Benchmarks:
             own = np.minimum(words.counts, MOST_WORDS)
             for length in range(FEWEST_WORDS, MOST_WORDS + 1):
                 starts = _starts(words, np.where(own == length, words.counts - length + 1, 0))
-                parts.append(spans(words.hashes, starts, starts + length))
+                parts.append(spans(pieces(words.hashes), starts, starts + length))
             lengths |= {*own[own >= FEWEST_WORDS].tolist()}
             n_texts += int((own >= FEWEST_WORDS).sum())
             n_short += int((own < FEWEST_WORDS).sum())
@@ -55,14 +55,13 @@ class Benchmarks:
         words = Words.of([folded(text)])
         for length in self.lengths:
             for start in self._known(words, length)[:1].tolist():
-                codes = words.codes[words.starts[start] : words.ends[start + length - 1]]
-                return codes.tobytes().decode("utf-32-le", "surrogatepass")
+                return words.text[words.starts[start] : words.ends[start + length - 1]]
         return ""
 
     def _known(self, words: Words, length: int) -> np.ndarray:
         """The words, int64 and ascending, at which a run of this length begins that is known."""
         starts = _starts(words, np.maximum(words.counts - length + 1, 0))
-        hashes = spans(words.hashes, starts, starts + length)
+        hashes = spans(pieces(words.hashes), starts, starts + length)
         # Most are not, and most of those are told by their first bits; a search for each takes ten times as long.
         maybe = np.flatnonzero(self._prefixes[hashes >> self._shift])
         places = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)

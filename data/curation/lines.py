@@ -4,7 +4,9 @@ Lines are what newlines part, paragraphs what blank lines part; white space arou
 ones are none. A share of nothing is 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from moray.data.curation.words import STRETCH
 
 TERMINALS = (".", "?", "!", '"', "'", "”", "’", "»", "。", "！", "？", "…", "；", "」", "』", "।", "؟", "۔")
 """What ends a line of prose. C4's . ? ! and quotes, with the same of Chinese, Japanese, Hindi, Arabic and Urdu."""
@@ -12,6 +14,15 @@ TERMINALS = (".", "?", "!", '"', "'", "”", "’", "»", "。", "！", "？", "
 _BULLETS = ("•", "‣", "◦", "●", "○", "■", "▪", "▫", "▶", "·", "–", "-", "*")  # "□" is a lost character in Chinese
 _ELLIPSES = ("...", "…")
 _SHORT = 30
+
+
+def lines_by_stretch(text: str) -> Iterator[list[str]]:
+    """What newlines part, blank or not, some at a time: those of at least STRETCH characters."""
+    low = 0
+    while (end := text.find("\n", low + STRETCH)) >= 0:
+        yield text[low:end].split("\n")
+        low = end + 1
+    yield text[low:].split("\n")
 
 
 def lines_of(text: str) -> list[str]:

@@ -30,15 +30,14 @@ def signatures(words: Words, n_hashes: int = N_HASHES) -> np.ndarray:
     Memory beyond the n-grams and the result: 256 KiB, and the result once more.
     """
     shingles, first = words.ngrams(SHINGLE_WORDS)
-    # The hashes of shingles are mixed, so that half of each is as random as all of it, and twice as fast.
-    halves = (shingles >> np.uint64(32)).astype(np.uint32)
     factors = mix(np.arange(n_hashes, dtype=np.uint64)).astype(np.uint32) | np.uint32(1)
     least = np.full((n_hashes, len(first) - 1), _NOTHING)
     documents = np.flatnonzero(np.diff(first))  # those that have shingles
     begins = first[documents]
     products = np.empty(_CHUNK, np.uint32)
-    for low in range(0, len(halves), _CHUNK):
-        part = halves[low : low + _CHUNK]
+    for low in range(0, len(shingles), _CHUNK):
+        # The hashes of shingles are mixed, so that half of each is as random as all of it, and twice as fast.
+        part = (shingles[low : low + _CHUNK] >> np.uint64(32)).astype(np.uint32)
         here = slice(np.searchsorted(begins, low, "right") - 1, np.searchsorted(begins, low + len(part)))
         segments = np.maximum(begins[here] - low, 0)
         for row, factor in zip(least, factors, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moray.data.curation.words import Words, folded
+from moray.data.curation.words import Words, folded, pieces
 from moray.data.curation.words import spans as hashes_of_spans
 
 FEWEST_WORDS = 13
@@ -46,7 +46,7 @@ def hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     spans_P2 = np.array([span for spans in found for span in spans], np.int64).reshape(-1, 2)
     n_before = np.concatenate([[0], np.cumsum(is_long)])
     first = n_before[np.cumsum([0, *map(len, found)])]
-    of_words = hashes_of_spans(words.hashes, words.first[:-1], words.first[1:])
+    of_words = hashes_of_spans(pieces(words.hashes), words.first[:-1], words.first[1:])
     return of_words[is_long], first, spans_P2[is_long]
 
 

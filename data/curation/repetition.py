@@ -9,14 +9,14 @@ Source: Rae et al. 2021 (Gopher), A1.1: "the fraction of characters contained wi
 counted is datatrove's and RedPajama's reading of it.
 """
 
-# Shapes: D texts, W words of all of them, N n-grams that occur more than once in their text, G different ones.
+# Shapes: D texts, N n-grams that occur more than once in their text.
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from moray.data.curation.words import BASE, Words, mix
+from moray.data.curation.words import BASE, Words, mix, parts_of, stretches
 
 TOP = {f"top_{n}_gram": n for n in (2, 3, 4)}
 DUPLICATE = {f"duplicate_{n}_gram_chars": n for n in range(5, 11)}
@@ -26,79 +26,117 @@ DUPLICATE = {f"duplicate_{n}_gram_chars": n for n in range(5, 11)}
 class _Repeated:
     """N-grams that occur more than once in their text, in the order of their places.
 
-    at: int64 [N], the first word of each. number: int64 [N], which of the different ones it is, below `n_numbers`.
-    count: int64 [N], how often it occurs. is_first: bool [N], whether it is the first one.
+    at: int32 [N], the first word of each. number: int32 [N], which of the different ones it is, below `n_numbers`.
+    is_first: bool [N], whether it is the first one. Memory: 9 bytes each.
     """
 
     at: np.ndarray
     number: np.ndarray
     n_numbers: int
-    count: np.ndarray
     is_first: np.ndarray
 
     @classmethod
-    def of(cls, keys: np.ndarray, at: np.ndarray) -> "_Repeated":
-        """From n-grams' first words and keys that are equal for equal ones of one text."""
-        if not len(keys):
-            return cls(at, at, 0, at, at.astype(bool))
-        order = np.argsort(keys)
-        is_new = np.diff(keys[order], prepend=~keys[order[:1]]) != 0
-        number = np.empty(len(keys), np.int64)
-        number[order] = np.cumsum(is_new) - 1
-        first = np.minimum.reduceat(order, np.flatnonzero(is_new))
-        count = np.bincount(number)[number]
-        keep = count > 1
-        is_first = first[number] == np.arange(len(keys))
-        return cls(at[keep], number[keep], len(first), count[keep], is_first[keep])
+    def of(cls, n: int, at_and_keys: Callable[[int, int], tuple[np.ndarray, np.ndarray]]) -> "_Repeated":
+        """From n n-grams in the order of their places: the first words of those from `low` to `high`, and keys that are
+        equal for equal ones of one text. Memory: a key each and, of those that are repeated, what is kept.
+        """
+        keys = np.empty(n, np.uint64)
+        for low, high in stretches(n):
+            keys[low:high] = at_and_keys(low, high)[1]
+        keys.sort()
+        again = keys[1:] == keys[:-1]
+        is_second = again.copy()
+        is_second[1:] &= ~again[:-1]
+        different = keys[1:][is_second]
+        n_repeated = int(again.sum()) + len(different)
+        del keys, again, is_second
+        at, number, is_first = (
+            np.empty(n_repeated, np.int32),
+            np.empty(n_repeated, np.int32),
+            np.empty(n_repeated, bool),
+        )
+        is_new, done = np.ones(len(different), bool), 0
+        for low, high in stretches(n if n_repeated else 0):
+            words, keys = at_and_keys(low, high)
+            place = np.minimum(np.searchsorted(different, keys), len(different) - 1)
+            here = different[place] == keys
+            place = place[here]
+            each, first = np.unique(place, return_index=True)
+            mine = slice(done, done + len(place))
+            at[mine], number[mine], is_first[mine] = words[here], place, False
+            is_first[mine][first[is_new[each]]] = True
+            is_new[each] = False
+            done += len(place)
+        return cls(at, number, len(different), is_first)
 
     def longer(self) -> "_Repeated":
         """The same of n + 1 words: both n-grams within a repeated one are repeated, and their numbers name it.
 
         Two neighbours of different texts are a pair that occurs once, as numbers belong to one text each.
         """
-        left = np.flatnonzero(np.diff(self.at) == 1)
-        return _Repeated.of(self.number[left] * self.n_numbers + self.number[left + 1], self.at[left])
+        left = np.flatnonzero(np.diff(self.at) == 1).astype(np.int32)
+
+        def at_and_keys(low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+            pairs = left[low:high]
+            one, other = self.number[pairs].astype(np.uint64), self.number[pairs + 1].astype(np.uint64)
+            return self.at[pairs], one * np.uint64(self.n_numbers) + other
+
+        return _Repeated.of(len(left), at_and_keys)
 
 
 def repetition(words: Words, wanted: Collection[str]) -> dict[str, np.ndarray]:
     """Those of the names in TOP and DUPLICATE that are wanted, float64 [D] each."""
-    text_W = np.repeat(np.arange(len(words.counts)), words.counts)
-    sizes = np.maximum(np.diff(words.text_ends, prepend=0), 1)
+    sizes = np.maximum(np.diff(words.text_first), 1)
     longest = max((n for name, n in (TOP | DUPLICATE).items() if name in wanted), default=0)
     found = {}
-    for n, grams in enumerate(_by_length(words, text_W, longest), 1):
+    for n, grams in enumerate(_by_length(words, longest), 1):
         top, duplicate = f"top_{n}_gram", f"duplicate_{n}_gram_chars"
         if top in wanted:
-            found[top] = _covered(words, text_W, grams.at[_is_top(grams, text_W)], n) / sizes
+            found[top] = _covered(words, grams.at[_is_top(grams, words.first)], n) / sizes
         if duplicate in wanted:
-            found[duplicate] = _covered(words, text_W, grams.at[~grams.is_first], n) / sizes
+            found[duplicate] = _covered(words, grams.at[~grams.is_first], n) / sizes
     return found
 
 
-def _by_length(words: Words, text_W: np.ndarray, longest: int) -> Iterator[_Repeated]:
+def _by_length(words: Words, longest: int) -> Iterator[_Repeated]:
     """Of one word to `longest` words; each is found among the last, so that most texts cost one sort."""
+
+    def at_and_keys(low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        of_text = parts_of(words.first, low, high).astype(np.uint64) * np.uint64(BASE)
+        return np.arange(low, high), mix(words.hashes[low:high] ^ of_text)
+
     if longest:
-        of_text = text_W.astype(np.uint64) * np.uint64(BASE)
-        grams = _Repeated.of(mix(words.hashes ^ of_text), np.arange(len(words)))
+        grams = _Repeated.of(len(words), at_and_keys)
         yield grams
         for _ in range(1, longest):
             grams = grams.longer()
             yield grams
 
 
-def _is_top(grams: _Repeated, text_W: np.ndarray) -> np.ndarray:
-    """Which are the n-gram that occurs most often in their text, bool [N]."""
-    first = np.flatnonzero(grams.is_first)
-    text = text_W[grams.at[first]]
-    best_first = np.lexsort((grams.at[first], -grams.count[first], text))
-    is_best = np.diff(text[best_first], prepend=-1) != 0
+def _is_top(grams: _Repeated, first: np.ndarray) -> np.ndarray:
+    """Which are the n-gram that occurs most often in their text, bool [N]. first: the first word of each text."""
+    # Of each different one, in the order in which they come.
+    at, number = grams.at[grams.is_first], grams.number[grams.is_first]
+    if not len(at):
+        return np.zeros(0, bool)
+    text = np.searchsorted(first, at, "right") - 1
+    begins = np.flatnonzero(np.diff(text, prepend=-1))
+    count = np.bincount(grams.number)[number]
+    most = np.repeat(np.maximum.reduceat(count, begins), np.diff(begins, append=len(at)))
+    best = np.flatnonzero(count == most)
     is_top = np.zeros(grams.n_numbers, bool)
-    is_top[grams.number[first[best_first[is_best]]]] = True
+    is_top[number[best[np.diff(text[best], prepend=-1) != 0]]] = True
     return is_top[grams.number]
 
 
-def _covered(words: Words, text_W: np.ndarray, at: np.ndarray, n: int) -> np.ndarray:
+def _covered(words: Words, at: np.ndarray, n: int) -> np.ndarray:
     """Characters of each text that are in the n-grams which begin at the words `at` (in order), int64 [D]."""
-    starts, ends = words.starts[at], words.ends[at + n - 1]
-    new = ends - np.maximum(starts, np.concatenate([[0], ends[:-1]])[: len(ends)])
-    return np.bincount(text_W[at], weights=new, minlength=len(words.counts))
+    found, covered = np.zeros(len(words.counts), np.int64), 0
+    for low, high in stretches(len(at)):
+        here = at[low:high]
+        starts, ends = words.starts[here], words.ends[here + n - 1]
+        new = ends - np.maximum(starts, np.concatenate([[covered], ends[:-1]]))
+        sums = np.concatenate([[0], np.cumsum(new)])
+        found += np.diff(sums[np.searchsorted(here, words.first)])
+        covered = int(ends[-1])
+    return found

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from moray.data.curation.words import ALONE, LETTER, Words, kinds_of
+from moray.data.curation.words import ALONE, LETTER, Words, codes_of, kinds_of, parts_of
 
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "latin": ((0x41, 0x24F), (0x1E00, 0x1EFF), (0x2C60, 0x2C7F), (0xA720, 0xA7FF), (0xFB00, 0xFB06), (0xFF21, 0xFF5A)),
@@ -48,10 +48,13 @@ def shares(words: Words) -> dict[str, np.ndarray]:
     A text without letters has only zeros. Unspaced are the scripts each letter of which is a word (see `Words`).
     """
     n_texts, n_kinds = len(words.text_ends), FIRST_SCRIPT + len(SCRIPTS)
-    text = np.repeat(np.arange(n_texts), np.diff(words.text_ends, prepend=0))
-    counts = np.bincount(text * n_kinds + scripts_of(words.codes), minlength=n_texts * n_kinds)
-    counts = counts.reshape(n_texts, n_kinds)
-    letters = np.maximum(counts[:, OTHER:].sum(1), 1)
-    found = {script: counts[:, FIRST_SCRIPT + place] / letters for place, script in enumerate(SCRIPTS)}
-    unspaced = np.bincount(text, weights=kinds_of(words.codes) == ALONE, minlength=n_texts)
+    counts, unspaced, low = np.zeros(n_texts * n_kinds, np.int64), np.zeros(n_texts, np.int64), 0
+    for codes in codes_of(words.text):
+        text = parts_of(words.text_first, low, low + len(codes))
+        counts += np.bincount(text * n_kinds + scripts_of(codes), minlength=n_texts * n_kinds)
+        unspaced += np.bincount(text[kinds_of(codes) == ALONE], minlength=n_texts)
+        low += len(codes)
+    of_texts = counts.reshape(n_texts, n_kinds)
+    letters = np.maximum(of_texts[:, OTHER:].sum(1), 1)
+    found = {script: of_texts[:, FIRST_SCRIPT + place] / letters for place, script in enumerate(SCRIPTS)}
     return found | {"unspaced": unspaced / letters}

@@ -10,7 +10,7 @@ from moray.data.curation import repetition
 from moray.data.curation.lines import LINE_SIGNALS, duplicate_chars, duplicates, lines_of, paragraphs_of
 from moray.data.curation.scripts import NO_LETTER, SCRIPTS, SPACE, scripts_of, shares
 from moray.data.curation.sentences import n_sentences_each
-from moray.data.curation.words import Words
+from moray.data.curation.words import Words, codes_of, parts_of, stretches
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 """Source: Rae et al. 2021 (Gopher), A1.1."""
@@ -21,32 +21,42 @@ def _n_words(words: Words) -> np.ndarray:
 
 
 def _mean_word_length(words: Words) -> np.ndarray:
-    total = np.concatenate([[0], np.cumsum(words.lengths)])
-    return np.diff(total[words.first]) / np.maximum(words.counts, 1)
+    total = np.zeros(len(words.counts), np.int64)
+    for low, high in stretches(len(words)):
+        text, lengths = parts_of(words.first, low, high), words.ends[low:high] - words.starts[low:high]
+        total += np.bincount(text, weights=lengths, minlength=len(total)).astype(np.int64)
+    return total / np.maximum(words.counts, 1)
 
 
 def _alphabetic_words(words: Words) -> np.ndarray:
     """Of what white space parts, not of `Words`: those are letters and digits only, and tables are full of neither."""
-    scripts = scripts_of(words.codes)
-    begins = np.ones(len(scripts), bool)
-    begins[1:] = scripts[:-1] == SPACE
-    begins[words.text_ends[words.text_ends < len(scripts)]] = True
-    starts = np.flatnonzero(begins & (scripts != SPACE))
-    if not len(starts):
-        return np.zeros(len(words.text_ends))
-    text = np.searchsorted(words.text_ends, starts, side="right")
-    has_letter = np.logical_or.reduceat(scripts > NO_LETTER, starts)
-    n_alphabetic = np.bincount(text, weights=has_letter, minlength=len(words.text_ends))
-    return n_alphabetic / np.maximum(np.bincount(text, minlength=len(words.text_ends)), 1)
+    n_words, n_alphabetic = np.zeros((2, len(words.text_ends)), np.int64)
+    low, before, n_begun, last = 0, SPACE, 0, 0  # last: of those begun, by number, the last one that has a letter
+    for codes in codes_of(words.text):
+        text, scripts = parts_of(words.text_first, low, low + len(codes)), scripts_of(codes)
+        follows = np.concatenate([[before], scripts[:-1]]) == SPACE
+        follows[1:] |= text[1:] != text[:-1]
+        follows[0] |= low in words.text_ends
+        begins = follows & (scripts != SPACE)
+        number = n_begun + np.cumsum(begins)
+        letters = np.flatnonzero(scripts > NO_LETTER)
+        first_letters = letters[np.diff(number[letters], prepend=last) != 0]
+        n_words += np.bincount(text[begins], minlength=len(n_words))
+        n_alphabetic += np.bincount(text[first_letters], minlength=len(n_words))
+        low, before, n_begun = low + len(codes), scripts[-1], int(number[-1])
+        last = int(number[letters[-1]]) if len(letters) else last
+    return n_alphabetic / np.maximum(n_words, 1)
 
 
 def _stop_words(words: Words) -> np.ndarray:
-    short = np.flatnonzero(words.lengths <= max(map(len, STOP_WORDS)))
-    text = np.searchsorted(words.first, short, side="right") - 1
     is_there = np.zeros((len(words.counts), len(STOP_WORDS)), bool)
-    for place, word in enumerate(STOP_WORDS):
-        forms = Words.of([word, word.capitalize(), word.upper()]).hashes
-        is_there[text[np.isin(words.hashes[short], forms)], place] = True
+    forms = [Words.of([word, word.capitalize(), word.upper()]).hashes for word in STOP_WORDS]
+    for low, high in stretches(len(words)):
+        lengths = words.ends[low:high] - words.starts[low:high]
+        short = np.flatnonzero(lengths <= max(map(len, STOP_WORDS)))
+        text, hashes = parts_of(words.first, low, high)[short], words.hashes[low:high][short]
+        for place, of_word in enumerate(forms):
+            is_there[text[np.isin(hashes, of_word)], place] = True
     return is_there.sum(1).astype(np.float64)
 
 
@@ -94,12 +104,14 @@ def signals(texts: Sequence[str], wanted: Collection[str] = SIGNALS) -> dict[str
 
     Give texts of a megabyte together: the work for a batch hardly depends on how many texts are in it.
     """
-    words = Words.of(texts)
-    found = {name: of_words(words) for name, of_words in _OF_WORDS.items() if name in wanted}
-    if LINE_SIGNALS.keys() & set(wanted):
-        lines = [lines_of(text) for text in texts]
-        found |= {name: _array(map(of, lines)) for name, of in LINE_SIGNALS.items() if name in wanted}
+    found: dict[str, np.ndarray] = {}
+    # First, and without any text's lines but one's: of short lines they are larger than all else.
+    if of_lines := {name: of for name, of in LINE_SIGNALS.items() if name in wanted}:
+        values = [[of(lines) for of in of_lines.values()] for lines in map(lines_of, texts)]
+        found |= dict(zip(of_lines, np.array(values, np.float64).reshape(-1, len(of_lines)).T, strict=True))
     found |= {name: _array(map(of, texts)) for name, of in _OF_TEXT.items() if name in wanted}
+    words = Words.of(texts)
+    found |= {name: of_words(words) for name, of_words in _OF_WORDS.items() if name in wanted}
     n_words = np.maximum(words.counts, 1)
     found |= {name: _array(map(of, texts)) / n_words for name, of in _PER_WORD.items() if name in wanted}
     if "n_sentences" in wanted:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moray.data.preparation.drops import ledger_of
+from moray.data.preparation.drops import ledger_of, save_names
 from moray.data.preparation.ledger import SAMPLES, Ledger, Sample, excerpt
-from moray.data.preparation.near import dropped_in
+from moray.data.preparation.near import dropped_in, winners_in
 from moray.data.preparation.runs import INDEX, Record, Run, read_records, whole
 from moray.data.preparation.selection import Selection
 
@@ -25,7 +25,7 @@ class SortBucket:
     """Bucket `bucket` of `n_buckets`, over all runs -> `order.npy`: ORDER, what stays, in its order.
 
     near: the folders of what `FindNear` found. keep_equal: equal texts all stay. keep_drops: what is
-    dropped is listed.
+    dropped is listed, and the keys of those for whose sake near-duplicates are dropped, here or in other buckets.
     """
 
     out: Path
@@ -41,7 +41,7 @@ class SortBucket:
 
     def run(self, folder: Path) -> dict[str, Any]:
         with ledger_of(folder, self.keep_drops) as ledger:
-            rows = self._kept(ledger)
+            rows = self._kept(ledger, folder)
         np.save(folder / "order.npy", rows)
         sides = rows["side"]
         return {
@@ -51,7 +51,7 @@ class SortBucket:
             "sides": [int(sides.min()), int(sides.max())] if len(rows) else [],
         }
 
-    def _kept(self, ledger: Ledger) -> np.ndarray:
+    def _kept(self, ledger: Ledger, folder: Path) -> np.ndarray:
         rows = self._rows()
         good = self.selection.keeps(rows["score"], rows["digest"])
         self._drop(ledger, rows[~good], "quality", "score", [f"{score}" for score in rows["score"][~good].tolist()])
@@ -62,6 +62,9 @@ class SortBucket:
         lost = near["digest"][where] == rows["digest"] if len(near) else np.zeros(len(rows), bool)
         winners = [whole(digest).hex() for digest in near["kept"][where[lost]].tolist()] if len(near) else []
         self._drop(ledger, rows[lost], "near-duplicates", "MinHash", [""] * len(winners), winners)
+        if self.keep_drops:
+            known = rows[np.isin(rows["digest"], winners_in(self.near, self.bucket, self.n_buckets))]
+            save_names(folder, known, [key for key, _ in read_records(known, self.runs)])
         return rows[~lost]
 
     def _rows(self) -> np.ndarray:
@@ -90,6 +93,9 @@ class SortBucket:
         kept = [keys[n].decode() for n in np.flatnonzero(first)[np.cumsum(first) - 1].tolist()]
         winners = [name for name, is_first in zip(kept, first, strict=True) if not is_first]
         self._drop(ledger, copies[~first], "exact duplicates", "equal text", [""] * len(winners), winners)
+        # What the one that stays stands for is dropped as well.
+        self._count(ledger, copies[first], copies["more"][first], "exact duplicates", "equal text")
+        copies["more"] = 0
         rows = rows.copy()
         rows[alike] = copies
         return rows[begins]
@@ -119,9 +125,7 @@ class SortBucket:
         values: list[str],
         kept: list[str] | None = None,
     ) -> None:
-        for source in np.unique(rows["source"]).tolist():
-            of_source = rows["text_bytes"][rows["source"] == source]
-            ledger.count(self.labels[source], stage, reason, int(of_source.sum()), len(of_source))
+        self._count(ledger, rows, 1 + rows["more"].astype(np.int64), stage, reason)
         told = np.lexsort((rows["side"], rows["digest"]))[: None if ledger.tell else SAMPLES]
         samples: list[Sample] = []
         for n, (key, text) in zip(told.tolist(), read_records(rows[told], self.runs), strict=True):
@@ -134,6 +138,13 @@ class SortBucket:
                 ledger.tell(label, stage, reason, int(rows["text_bytes"][n]), sample)
         if samples:
             ledger.show(stage, reason, samples)
+
+    def _count(self, ledger: Ledger, rows: np.ndarray, times: np.ndarray, stage: str, reason: str) -> None:
+        """Each of the rows is dropped so many times."""
+        n_bytes = rows["text_bytes"].astype(np.int64) * times
+        for source in np.unique(rows["source"][times > 0]).tolist():
+            here = rows["source"] == source
+            ledger.count(self.labels[source], stage, reason, int(n_bytes[here].sum()), int(times[here].sum()))
 
 
 def read_bucket(order: np.ndarray, runs: tuple[Run, ...]) -> Iterator[Record]:

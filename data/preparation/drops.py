@@ -1,14 +1,20 @@
 """Each document that was dropped, in the folder of the task that dropped it: only where somebody asks for the list."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from moray.data.preparation.ledger import Ledger, Sample
+from moray.data.preparation.runs import whole
 
 DROPS = "drops.jsonl"
+NAMES, KEYS = "names.npy", "names"
+NAMED = np.dtype([("digest", "S16"), ("end", "<u8")])
+"""Of a file of keys, one after another, where that of each digest ends; by digest."""
 
 
 class Drop(NamedTuple):
@@ -44,3 +50,34 @@ def read_drops(folders: Sequence[Path]) -> Iterator[Drop]:
         if (folder / DROPS).exists():
             with open(folder / DROPS) as file:
                 yield from (Drop(*json.loads(line)) for line in file)
+
+
+def save_names(folder: Path, rows: np.ndarray, keys: Sequence[bytes]) -> None:
+    """Keeps the key of each text of some rows of INDEX: of equal ones, that of the one that stays."""
+    found: dict[bytes, tuple[int, bytes]] = {}
+    for digest, side, key in zip(rows["digest"].tolist(), rows["side"].tolist(), keys, strict=True):
+        found[digest] = min(found.get(digest, (side, key)), (side, key))
+    in_order = sorted(found)
+    named = np.empty(len(in_order), NAMED)
+    named["digest"], named["end"] = in_order, np.cumsum([len(found[digest][1]) for digest in in_order])
+    np.save(folder / NAMES, named)
+    (folder / KEYS).write_bytes(b"".join(found[digest][1] for digest in in_order))
+
+
+def names_of(digests: Collection[str], folders: Sequence[Path]) -> dict[str, str]:
+    """The keys that tasks have kept in these folders, by digests in hexadecimal. Memory: those that are asked for."""
+    wanted = np.sort(np.array([bytes.fromhex(digest) for digest in digests], "S16"))
+    found: dict[str, str] = {}
+    for folder in folders if len(wanted) else ():
+        if not (folder / NAMES).exists():
+            continue
+        named = np.load(folder / NAMES, mmap_mode="r")
+        at = np.searchsorted(named["digest"], wanted)
+        here = np.flatnonzero(at < len(named))
+        here = here[named["digest"][at[here]] == wanted[here]]
+        with open(folder / KEYS, "rb") as file:
+            for digest, place in zip(wanted[here].tolist(), at[here].tolist(), strict=True):
+                begin = int(named["end"][place - 1]) if place else 0
+                file.seek(begin)
+                found[whole(digest).hex()] = file.read(int(named["end"][place]) - begin).decode()
+    return found

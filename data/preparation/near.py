@@ -21,7 +21,9 @@ DROPPED = np.dtype([("digest", "S16"), ("kept", "S16")])
 
 @dataclass(frozen=True)
 class FindNear:
-    """One of `n_buckets` ranges of bands' hashes, over all runs -> `dropped.npy`: DROPPED, by digest."""
+    """One of `n_buckets` ranges of bands' hashes, over all runs -> `dropped.npy`: DROPPED, by digest; `winners.npy`:
+    the digests of those for whose sake they are dropped, sorted.
+    """
 
     out: Path
     runs: tuple[Run, ...]
@@ -32,7 +34,9 @@ class FindNear:
 
     def run(self, folder: Path) -> dict[str, Any]:
         bands = np.concatenate([run.bands(self.bucket, self.n_buckets) for run in self.runs])
-        np.save(folder / "dropped.npy", dropped(bands[self.selection.keeps(bands["score"], bands["digest"])]))
+        found = dropped(bands[self.selection.keeps(bands["score"], bands["digest"])])
+        np.save(folder / "dropped.npy", found)
+        np.save(folder / "winners.npy", np.unique(found["kept"]))
         return {}
 
 
@@ -55,6 +59,15 @@ def dropped_in(folders: Sequence[Path], bucket: int, n_buckets: int) -> np.ndarr
         found = np.load(folder / "dropped.npy", mmap_mode="r")
         parts.append(np.array(found[slice_of(found["digest"], bucket, n_buckets)]))
     return _first_of_each(np.concatenate(parts))
+
+
+def winners_in(folders: Sequence[Path], bucket: int, n_buckets: int) -> np.ndarray:
+    """Those of a bucket of digests for whose sake others are dropped, in this bucket or another one: sorted digests."""
+    parts = [np.zeros(0, "S16")]
+    for folder in folders:
+        found = np.load(folder / "winners.npy", mmap_mode="r")
+        parts.append(np.array(found[slice_of(found, bucket, n_buckets)]))
+    return np.unique(np.concatenate(parts))
 
 
 def _first_of_each(found: np.ndarray) -> np.ndarray:

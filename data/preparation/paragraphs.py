@@ -25,7 +25,9 @@ FILTER_HASHES = 1 << 23  # of one filter, which takes 32 MiB
 
 @dataclass(frozen=True)
 class HashParagraphs:
-    """A bucket -> `hashes.npy`: uint64, of its paragraphs in their order."""
+    """A bucket -> `hashes.npy`: uint64, of its paragraphs, sorted, so that a range of them is a slice; `places.npy`:
+    uint32, where in the bucket each stands.
+    """
 
     out: Path
     bucket: Path
@@ -37,7 +39,9 @@ class HashParagraphs:
         for batch in batches(read_bucket(np.load(self.bucket / "order.npy"), self.runs), _size):
             parts.append(hashes([record.text.decode() for record in batch])[0])
         found = np.concatenate(parts)
-        np.save(folder / "hashes.npy", found)
+        places = np.argsort(found, kind="stable")
+        np.save(folder / "hashes.npy", found[places])
+        np.save(folder / "places.npy", places.astype(np.uint32))
         return {"n_paragraphs": len(found)}
 
 
@@ -52,12 +56,13 @@ class FindRepeats:
     size: int = 1
 
     def run(self, folder: Path) -> dict[str, Any]:
-        counts = [int(_in_range(hashed, self.number, self.n_ranges).sum()) for hashed in self.hashed]
+        ranges = [_in_range(hashed, self.number, self.n_ranges) for hashed in self.hashed]
+        counts = [here.stop - here.start for here in ranges]
         bloom = Bloom.sized(sum(counts), RATE)
         repeated = [np.zeros(0, bool)]
-        for hashed in self.hashed:
-            here = _in_range(hashed, self.number, self.n_ranges)
-            repeated.append(bloom.add(np.load(hashed / "hashes.npy", mmap_mode="r")[here]))
+        for hashed, here in zip(self.hashed, ranges, strict=True):
+            in_order = np.argsort(_part(hashed / "places.npy", here))
+            repeated.append(bloom.add(_part(hashed / "hashes.npy", here)[in_order]))
         np.save(folder / "repeated.npy", np.concatenate(repeated))
         np.save(folder / "ends.npy", np.cumsum(counts))
         return {}
@@ -125,14 +130,22 @@ class CutRepeats:
             ends = np.load(folder / "ends.npy")
             begin, end = (int(ends[n]) if n >= 0 else 0 for n in (self.number - 1, self.number))
             flags = np.load(folder / "repeated.npy", mmap_mode="r")[begin:end]
-            repeated[_in_range(self.hashed, number, len(self.repeats))] = flags
+            here = _in_range(self.hashed, number, len(self.repeats))
+            repeated[np.sort(_part(self.hashed / "places.npy", here))] = flags
         return repeated
 
 
-def _in_range(hashed: Path, number: int, n_ranges: int) -> np.ndarray:
-    """Which of a bucket's paragraphs have hashes in one of equally many ranges, a power of two; bool."""
+def _in_range(hashed: Path, number: int, n_ranges: int) -> slice:
+    """Where among a bucket's hashes those of one of equally many ranges are, a power of two."""
     found = np.load(hashed / "hashes.npy", mmap_mode="r")
-    return (found >> np.uint64(48)) // np.uint64((1 << 16) // n_ranges) == number
+    step = (1 << 64) // n_ranges
+    begin = np.searchsorted(found, np.uint64(number * step), "left")
+    end = np.searchsorted(found, np.uint64((number + 1) * step - 1), "right")
+    return slice(int(begin), int(end))
+
+
+def _part(array: Path, here: slice) -> np.ndarray:
+    return np.array(np.load(array, mmap_mode="r")[here])
 
 
 def _size(record: Record) -> int:

@@ -47,7 +47,7 @@ class ReadPart:
     """A part of the source named `label` -> runs.
 
     curation: what is done to each document. seed: of the shuffle. run_bytes: of text held in memory.
-    keep_drops: what is dropped is listed.
+    keep_drops: what is dropped is listed. keep_equal: equal texts all stay.
     """
 
     out: Path
@@ -58,13 +58,17 @@ class ReadPart:
     seed: int
     run_bytes: int
     keep_drops: bool
+    keep_equal: bool = True
 
     @property
     def size(self) -> int:
         return sum(piece.size for piece in self.pieces)
 
     def run(self, folder: Path) -> dict[str, Any]:
-        writer = RunWriter(folder, self.run_bytes, has_bands=self.curation.bands is not None)
+        # A list of what is dropped needs the name of each copy.
+        counts_copies = not (self.keep_equal or self.keep_drops)
+        has_bands = self.curation.bands is not None
+        writer = RunWriter(folder, self.run_bytes, has_bands=has_bands, counts_copies=counts_copies)
         scores: Counter[int] = Counter()
         with ledger_of(folder, self.keep_drops) as ledger:
             account = _Account(self.rules, ledger=ledger, label=self.label, seed=self.seed)

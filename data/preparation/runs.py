@@ -9,17 +9,21 @@ texts are neighbours. Which documents share a run is a matter of memory and show
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from moray.data.preparation.ledger import SAMPLES
 from moray.data.reading.documents import Document
 
 RUN_BYTES = 64 << 20
 RECORD_BYTES = 300  # what a small document takes in memory beside its text
 MAX_BUCKETS = 1 << 16
+MOST_COPIES = 1 + SAMPLES  # the one that stays, and those that a report may show
 
 INDEX = np.dtype(
     [
@@ -29,10 +33,13 @@ INDEX = np.dtype(
         ("text_bytes", "<u8"),
         ("key_bytes", "<u4"),
         ("score", "<u2"),
+        ("more", "<u4"),
     ]
 )
 BAND = np.dtype([("hash", "<u8"), ("digest", "S16"), ("score", "<u2")])
-"""side: 64 bits of key and text, not keyed by the seed, which decide about the validation split."""
+"""side: 64 bits of key and text, not keyed by the seed, which decide about the validation split. more: copies of the
+text that came with this one and are only counted.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +72,15 @@ def digest_of(text: str, seed: int) -> bytes:
 
 
 class RunWriter:
-    """Gathers records and writes them as runs of at most `run_bytes`. Memory: one run."""
+    """Gathers records and writes them as runs of at most `run_bytes`. Memory: one run.
 
-    def __init__(self, folder: Path, run_bytes: int, *, has_bands: bool = False) -> None:
+    counts_copies: of a text that comes more than MOST_COPIES times in a run, only those that may stay or be shown are
+    written, the first by side and key; so a bucket is no larger where one text comes a million times.
+    """
+
+    def __init__(self, folder: Path, run_bytes: int, *, has_bands: bool = False, counts_copies: bool = False) -> None:
         self._folder, self._run_bytes, self._has_bands = folder, run_bytes, has_bands
+        self._counts_copies = counts_copies
         self._records: list[Record] = []
         self._held = 0
         self.n_runs = self.n_documents = self.n_bytes = self.n_bands = 0
@@ -87,13 +99,14 @@ class RunWriter:
     def flush(self) -> None:
         if not self._records:
             return
-        self._records.sort(key=lambda record: record.digest)
+        self._records.sort(key=lambda record: (record.digest, record.side, record.key))
+        more = self._count_copies() if self._counts_copies else [0] * len(self._records)
         index = np.empty(len(self._records), INDEX)
         offset, path = 0, self._folder / f"run-{self.n_runs:03d}.documents"
         with open(path, "wb") as file:
             for number, record in enumerate(self._records):
                 sizes = len(record.text), len(record.key)
-                index[number] = (record.digest, record.side, offset, *sizes, record.score)
+                index[number] = (record.digest, record.side, offset, *sizes, record.score, more[number])
                 file.write(record.key)
                 file.write(record.text)
                 offset += sum(sizes)
@@ -102,6 +115,16 @@ class RunWriter:
             np.save(path.with_suffix(".bands.npy"), _bands_of(self._records))
         self._records, self._held = [], 0
         self.n_runs += 1
+
+    def _count_copies(self) -> list[int]:
+        """Leaves MOST_COPIES of each text, and tells how many more there were, at its first one."""
+        records, more = [], []
+        for _, each in groupby(self._records, key=lambda record: record.digest):
+            copies = list(each)
+            records += copies[:MOST_COPIES]
+            more += [max(len(copies) - MOST_COPIES, 0), *([0] * (min(len(copies), MOST_COPIES) - 1))]
+        self._records = records
+        return more
 
 
 def _bands_of(records: Sequence[Record]) -> np.ndarray:
@@ -135,8 +158,9 @@ class Run:
         """The records, BAND, whose hashes are in one of equally many ranges, a power of two."""
         bands = np.load(self.path.with_suffix(".bands.npy"), mmap_mode="r")
         step = (1 << 64) // n_buckets
+        # numpy's search would copy all of a column that is not aligned, and so read the whole file.
         low, high = (
-            len(bands) if n == n_buckets else int(np.searchsorted(bands["hash"], np.uint64(n * step)))
+            len(bands) if n == n_buckets else bisect_left(bands["hash"], np.uint64(n * step))
             for n in (bucket, bucket + 1)
         )
         return np.array(bands[low:high])

@@ -35,34 +35,17 @@ def jaccard(one: str, other: str) -> float:
     return len(mine & theirs) / max(len(mine | theirs), 1)
 
 
-def keys_of(digests: Collection[str], runs: Sequence[Run]) -> dict[str, str]:
-    """The keys of documents in runs, by digests in hexadecimal; of equal texts, the key of the one that is kept.
-
-    Goes once through the runs' indexes. Memory: one of them, and the keys asked for.
-    """
-    return {name: key for name, (key, _) in _found(digests, runs, with_text=False).items()}
-
-
 def documents_of(digests: Collection[str], runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
-    """As `keys_of`: the keys and the texts."""
-    return _found(digests, runs, with_text=True)
-
-
-def _found(digests: Collection[str], runs: Sequence[Run], *, with_text: bool) -> dict[str, tuple[str, str]]:
-    if not digests:
-        return {}
-    wanted = np.sort(np.array([bytes.fromhex(digest) for digest in digests], "S16"))
+    """Keys and texts of documents in runs, by digests in hexadecimal; of equal texts, the key of the one that stays."""
+    wanted = sorted(bytes.fromhex(digest) for digest in digests)
     found: dict[str, tuple[int, bytes, bytes]] = {}
-    for run in runs:
-        index = run.index(0, 1)
-        at = np.minimum(np.searchsorted(wanted, index["digest"]), len(wanted) - 1)
-        rows = index[wanted[at] == index["digest"]]
+    for run in runs if wanted else ():
+        index = np.load(run.path.with_suffix(".index.npy"), mmap_mode="r")
+        begins, ends = (np.searchsorted(index["digest"], wanted, side) for side in ("left", "right"))
         with open(run.path, "rb") as file:
-            for row in rows:
+            for row in (row for begin, end in zip(begins, ends, strict=True) for row in index[begin:end]):
                 file.seek(int(row["offset"]))
-                key = file.read(int(row["key_bytes"]))
-                text = file.read(int(row["text_bytes"])) if with_text else b""
-                candidate = int(row["side"]), key, text
+                candidate = int(row["side"]), file.read(int(row["key_bytes"])), file.read(int(row["text_bytes"]))
                 name = whole(row["digest"]).hex()
                 found[name] = min(found.get(name, candidate), candidate)  # as `SortBucket` decides
     return {name: (key.decode(), text.decode()) for name, (_, key, text) in found.items()}

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from moray.data.reading.tar import read_tar
 from moray.data.reading.texts import cut, read_text
 from moray.data.reading.turns import Unfit
 
+TRIED_AT_ONCE = 16  # files: opening one is waiting, the more the farther it is
 BOM = b"\xef\xbb\xbf"
 _NOTHING_VISIBLE = re.compile("[\\s\u200b-\u200d\u2060\ufeff]*")
 _READERS = {"text": read_text, "jsonl": read_json_lines, "json": read_json, "tar": read_tar}
@@ -86,13 +88,25 @@ def tried(source: Source, account: Account) -> Source:
     for loss in source.losses:
         account.note(loss)
     usable = []
-    for file in source.files:
+    with ThreadPoolExecutor(TRIED_AT_ONCE) as pool:
         try:
-            _try(file, account.rules)
-            usable.append(file)
-        except Exception as error:
-            _account_for(error, file, account)
+            errors = pool.map(lambda file: _error_of(file, account.rules), source.files)
+            for file, error in zip(source.files, errors, strict=True):
+                if error is None:
+                    usable.append(file)
+                else:
+                    _account_for(error, file, account)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return replace(source, files=tuple(usable), losses=())
+
+
+def _error_of(file: SourceFile, rules: Rules) -> Exception | None:
+    try:
+        _try(file, rules)
+    except Exception as error:
+        return error
+    return None
 
 
 def _try(file: SourceFile, rules: Rules) -> None:

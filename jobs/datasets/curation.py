@@ -21,12 +21,14 @@ from moray.jobs.datasets.benchmarks import texts_of_tasks
 from moray.jobs.datasets.plan import name_of
 from moray.jobs.datasets.recipe import QualitySection, Recipe
 
+SCRATCH_VERSION = 2
+"""Of the files by which tasks hear of each other."""
 MADE_WITH = ("numpy", "tokenizers", "sentencex", "ftfy")
 
 
 def versions() -> str:
     """What a preparation must be gone on with: characters and words are those of Python's Unicode."""
-    found = {f"Unicode {unicodedata.unidata_version}"}
+    found = {f"Unicode {unicodedata.unidata_version}", f"scratch files {SCRATCH_VERSION}"}
     for name in MADE_WITH:
         with suppress(PackageNotFoundError):
             found.add(f"{name} {version(name)}")

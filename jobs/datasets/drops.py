@@ -5,9 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from moray import UserError
-from moray.data.preparation.drops import Drop, read_drops
-from moray.data.preparation.runs import Run
-from moray.data.preparation.winners import keys_of
+from moray.data.preparation.drops import Drop, names_of, read_drops
 from moray.data.reading.compression import optional
 
 PURPOSE = "writing a .parquet file"
@@ -30,11 +28,11 @@ def check_drops(path: Path, out: Path, *, overwrite: bool) -> None:
     optional("pyarrow.parquet", PURPOSE)
 
 
-def write_drops(path: Path, folders: Sequence[Path], runs: Sequence[Run]) -> None:
+def write_drops(path: Path, folders: Sequence[Path]) -> None:
     """Writes what the tasks of these folders dropped, in their order; the file is there whole or not at all.
 
-    Memory: ROWS rows, whose near-duplicates' winners are looked up in the runs together. Raises UserError where the
-    file cannot be written.
+    Memory: ROWS rows, whose near-duplicates' winners are looked up together in what buckets have kept of them. Raises
+    UserError where the file cannot be written.
     """
     arrow, parquet = (
         optional("pyarrow", PURPOSE),
@@ -47,7 +45,7 @@ def write_drops(path: Path, folders: Sequence[Path], runs: Sequence[Run]) -> Non
     try:
         with parquet.ParquetWriter(partial, schema) as writer:
             while batch := list(islice(rows, ROWS)):
-                columns = zip(*_named(batch, runs), strict=True)
+                columns = zip(*_named(batch, folders), strict=True)
                 writer.write_table(arrow.table(list(map(list, columns)), schema=schema))
         partial.replace(path)
     except OSError as error:
@@ -56,7 +54,6 @@ def write_drops(path: Path, folders: Sequence[Path], runs: Sequence[Run]) -> Non
         partial.unlink(missing_ok=True)
 
 
-def _named(batch: Sequence[Drop], runs: Sequence[Run]) -> Iterator[Drop]:
-    near = {row.kept for row in batch if row.stage == "near-duplicates"}
-    names = keys_of(near, runs)
+def _named(batch: Sequence[Drop], folders: Sequence[Path]) -> Iterator[Drop]:
+    names = names_of({row.kept for row in batch if row.stage == "near-duplicates"}, folders)
     return (row._replace(kept=names[row.kept]) if row.stage == "near-duplicates" else row for row in batch)

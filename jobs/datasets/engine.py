@@ -16,9 +16,9 @@ from moray.data.preparation.progress import listen
 from moray.data.preparation.tasks import Done, Task, perform
 
 POLL_S = 0.2
-WORKER_MB = 1100
-"""What a process holds at most: a run of documents and what the longest of 16 MiB takes, or a bucket several times over
-(docs/datasets.md)."""
+WORKER_MB = 700
+"""What a process holds, 550 measured: a run of documents and what the longest of 16 MiB takes, or a bucket several
+times over (docs/datasets.md)."""
 SLOTS = 1024
 
 

@@ -164,7 +164,7 @@ def prepare(
         size = sum(file.size for source in found for file in source.files)
         with _engine(engine, folder / SCRATCH, workers, memory_mb, size) as doer, stage_bars(console) as bars:
             story = Stages(folder / SCRATCH, doer, bars, found, account, drops is not None)
-            read, scores = story.read(seed, curation)
+            read, scores = story.read(seed, curation, keep_equal)
             runs = read
             buckets = story.sort(runs, selection_of(recipe.quality, scores), keep_equal)
             if recipe.duplicates.paragraphs:
@@ -177,7 +177,7 @@ def prepare(
         name_winners(story.ledger, read)
         write_reports(folder, story.ledger, settings, account)
         if drops is not None:
-            write_drops(Path(drops), story.folders, read)
+            write_drops(Path(drops), story.folders)
         goal.put()
     if goal.url:
         shutil.rmtree(goal.folder)

@@ -52,7 +52,7 @@ class Stages:
     def __post_init__(self) -> None:
         self.labels = tuple(source.label for source in self.sources)
 
-    def read(self, seed: int, curation: Curation) -> tuple[tuple[Run, ...], np.ndarray]:
+    def read(self, seed: int, curation: Curation, keep_equal: bool) -> tuple[tuple[Run, ...], np.ndarray]:
         """The runs, and how many documents have each score."""
         tasks, numbers = [], []
         for number, source in enumerate(self.sources):
@@ -61,7 +61,7 @@ class Stages:
                 # Where nothing tells versions apart, nothing is taken for the same; and what bears damage reads more.
                 unknown = [secrets.token_hex(8) for piece in pieces if not piece.file.version]
                 out = self.scratch / "parts" / name_of(pieces, source.label, self.account.rules.on_damage, unknown)
-                how = self.account.rules, curation, seed, RUN_BYTES, self.keep_drops
+                how = self.account.rules, curation, seed, RUN_BYTES, self.keep_drops, keep_equal
                 tasks.append(ReadPart(out, pieces, source.label, *how))
                 numbers.append(number)
         done = self._do("reading", tasks)

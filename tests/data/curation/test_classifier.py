@@ -52,9 +52,10 @@ def test_bins_are_exact(shift: int) -> None:
         assert bin == min(max(by_hand, 0), 65535)
 
 
-def test_a_document_scores_alike_in_any_batch(trained: Classifier) -> None:
+def test_a_document_scores_alike_in_any_batch(monkeypatch: pytest.MonkeyPatch, trained: Classifier) -> None:
     documents = ["", *texts(30, ["good", "poor"], 5), "床前明月光", "good"]
     alone = [int(trained.score(Words.of([text]))[0]) for text in documents]
+    monkeypatch.setattr("moray.data.curation.words.STRETCH", 7)
     assert trained.score(Words.of(documents)).tolist() == alone
     assert trained.score(Words.of(documents[::-1])).tolist() == alone[::-1]
     assert alone[0] == ZERO_BIN

@@ -102,7 +102,9 @@ def test_only_steps_asked_for_are_taken_and_counted() -> None:
     assert clean("write to me@x.de now", MASK) == ("write to email@example.com now", {"characters": 0, "mask": -10})
 
 
-def test_lines_of_prose_stay() -> None:
+@pytest.mark.parametrize("stretch", [1, 1 << 19])
+def test_lines_of_prose_stay(monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
+    monkeypatch.setattr("moray.data.curation.lines.STRETCH", stretch)
     page = [
         "Home",
         "A first line of prose.",

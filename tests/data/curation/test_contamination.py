@@ -59,7 +59,7 @@ def test_texts_below_eight_words_are_counted_and_never_found() -> None:
 
 
 def test_counts_are_those_of_sets_of_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moray.data.curation.words._BATCH", 200)
+    monkeypatch.setattr("moray.data.curation.words.STRETCH", 200)
     chance = random.Random(0)
     asked = [chance.choices("ab", k=chance.randrange(30)) for _ in range(60)]
     documents = [chance.choices("ab", k=chance.randrange(60)) for _ in range(100)]

@@ -109,6 +109,7 @@ def test_a_text_has_one_signature_in_any_company(monkeypatch: pytest.MonkeyPatch
     assert (signature(*texts) == alone).all()
     assert (signature(*texts[::-1]) == alone[::-1]).all()
     monkeypatch.setattr("moray.data.curation.minhash._CHUNK", 7)
+    monkeypatch.setattr("moray.data.curation.words.STRETCH", 11)
     assert (signature(*texts) == alone).all()
     assert signature().shape == (0, N_HASHES)
 

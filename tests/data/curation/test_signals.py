@@ -122,8 +122,12 @@ PIECES = {
 }
 
 
+@pytest.mark.parametrize("stretch", [37, 1 << 19])
 @pytest.mark.parametrize("language", PIECES)
-def test_signals_of_a_batch_are_those_found_one_by_one(language: str) -> None:
+def test_signals_of_a_batch_are_those_found_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, language: str, stretch: int
+) -> None:
+    monkeypatch.setattr("moray.data.curation.words.STRETCH", stretch)
     chance = random.Random(0)
     texts = ["", " \n", "12 34", "a"]
     for _ in range(400):

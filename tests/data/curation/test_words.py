@@ -39,7 +39,9 @@ def words_of(found: Words, texts: list[str], number: int) -> list[str]:
     ]
 
 
-def test_words_of_a_batch_are_those_found_character_by_character() -> None:
+@pytest.mark.parametrize("stretch", [3, 1 << 19])
+def test_words_of_a_batch_are_those_found_character_by_character(monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
+    monkeypatch.setattr("moray.data.curation.words.STRETCH", stretch)
     chance = random.Random(0)
     texts = ["".join(chance.choices(ALPHABET, k=chance.randrange(30))) for _ in range(3000)]
     found = Words.of(texts)
@@ -66,7 +68,11 @@ def hash_by_hand(word: str) -> int:
     return int(mix(np.array([total], np.uint64))[0])
 
 
-def test_hashes_are_a_polynomial_of_the_characters_wherever_the_word_stands() -> None:
+@pytest.mark.parametrize("stretch", [2, 1 << 19])
+def test_hashes_are_a_polynomial_of_the_characters_wherever_the_word_stands(
+    monkeypatch: pytest.MonkeyPatch, stretch: int
+) -> None:
+    monkeypatch.setattr("moray.data.curation.words.STRETCH", stretch)
     texts = ["one two one", "two 明 x" * 50]
     found = Words.of(texts)
     words = [word for number in range(2) for word in words_of(found, texts, number)]
@@ -95,7 +101,7 @@ def test_what_only_looks_different_is_folded() -> None:
 
 
 def test_words_come_in_batches_of_folded_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moray.data.curation.words._BATCH", 4)
+    monkeypatch.setattr("moray.data.curation.words.STRETCH", 4)
     texts = ["", "A", "bB", "ﬁ ve five", "C", "", "d d"]
     found = list(folded_words(iter(texts)))
     assert [words.counts.tolist() for words in found] == [[0, 1, 1], [3], [1, 0, 2]]

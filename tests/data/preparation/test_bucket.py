@@ -31,10 +31,11 @@ def shuffled(
     selection: Selection | None = None,
     scores: dict[str, int] | None = None,
     bands: dict[str, list[int]] | None = None,
+    counts_copies: bool = False,
 ) -> Shuffled:
     """Keys and texts in their order, what was dropped, and their sides."""
     folder.mkdir()
-    writer = RunWriter(folder, run_bytes, has_bands=bands is not None)
+    writer = RunWriter(folder, run_bytes, has_bands=bands is not None, counts_copies=counts_copies)
     for document in documents:
         hashes = None if bands is None else np.array(bands.get(document.key, []), np.uint64)
         writer.add(record_of(document, seed, score=(scores or {}).get(document.key, 0), bands=hashes))
@@ -105,6 +106,25 @@ def test_runs_and_buckets_of_any_size_change_nothing(tmp_path: Path, run_bytes: 
     cut = shuffled(documents, tmp_path / "cut", bands=bands, run_bytes=run_bytes, n_buckets=n_buckets)
     assert cut[0] == whole[0]
     assert cut[1].as_json() == whole[1].as_json()
+
+
+@pytest.mark.parametrize("run_bytes", [80_000, 1 << 30])
+@pytest.mark.parametrize("selection", [Selection(), Selection(cut=3)])
+def test_copies_that_are_only_counted_are_accounted_for_like_others(
+    tmp_path: Path, run_bytes: int, selection: Selection
+) -> None:
+    documents = DOCUMENTS[:50] + [Document(f"copy-{n}", f"a text of {n % 5}") for n in range(600)]
+    random.Random(0).shuffle(documents)
+    bands = {document.key: [len(document.text)] for document in documents}
+    scores = {document.key: int(document.text[-1]) for document in documents if document.text[-1].isdigit()}
+    given = {"scores": scores, "bands": bands, "selection": selection}
+    whole = shuffled(documents, tmp_path / "whole", **given)  # type: ignore[arg-type]
+    counted = shuffled(documents, tmp_path / "counted", run_bytes=run_bytes, counts_copies=True, **given)  # type: ignore[arg-type]
+    assert counted[0] == whole[0]
+    assert counted[1].as_json() == whole[1].as_json()
+    n_written = [len(run.index(0, 1)) for run in runs_in(tmp_path / "counted")]
+    assert max(n_written) <= 50 + 5 * 21
+    assert sum(n_written) < 600
 
 
 def test_whoever_shares_a_band_with_a_smaller_digest_is_dropped(tmp_path: Path) -> None:

@@ -66,3 +66,32 @@ def test_stages_hold_a_run_or_a_bucket_and_no_more(tmp_path: Path, length: int) 
     n_runs, grown = done.stdout.split()
     assert int(n_runs) > 8
     assert float(grown) < 16, f"{grown} MiB"
+
+
+LONG = """
+import random
+from dataclasses import replace
+from pathlib import Path
+from moray.data.curation.cleaning import Cleaning
+from moray.data.curation.rules import RULE_SETS
+from moray.data.preparation.curate import Curation, curate
+from moray.data.preparation.ledger import Ledger
+from moray.data.reading.documents import Document
+
+cleaning = Cleaning(lines=True, mask=("email", "ip"))
+rules = tuple(replace(rule, low=None, high=None) for each in RULE_SETS.values() for rule in each)  # none is broken
+chance = random.Random(0)
+words = ["".join(chance.choices("abcdefgh", k=chance.randint(2, 7))) for _ in range(1 << 16)]
+text = "\\n".join(" ".join(chance.choices(words, k=12)) + "." for _ in range((16 << 20) // 66))
+assert curate([Document("long", text)], Curation(cleaning, rules, bands=(14, 8)), 0, "all", Ledger())
+print(len(text) >> 20, int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10)
+"""
+
+
+def test_a_document_of_16_mib_takes_a_few_times_its_size() -> None:
+    """Through all that the web recipe does to it: 3 million words."""
+    done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    size, peak = map(int, done.stdout.split())
+    assert size >= 15
+    assert peak < 400, f"{peak} MiB"

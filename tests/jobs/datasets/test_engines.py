@@ -36,8 +36,8 @@ def done_by(engine: Any, tasks: list[Task]) -> list[int]:
     ("workers", "memory_mb", "message"),
     [
         (0, None, "workers=0 must be at least 1"),
-        (None, 100, "memory_mb=100 must be at least 1100"),
-        (3, 2500, "workers=3 take 3300 MB, more than memory_mb=2500; use 2"),
+        (None, 100, "memory_mb=100 must be at least 700"),
+        (3, 1700, "workers=3 take 2100 MB, more than memory_mb=1700; use 2"),
     ],
 )
 def test_numbers_that_cannot_be(workers: int | None, memory_mb: int | None, message: str) -> None:
@@ -46,9 +46,9 @@ def test_numbers_that_cannot_be(workers: int | None, memory_mb: int | None, mess
 
 
 def test_what_numbers_mean() -> None:
-    assert (most_tasks(None, None), most_tasks(5, None), most_tasks(None, 2500), most_tasks(1, 2500)) == (None, 5, 2, 1)
+    assert (most_tasks(None, None), most_tasks(5, None), most_tasks(None, 1700), most_tasks(1, 1700)) == (None, 5, 2, 1)
     assert processes_for(5, None) == 5
-    assert processes_for(None, 1100) == 1
+    assert processes_for(None, 700) == 1
 
 
 def test_a_process_that_is_killed_is_said_so_and_what_was_done_is_not_done_again(tmp_path: Path) -> None:
