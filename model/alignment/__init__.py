@@ -1,0 +1,1 @@
+"""What preferences, rewards and teachers make a model learn: objectives, which know no ranks."""
