@@ -17,7 +17,7 @@ Deviation = Literal["sample", "population"]
 
 
 class GroupAdvantages(NamedTuple):
-    """Of each answer, [P, G]; n_dead: of how many prompts nothing is learnt, as all their answers are worth the same."""
+    """Of each answer, [P, G]; n_dead: how many prompts teach nothing, as all their answers are worth the same."""
 
     advantages_PG: Tensor
     n_dead: int

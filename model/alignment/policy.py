@@ -21,10 +21,10 @@ Surrogate = Literal["clip", "cispo"]
 def aggregation(kind: Aggregation, lengths_S: Tensor, is_valid_S: Tensor, max_new_tokens: int) -> tuple[Tensor, float]:
     """What each token of a sample's answer weighs in the loss, [S] (fp64), and what the samples add to its denominator.
 
-    grpo: the mean over samples of means over tokens (DeepSeekMath, eq. 3); dapo: the mean over all tokens (DAPO, eq. 12;
-    TRL's and verl's default); dr_grpo: the sum over tokens, by samples * max_new_tokens (arXiv 2503.20783). Counts
-    of parts of a batch add up to that of the whole. A sample that isn't valid (over-long, say) is in neither, where TRL
-    leaves it in the denominators of grpo and dr_grpo. lengths_S (int64): tokens of each answer.
+    grpo: the mean over samples of means over tokens (DeepSeekMath, eq. 3); dapo: the mean over all tokens (DAPO, eq.
+    12; TRL's and verl's default); dr_grpo: the sum over tokens, by samples * max_new_tokens (arXiv 2503.20783). What
+    parts of a batch add is what the whole does. A sample that isn't valid (over-long, say) is in neither, where TRL
+    leaves it in the denominators of grpo and dr_grpo. lengths_S (int64): tokens of each answer; is_valid_S: bool.
     """
     weight_S, tokens_S = is_valid_S.double(), lengths_S * is_valid_S
     if kind == "dapo":
