@@ -1,5 +1,6 @@
 """The policy's objective: equal to TRL's, to enumerated expectations, and free of how a batch is cut."""
 
+import math
 from collections import defaultdict
 from dataclasses import replace
 from itertools import product
@@ -128,6 +129,24 @@ def test_losses_and_gradients_are_those_of_trl(kind: str, clip_high: float, obje
         assert min(low, high) > 0
     (kl,) = metrics["kl"] if objective.kl_coefficient else [0.0]
     assert values["kl"] == pytest.approx(kl, rel=1e-12)
+
+
+def test_a_surrogate_is_that_of_a_loop() -> None:
+    """Schulman et al., 2017, eq. 7, with two bounds: what is beyond one of them has a gradient where it goes back."""
+    objective = Policy(clip_low=0.1, clip_high=0.3)
+    values, gradient_ST = learnt(objective, batch_of(EVERY, "dapo", reference=False))
+    total, gradients, low, high = 0.0, [], 0, 0
+    for s, t in ANSWERS_ST.nonzero().tolist():
+        advantage, ratio = ADVANTAGES_S[s].item(), math.exp(LOGP_ST[s, t].item() - OLD_ST[s, t].item())
+        bounded = min(max(ratio, 0.9), 1.3)
+        total -= min(ratio * advantage, bounded * advantage)
+        is_cut = bounded * advantage < ratio * advantage
+        gradients.append(0.0 if is_cut else -advantage * ratio / sum(LENGTHS))
+        low, high = low + (is_cut and ratio < 1), high + (is_cut and ratio > 1)
+    assert min(low, high) > 0
+    assert values["loss"] == pytest.approx(total / sum(LENGTHS), rel=1e-12)
+    assert gradient_ST[ANSWERS_ST].tolist() == pytest.approx(gradients, rel=1e-12)
+    assert (values["clipped_low"], values["clipped_high"]) == (low / sum(LENGTHS), high / sum(LENGTHS))
 
 
 def test_metrics_are_means_over_answers_tokens() -> None:
