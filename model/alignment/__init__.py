@@ -1,1 +1,1 @@
-"""What preferences, rewards and teachers make a model learn: objectives, which know no ranks."""
+"""What is learnt from preferences, rewards and teachers: objectives, and the mathematics that they need."""
