@@ -8,6 +8,7 @@ import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
+from typing import Any
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -76,15 +77,30 @@ class BlockReader:
         """
         found = self._split[shard]
         sample = found.sample(number)
-        names, ends_npy = (self._member(found, sample, extent) for extent in (sample.json, sample.ends))
+        (keys,) = self._names(found, sample, "documents")
         try:
-            keys = json.loads(names)["documents"]
+            ends_npy = self._member(found, sample, sample.ends)
             ends = np.lib.format.read_array(io.BytesIO(ends_npy), allow_pickle=False)
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damage(found, sample, sample.json.offset, f"no list of documents ({error!r})") from None
-        if not len(keys) == len(ends) == sample.n_documents:
-            raise self._damage(found, sample, sample.json.offset, "other documents than the index says")
+        except ValueError as error:
+            raise self._damage(found, sample, sample.ends.offset, f"no array of numbers ({error})") from None
+        if len(ends) != len(keys):
+            raise self._damage(found, sample, sample.ends.offset, "other documents than the index says")
         return keys, ends
+
+    def prompts(self, shard: int, number: int) -> list[tuple[str, Any]]:
+        """The keys of a block's prompts, each with what answers to it are compared with. Raises as `read` does."""
+        found = self._split[shard]
+        return [*zip(*self._names(found, found.sample(number), "documents", "references"), strict=True)]
+
+    def _names(self, shard: Shard, sample: Sample, *lists: str) -> list[list[Any]]:
+        try:
+            content = json.loads(self._member(shard, sample, sample.json))
+            named: list[list[Any]] = [content[name] for name in lists]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damage(shard, sample, sample.json.offset, f"no list of documents ({error!r})") from None
+        if any(len(names) != sample.n_documents for names in named):
+            raise self._damage(shard, sample, sample.json.offset, "other documents than the index says")
+        return named
 
     def _block(self, shard: int, number: int) -> Block:
         with self._lock:

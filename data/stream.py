@@ -20,12 +20,12 @@ from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
 from moray.data.mixture import CYCLE, Mixture, Phase
 from moray.data.order import Order
-from moray.data.rows import LongDialogues, Rows, padding, rows_of
+from moray.data.rows import LongDialogues, Rows, rows_of
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's lanes of global batch `step`; all tensors are int64 [B, T].
+    """This rank's lanes of global batch `step`; all tensors are int64 [B, T], of pairs [B, 2, T]: chosen and rejected.
 
     A document's first token is never a target: documents do not predict each other. Every other token of a split is a
     target exactly once an epoch; of dialogues, those of answers and their ends.
@@ -62,7 +62,7 @@ class Source:
         self, dataset: Dataset, split: str, seq_len: int, seed: int, cache_bytes: int, long_dialogues: LongDialogues
     ) -> None:
         self._rows = rows_of(dataset, split, seq_len, cache_bytes, long_dialogues)
-        self.order = Order(self._rows.counts, seed)
+        self.order, self.empty = Order(self._rows.counts, seed), self._rows.empty
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """int64 [N] -> [4, N, T]."""
@@ -121,7 +121,7 @@ class Stream:
         sources, indices = self._mixture.place(first + self._lanes)
         if (sources == sources[0]).all():
             return _batch(self._sources[sources[0]].rows(indices), first, n)
-        rows = np.empty((4, len(indices), self.seq_len), np.int64)
+        rows = np.repeat(self._sources[0].empty[:, None], len(indices), axis=1)
         for source in np.unique(sources).tolist():
             rows[:, sources == source] = self._sources[source].rows(indices[sources == source])
         return _batch(rows, first, n)
@@ -184,14 +184,14 @@ def evaluation_batches(
     """
     _check(dataset, split, seq_len, global_batch, lanes)
     rows = rows_of(dataset, split, seq_len, 0 if dataset.kind == "text" else CACHE_BYTES, long_dialogues)
-    return _evaluation_batches(rows, padding(seq_len, dataset.pad_id), global_batch, lanes)
+    return _evaluation_batches(rows, global_batch, lanes)
 
 
-def _evaluation_batches(all_rows: Rows, empty: np.ndarray, global_batch: int, lanes: Sequence[int]) -> Iterator[Batch]:
+def _evaluation_batches(all_rows: Rows, global_batch: int, lanes: Sequence[int]) -> Iterator[Batch]:
     ends = np.cumsum(all_rows.counts)
     for step, first in enumerate(range(0, int(ends[-1]), global_batch)):
         positions = first + np.asarray(lanes)
-        rows = np.repeat(empty[:, None], len(lanes), axis=1)
+        rows = np.repeat(all_rows.empty[:, None], len(lanes), axis=1)
         if (is_there := positions < ends[-1]).any():
             shards = np.searchsorted(ends, positions[is_there], side="right")
             numbers = positions[is_there] - (ends - all_rows.counts)[shards]
@@ -200,7 +200,7 @@ def _evaluation_batches(all_rows: Rows, empty: np.ndarray, global_batch: int, la
 
 
 def _batch(rows: np.ndarray, first: int, step: int) -> Batch:
-    """Of int64 [4, B, T]."""
+    """Of int64 [4, B, T], or [4, B, 2, T]."""
     tokens_BT, targets_BT, positions_BT, documents_BT = torch.from_numpy(rows)
     return Batch(tokens_BT, targets_BT, positions_BT, documents_BT, first, step)
 

@@ -20,6 +20,7 @@ from moray.cluster.signals import hold_sigterm, leave_on_sigterm
 from moray.jobs.completion import SHELLS, completion
 from moray.jobs.config.arguments import split_settings
 from moray.jobs.options import bind
+from moray.jobs.verbs.align import align
 from moray.jobs.verbs.chat import chat
 from moray.jobs.verbs.checkpoints import checkpoints
 from moray.jobs.verbs.demo import demo
@@ -47,11 +48,11 @@ MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHO
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__: verb
     for verb in (
-        doctor, prepare, quality, pretrain, finetune, submit, status, report, generate, chat, evaluate, checkpoints,
-        inspect, export, upcycle, demo,
+        doctor, prepare, quality, pretrain, finetune, align, submit, status, report, generate, chat, evaluate,
+        checkpoints, inspect, export, upcycle, demo,
     )
 }  # fmt: skip
-TRAIN = ("pretrain", "finetune")
+TRAIN = ("pretrain", "finetune", "align")
 READ_THEIR_OWN_WORDS = (*TRAIN, "submit")
 TAKE_SETTINGS = ("prepare",)
 

@@ -16,18 +16,25 @@ SHELLS = ("bash", "zsh", "fish")
 
 def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
     """The script, as tyro writes it. Raises UserError for a shell that it does not know."""
+    from moray.jobs.config.alignment import ALIGNMENT
     from moray.jobs.config.load import settings
     from moray.jobs.config.run import RunConfig
-    from moray.jobs.config.starting import STARTS
+    from moray.jobs.config.starting import TRAINING_VERBS
     from moray.model.presets import PRESETS
 
     if shell not in SHELLS:
         raise UserError(f"--completion {shell} is not known; there are {', '.join(SHELLS)}")
     known: dict[str, Any] = {"recipe": str, "model.preset": Literal[tuple(PRESETS)]}
     known |= {name: field.annotation for name, field in settings(RunConfig)}
+    training = dict.fromkeys(TRAINING_VERBS, _options(known))
+    training |= {"align": _options({"method": Literal[ALIGNMENT], **known})}
     with redirect_stdout(StringIO()) as written, suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(
-            {**verbs, **dict.fromkeys(STARTS, _options(known)), "submit": _options(_of_targets())},
+            {
+                **verbs,
+                **training,
+                "submit": _options(_of_targets()),
+            },
             prog="moray",
             args=["--tyro-print-completion", shell],
         )

@@ -2,7 +2,8 @@
 
 # Shapes: B batch, T tokens, D model width, V vocabulary.
 
-from typing import NamedTuple, Self
+from collections.abc import Callable
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,14 @@ from moray.model.block import Block
 from moray.model.config.architecture import ModelConfig
 from moray.model.context import Context
 from moray.model.logprobs import log_softmax_at, token_logprobs
-from moray.model.loss import CHUNK_TOKENS, IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
+from moray.model.loss import CHUNK_TOKENS, IGNORED, Head, WholeVocabulary, cross_entropy_sum, soft_cap
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
 from moray.model.randomness import Randomness
 from moray.model.recompute import Recompute
 from moray.model.sharded import Embedding, Linear, local
+
+R = TypeVar("R")
 
 
 class Losses(NamedTuple):
@@ -54,13 +57,14 @@ class Decoder(nn.Module):
         # After post-norm blocks the stream is normalised already.
         is_post = config.norm.placement == "post"
         self.norm = nn.Identity() if is_post else build_norm(config.d_model, config.norm)
-        self.head = Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        has_bias = config.head_bias and config.head == "vocabulary"
+        self.head = Linear(config.d_model, config.head_width, bias=has_bias)
         self.vocabulary = WholeVocabulary()
         self.tie()
 
     def tie(self) -> None:
         """Makes a tied head's weight the embedding's, after whatever has given the two modules new ones."""
-        if self.config.tied_embeddings:
+        if self.config.has_tied_head:
             self.head.weight = self.embedding.weight
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
@@ -113,21 +117,35 @@ class Decoder(nn.Module):
 
         randomness: what a router that draws (`moe.is_random`) draws from in training.
         """
+
+        def cross_entropy(x_ND: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+            weight_VD, bias_V, softcap, z_loss, vocabulary = head
+            return cross_entropy_sum(
+                x_ND, weight_VD, targets_BT.flatten(), vocabulary, bias_V=bias_V, softcap=softcap, z_loss=z_loss
+            )
+
+        # The class's own: FSDP registers the instance's, and this is within one already.
+        sums, auxiliary = Decoder.with_head(self, cross_entropy, tokens_BT, positions_BT, documents_BT, randomness)
+        return Losses(*sums, auxiliary)
+
+    def with_head(
+        self,
+        use: Callable[[Tensor, Head], R],
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | Documents | None = None,
+        randomness: Randomness | None = None,
+    ) -> tuple[R, Tensor]:
+        """What `use` makes of all that the head reads, [B * T, D], and of this rank's rows of the head, for losses of
+        their own; and the auxiliary loss, as in `Losses`.
+        """
         x_BTD, statistics = self._hidden(tokens_BT, positions_BT, documents_BT, None, randomness)
-        x_ND = self.vocabulary.tokens.gather(x_BTD).flatten(0, 1)
-        weight_VD, bias_V = self._head()
-        cross_entropy, z = cross_entropy_sum(
-            x_ND,
-            weight_VD,
-            targets_BT.flatten(),
-            self.vocabulary,
-            bias_V=bias_V,
-            softcap=self.config.final_softcap,
-            z_loss=self.config.z_loss,
-        )
-        moe = self.config.moe
-        auxiliary = auxiliary_loss(statistics, moe) if moe and statistics else torch.zeros_like(z)
-        return Losses(cross_entropy, z, auxiliary)
+        config, moe = self.config, self.config.moe
+        head = Head(*self._head(), config.final_softcap, config.z_loss, self.vocabulary)
+        used = use(self.vocabulary.tokens.gather(x_BTD).flatten(0, 1), head)
+        if moe and statistics:
+            return used, auxiliary_loss(statistics, moe)
+        return used, x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
 
     def logprobs(
         self,
@@ -140,26 +158,38 @@ class Decoder(nn.Module):
         """log softmax(logits / temperature)[target] of each token, [B, T], at least fp32, with a gradient; 0 where the
         target is -100. Balance losses are no part of it.
         """
-        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, None, None)
-        x_ND, scored_N = self.vocabulary.tokens.gather(x_BTD).flatten(0, 1), targets_BT.flatten() != IGNORED
-        weight_VD, bias_V = self._head()
-        logp_S = token_logprobs(
-            x_ND[scored_N],
-            weight_VD,
-            targets_BT.flatten()[scored_N],
-            self.vocabulary,
-            bias_V=bias_V,
-            softcap=self.config.final_softcap,
-            temperature=temperature,
-        )
-        logp_N = logp_S.new_zeros(len(x_ND)).masked_scatter(scored_N, logp_S)
+
+        def logprobs(x_ND: Tensor, head: Head) -> Tensor:
+            scored_N = targets_BT.flatten() != IGNORED
+            logp_S = token_logprobs(x_ND[scored_N], targets_BT.flatten()[scored_N], head, temperature)
+            return logp_S.new_zeros(len(x_ND)).masked_scatter(scored_N, logp_S)
+
+        logp_N, _ = Decoder.with_head(self, logprobs, tokens_BT, positions_BT, documents_BT)
         return logp_N.view_as(targets_BT)
+
+    def values(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | Documents | None = None,
+    ) -> Tensor:
+        """What a scalar head makes of each token and those before it, [B, T], in fp32 at least, with its gradient.
+
+        Raises UserError of a decoder with a vocabulary's head.
+        """
+        if self.config.head != "scalar":
+            raise UserError(f"model.head={self.config.head} gives logits and no values; it must be scalar")
+        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, None, None)
+        accurate = torch.promote_types(x_BTD.dtype, torch.float32)
+        # Each rank scores its own tokens: the products of all would be there as often as there are ranks.
+        own_BT = F.linear(x_BTD.to(accurate), local(self.head.weight).to(accurate))[..., 0]
+        return self.vocabulary.tokens.gather_alike(own_BT)
 
     def likeliest(self, tokens_BT: Tensor, last_B: Tensor) -> Tensor:
         """The likeliest token behind the one at `last_B` of each row, [B]; what stands behind that changes nothing."""
         x_BTD = self.hidden(tokens_BT)
         x_BD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B]
-        _, likeliest_B = self._highest(self.logits(x_BD).float())
+        _, likeliest_B = self.vocabulary.likeliest(self.logits(x_BD).float())
         return likeliest_B
 
     def score(
@@ -177,19 +207,14 @@ class Decoder(nn.Module):
 
     def _score(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = self.logits(x_ND).float()
-        highest_N, likeliest_N = self._highest(logits_NV)
+        highest_N, likeliest_N = self.vocabulary.likeliest(logits_NV)
         logp_N, _ = log_softmax_at(logits_NV, target_N, highest_N, self.vocabulary)
         return logp_N, likeliest_N == target_N
 
-    def _highest(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """The highest logit over the whole vocabulary, and whose it is; of equal ones the first, as argmax has it."""
-        own_N, index_N = logits_NV.max(-1)
-        highest_N = self.vocabulary.highest(own_N.clone())
-        first_N = torch.where(own_N == highest_N, -(index_N + self.vocabulary.start), -self.config.vocab_size)
-        return highest_N, -self.vocabulary.highest(first_N)
-
     def _head(self) -> tuple[Tensor, Tensor | None]:
-        """This rank's rows of the head's weight and bias."""
+        """This rank's rows of the vocabulary head's weight and bias. Raises UserError where there is another one."""
+        if self.config.head != "vocabulary":
+            raise UserError(f"model.head={self.config.head}: this model scores texts, and neither writes nor predicts")
         return local(self.head.weight), None if self.head.bias is None else local(self.head.bias)
 
     def _hidden(

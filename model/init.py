@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moray.model.config.architecture import ModelConfig
 from moray.model.decoder import Decoder
+from moray.model.tensors import Box, Read, tensor_shapes
 
 BLOCK_ROWS = 256
 Fill = Callable[[Tensor, torch.Generator], Tensor]
@@ -34,6 +35,19 @@ def initial_tensor(
         experts = range(first, end)
         return torch.stack([_draw(f"{seed}/{name}.{e}", shape[1:], slice(None), fill) for e in experts])
     return _draw(f"{seed}/{name}", shape, rows, fill)
+
+
+def with_initial(read: Read, config: ModelConfig, name: str, seed: int) -> Read:
+    """Gives what `read` gives, but one tensor as `seed` begins it."""
+    shape = tensor_shapes(config)[name]
+
+    def read_or_draw(asked: str, box: Box) -> Tensor:
+        if asked != name:
+            return read(asked, box)
+        rows, *rest = box
+        return initial_tensor(config, name, shape, seed, rows)[(slice(None), *rest)]
+
+    return read_or_draw
 
 
 def _is_zero(name: str) -> bool:

@@ -15,23 +15,13 @@ from moray.model import loss
 from moray.model.loss import Head, WholeVocabulary, accumulate, logits_of, place_of
 
 
-def token_logprobs(
-    x_ND: Tensor,
-    w_VD: Tensor,
-    targets_N: Tensor,
-    vocabulary: WholeVocabulary,
-    *,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
+def token_logprobs(x_ND: Tensor, targets_N: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature)[target] of each token, [N], at least fp32, with a gradient.
 
-    logits = x w^T + bias, through `soft_cap`. Every target is a token's: none is ignored. Memory is CHUNK_TOKENS * V;
-    the weight's gradient is collected in fp32 at least, and one that is frozen has none.
+    Every target is a token's: none is ignored. Memory is CHUNK_TOKENS * V; the weight's gradient is collected in fp32
+    at least, and one that is frozen has none.
     """
-    head = Head(w_VD, bias_V, softcap, 0.0, vocabulary)
-    logp_N: Tensor = _ChunkedLogprobs.apply(x_ND, w_VD, bias_V, targets_N, head, temperature)
+    logp_N: Tensor = _ChunkedLogprobs.apply(x_ND, head.w_VD, head.bias_V, targets_N, head, temperature)
     return logp_N
 
 

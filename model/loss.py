@@ -2,6 +2,7 @@
 
 # Shapes: N tokens, C tokens of one chunk, D model width, V vocabulary entries on this rank.
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,13 @@ class WholeVocabulary:
         """The maximum over the vocabulary's ranks."""
         return x
 
+    def likeliest(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """The highest logit over the whole vocabulary, and whose it is; of equal ones the first, as argmax has it."""
+        own_N, index_N = logits_NV.max(-1)
+        highest_N = self.highest(own_N)
+        none = torch.iinfo(torch.int64).min
+        return highest_N, -self.highest(torch.where(own_N == highest_N, -(index_N + self.start), none))
+
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """Keeps values within (-cap, cap), and small ones as they are: cap * tanh(x / cap) (Gemma 2, section 2)."""
@@ -58,10 +66,14 @@ def cross_entropy_sum(
     CHUNK_TOKENS * V. The weight's gradient is collected in fp32 at least; one that is frozen has none.
     """
     head = Head(w_VD, bias_V, softcap, z_loss, vocabulary)
-    losses: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
-        x_ND, w_VD, bias_V, targets_N, head, torch.is_grad_enabled()
-    )
-    return losses
+
+    def chunk(x_CD: Tensor, rows: slice) -> tuple[tuple[Tensor, ...], Tensor]:
+        logits_CV, slope_CV = logits_of(x_CD, head, torch.promote_types(x_CD.dtype, torch.float32))
+        loss, z, grad_CV = cross_entropy_chunk(logits_CV, targets_N[rows], head)
+        return (loss, z), grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
+
+    loss, z = chunked_sums(x_ND, head, chunk)
+    return loss, z
 
 
 class Head(NamedTuple):
@@ -74,23 +86,33 @@ class Head(NamedTuple):
     vocabulary: WholeVocabulary
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+Chunk = Callable[[Tensor, slice], tuple[tuple[Tensor, ...], Tensor]]
+"""Of a chunk's hidden states [C, D], and which of the N tokens they are: sums over them, scalars, and the gradient of
+the first with respect to x w^T, [C, V] (0 for ignored tokens)."""
+
+
+def chunked_sums(x_ND: Tensor, head: Head, chunk: Chunk) -> tuple[Tensor, ...]:
+    """What `chunk` finds in CHUNK_TOKENS tokens at a time, added up. The first sum has a gradient, the others none."""
+    sums: tuple[Tensor, ...] = _Chunked.apply(x_ND, head.w_VD, head.bias_V, chunk, torch.is_grad_enabled())
+    return sums
+
+
+class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head, training: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, chunk: Chunk, training: bool
+    ) -> tuple[Tensor, ...]:
         accurate = torch.promote_types(x_ND.dtype, torch.float32)
-        loss, z = (x_ND.new_zeros((), dtype=accurate) for _ in range(2))
         grad_x_ND = torch.empty_like(x_ND) if training else None
         grad_w_VD = torch.zeros_like(w_VD, dtype=accurate) if training and w_VD.requires_grad else None
         grad_bias_V = None
         if training and bias_V is not None and bias_V.requires_grad:
             grad_bias_V = torch.zeros_like(bias_V, dtype=accurate)
-        for start in range(0, len(x_ND), CHUNK_TOKENS):
+        found = []
+        for start in range(0, max(len(x_ND), 1), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            chunk_loss, chunk_z, grad_CV = _chunk(x_ND[rows], targets_N[rows], head, accurate)
-            loss += chunk_loss
-            z += chunk_z
+            sums, grad_CV = chunk(x_ND[rows], rows)
+            found.append(sums)
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
             if grad_x_ND is not None:
@@ -99,24 +121,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_w_VD is not None:
                 accumulate(grad_w_VD, grad_CV.t(), x_ND[rows])
         ctx.save_for_backward(grad_x_ND, grad_w_VD, grad_bias_V)
-        ctx.mark_non_differentiable(z)
-        return loss, z
+        loss, *others = (sum(parts[1:], parts[0]) for parts in zip(*found, strict=True))
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_x_ND, grad_w_VD, grad_bias_V = ctx.saved_tensors
         scaled_w = None if grad_w_VD is None else (grad_w_VD * grad).to(grad_x_ND.dtype)
         scaled_bias = None if grad_bias_V is None else (grad_bias_V * grad).to(grad_x_ND.dtype)
-        return grad_x_ND * grad.to(grad_x_ND.dtype), scaled_w, scaled_bias, None, None, None
+        return grad_x_ND * grad.to(grad_x_ND.dtype), scaled_w, scaled_bias, None, None
 
 
-def _chunk(x_CD: Tensor, targets_C: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk's loss, its z-loss, and the gradient of their sum with respect to x w^T (0 for ignored tokens).
+def cross_entropy_chunk(logits_CV: Tensor, targets_C: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk's loss, its z-loss, and the gradient of their sum with respect to the logits (0 for ignored tokens),
+    which takes their place.
 
     That of the loss is softmax - onehot, that of the z-loss 2 z_loss logsumexp softmax.
     """
     vocabulary = head.vocabulary
-    logits_CV, slope_CV = logits_of(x_CD, head, dtype)
     valid_C = targets_C != IGNORED
     highest_C = vocabulary.highest(logits_CV.amax(-1))
     logits_CV -= highest_C[:, None]
@@ -131,8 +154,7 @@ def _chunk(x_CD: Tensor, targets_C: Tensor, head: Head, dtype: torch.dtype) -> t
     normaliser_C = (logs_C + highest_C) * valid_C
     z = head.z_loss * normaliser_C.square().sum()
     grad_CV = exponentials_CV.mul_(((valid_C + 2 * head.z_loss * normaliser_C) / sums_C)[:, None])
-    grad_CV.scatter_add_(1, index_C1, -here_C[:, None].to(dtype))
-    return loss, z, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
+    return loss, z, grad_CV.scatter_add_(1, index_C1, -here_C[:, None].to(grad_CV.dtype))
 
 
 def place_of(targets_C: Tensor, vocabulary: WholeVocabulary, width: int) -> tuple[Tensor, Tensor]:

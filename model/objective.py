@@ -37,10 +37,12 @@ P = TypeVar("P", bound=Piece)
 class Objective(ABC, Generic[P]):
     """The loss of a global batch is the sum, over `names`, of a sum over its micro-batches by a count over them.
 
-    names: the first is the loss proper, which is reported as such and watched for spikes.
+    names: the first is the loss proper, which is reported as such and watched for spikes; a sum without a gradient is
+    only reported. held_out: what is told of the validation split, too.
     """
 
     names: tuple[str, ...]
+    held_out: tuple[str, ...] = ("loss",)
 
     @abstractmethod
     def counts(self, piece: P) -> Sequence[float]:

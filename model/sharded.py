@@ -30,6 +30,10 @@ class WholeTokens:
         """All tokens, [B, T, X]."""
         return x_BtX
 
+    def gather_alike(self, x_BtX: Tensor) -> Tensor:
+        """All tokens, [B, T, X], of which each rank makes the same: their gradient is whole on each."""
+        return x_BtX
+
     def gather_each(self, *parts_BtX: Tensor) -> tuple[Tensor, ...]:
         """All tokens of each, [B, T, X], in one exchange."""
         return parts_BtX

@@ -19,7 +19,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Every tensor of a decoder that a checkpoint holds; a tied head is the embedding's."""
     with torch.device("meta"):
         tensors = Decoder(config).state_dict()
-    if config.tied_embeddings:
+    if config.has_tied_head:
         tensors.pop("head.weight", None)
     return {name: tensor.shape for name, tensor in tensors.items()}
 

@@ -54,15 +54,11 @@ def rank_memory(
 
     As if tokens were spread evenly over experts, and without what a kernel needs for itself.
     """
-    parts = {part: count.total for part, count in parameters_by_part(config).items()}
-    experts = parts.pop("routed experts", 0) / layout.ep
-    ends = sum(parts.pop(part, 0) for part in ("embedding", "positions", "head")) / layout.tp
-    layers = sum(parts.values()) / layout.tp
-    expert_ranks = layout.shard * layout.tp // layout.ep
-    shard = (ends + layers) / layout.shard + experts / expert_ranks
+    ends, layers, experts = _divided(config, layout)
+    shard = _shard(layout, ends, layers, experts)
     kept = activation_bytes(config, seq_len, recompute, dtype=dtype, tp=layout.tp)
-    vocabulary = config.vocab_size / layout.tp
-    logits = min(CHUNK_TOKENS, seq_len * micro_batch) * vocabulary * (2 * FP32_BYTES + dtype.itemsize)
+    outputs = config.head_width / layout.tp
+    logits = min(CHUNK_TOKENS, seq_len * micro_batch) * outputs * (2 * FP32_BYTES + dtype.itemsize)
     adapters = count_adapters(config, lora).total / (layout.shard * layout.tp) if lora else 0.0
     learns = adapters if lora else shard
     return RankMemory(
@@ -72,8 +68,27 @@ def rank_memory(
         gathered=_gathered(config, layout, dtype, stage, ends, layers, experts, 0 if lora else FP32_BYTES),
         activations=kept.total * micro_batch,
         transient=max(kept.transient * micro_batch, logits),
-        head=0.0 if lora else FP32_BYTES * vocabulary * config.d_model,
+        head=0.0 if lora else FP32_BYTES * outputs * config.d_model,
     )
+
+
+def frozen_memory(config: ModelConfig, layout: Layout, dtype: torch.dtype, stage: Stage) -> float:
+    """Bytes of a model beside the one that learns, which stays as it is: held and gathered in the products' dtype."""
+    ends, layers, experts = _divided(config, layout)
+    gathered = _gathered(config, layout, dtype, stage, ends, layers, experts, 0)
+    return dtype.itemsize * _shard(layout, ends, layers, experts) + gathered
+
+
+def _divided(config: ModelConfig, layout: Layout) -> tuple[float, float, float]:
+    """Parameters at both ends, in layers and of routed experts, over tensor- or expert-parallel ranks."""
+    parts = {part: count.total for part, count in parameters_by_part(config).items()}
+    experts = parts.pop("routed experts", 0) / layout.ep
+    ends = sum(parts.pop(part, 0) for part in ("embedding", "positions", "head")) / layout.tp
+    return ends, sum(parts.values()) / layout.tp, experts
+
+
+def _shard(layout: Layout, ends: float, layers: float, experts: float) -> float:
+    return (ends + layers) / layout.shard + experts / (layout.shard * layout.tp // layout.ep)
 
 
 def _gathered(

@@ -38,10 +38,12 @@ def build_decoder(
     stage: Stage = 3,
     recompute: Recompute = "none",
     lora: LoRA | None = None,
+    frozen: bool = False,
 ) -> Decoder:
     """A decoder spread over the meshes, whose weights `initialise_shards` or a checkpoint must fill.
 
-    With `lora`, only adapters learn: the rest is frozen, and what would balance the load of its experts is off.
+    With `lora`, only adapters learn: the rest is frozen, and what would balance the load of its experts is off. Of a
+    `frozen` decoder, nothing learns.
 
     `dtype` is that of the weights that learn, gradients and reductions, `compute_dtype` that of the products (bf16 or
     the same).
@@ -52,6 +54,8 @@ def build_decoder(
         decoder = Decoder(config if lora is None else without_balancing(config), recompute)
         if lora:
             add_adapters(decoder, lora)
+        elif frozen:
+            decoder.requires_grad_(False)
         decoder.to(dtype)
         _round_frozen(decoder, compute_dtype)
     if meshes.tp.size() > 1:
@@ -114,7 +118,7 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
     if stage == 3:
         wrap([*decoder.blocks], dense, compute_dtype, dp_shard > 1)
     wrap([decoder], dense, compute_dtype, False)
-    for entry in ("loss", "logprobs", "likeliest", "score"):
+    for entry in ("loss", "logprobs", "with_head", "likeliest", "score", "values"):
         register_fsdp_forward_method(decoder, entry)
     for module in decoder.modules():
         # A lone rank's sum is its mean, and dividing by 1 would be a pass over all gradients.

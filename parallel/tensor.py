@@ -50,6 +50,9 @@ class TokenSlices(WholeTokens):
     def _gather(self, x_BtX: Tensor) -> Tensor:
         return Exchange.apply(x_BtX, self.all_gather, self.reduce_scatter)
 
+    def gather_alike(self, x_BtX: Tensor) -> Tensor:
+        return Exchange.apply(x_BtX, self.all_gather, self.own)
+
     def gather_each(self, *parts_BtX: Tensor) -> tuple[Tensor, ...]:
         return self.gather(torch.cat(parts_BtX, dim=-1)).split([x.shape[-1] for x in parts_BtX], dim=-1)
 
@@ -138,7 +141,9 @@ class SlicedRMSNorm(RMSNorm):
 def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Turns the weights that are split into DTensors over the `tp` mesh, and has the layers exchange their tokens."""
     tokens, config = TokenSlices(mesh), decoder.config
-    _split(mesh, 0, decoder.embedding, decoder.head)
+    _split(mesh, 0, decoder.embedding)
+    if config.head == "vocabulary":
+        _split(mesh, 0, decoder.head)
     decoder.tie()
     decoder.vocabulary = VocabularyShard(tokens, config.vocab_size)
     for module in decoder.modules():

@@ -23,7 +23,7 @@ def make_dialogues(
     block_tokens: int = 1 << 16,
     shard_tokens: int = 16 << 20,
 ) -> Dataset:
-    """Of (tokens, letters) each."""
+    """Of (tokens, letters) each; of preferences, two of them after each other are a pair."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text("{}")
     splits = {}
@@ -31,7 +31,9 @@ def make_dialogues(
         writer = SplitWriter(folder, name, block_tokens, shard_tokens, kind)
         for number, (tokens, letters) in enumerate(dialogues):
             flags = np.array([FLAGS[letter] for letter in letters], np.uint8)
-            writer.add(f"dialogue-{number}", np.array(tokens, "<u2"), flags)
+            together = kind == "preference" and number % 2 > 0
+            reference = {"number": number} if kind == "prompts" else None
+            writer.add(f"dialogue-{number}", np.array(tokens, "<u2"), flags, together=together, reference=reference)
         splits[name] = writer.finish()
     write_index(folder, vocab_size, 0, splits, kind)
     return Dataset.open(folder)

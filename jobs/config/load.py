@@ -51,6 +51,8 @@ def load_config(
     sections["model"] = merge(fields, model)
     if source:
         sections["weights_from"] = str(source[0])
+    if named := sections.get("align", {}).get("reference"):
+        sections["align"]["reference"] = str(_pinned("align.reference", named, sections.get("run", {}).get("dir", "")))
     config = _validated(sections)
     if source:
         check_changes(source[1], config.model)
@@ -114,18 +116,37 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
         raise UserError(
             f"model.preset={model['preset']} and model.from={named} are two models to start from; leave one out"
         )
-    named = Path(absolute(str(named)))
+    path = _pinned("model.from", named, run)
     # Once it has committed, a run does without what it started from.
-    for commit in list_commits(Path(absolute(run)) / "checkpoints")[-1:] if run else []:
-        metadata = commit.manifest.metadata["config"]
-        recorded = Path(metadata.get("weights_from") or "/")
-        if recorded.is_relative_to(named):
-            return recorded, ModelConfig.of(metadata["model"])
+    for there in _recorded(run):
+        if there.get("weights_from") == str(path):
+            return path, ModelConfig.of(there["model"])
     try:
-        path = locate(named)
         return path, config_of(path)
     except UserError as error:
         raise UserError(f"model.from={named}: {error}") from None
+
+
+def _pinned(setting: str, named: str, run: str) -> Path:
+    """The Hugging Face folder or commit that a setting names: of a run, the one that was the newest at the start.
+
+    Raises UserError where nothing is there.
+    """
+    folder = Path(absolute(str(named)))
+    for there in _recorded(run):
+        recorded = there.get("weights_from") if setting == "model.from" else dict(flatten(there)).get(setting)
+        if recorded and Path(recorded).is_relative_to(folder):
+            return Path(recorded)
+    try:
+        return locate(folder)
+    except UserError as error:
+        raise UserError(f"{setting}={folder}: {error}") from None
+
+
+def _recorded(run: str) -> list[dict[str, Any]]:
+    """The settings of a run's newest commit, if it has one."""
+    commits = list_commits(Path(absolute(run)) / "checkpoints")[-1:] if run else []
+    return [commit.manifest.metadata["config"] for commit in commits]
 
 
 def read_recipe(recipe: str, package: str = "moray.jobs.config.recipes") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_va
 from moray import UserError
 from moray.cluster.group import Group
 from moray.data.mixture import Mixture
+from moray.jobs.config.alignment import ALIGNMENT, HAS_REFERENCE, AlignSection
 from moray.jobs.config.sections import (
     AnyPath,
     CheckpointSection,
@@ -23,7 +24,7 @@ from moray.jobs.config.sections import (
 )
 from moray.model import ModelConfig
 from moray.model.config.moe import MoEConfig
-from moray.model.lora import TARGETS, LoRA, targets_in
+from moray.model.lora import TARGETS, LoRA, targets_in, without_balancing
 from moray.parallel.layout import Layout
 
 DEFAULT_PRESET = "demo-moe"
@@ -42,6 +43,7 @@ class RunConfig(Section):
     eval: EvalSection = EvalSection()
     optimizer: OptimizerSection = Field(OptimizerSection(), validate_default=True)
     lora: LoRASection = LoRASection()
+    align: AlignSection = AlignSection()
     checkpoint: CheckpointSection = CheckpointSection()
     recovery: RecoverySection = RecoverySection()
     cluster: ClusterSection = Field(default_factory=ClusterSection)
@@ -75,6 +77,7 @@ class RunConfig(Section):
             )
         self._check_ways()
         self._check_bounds()
+        self._check_alignment()
         if self.optimizer.moments == "bfloat16" and self.optimizer.beta2 > MAX_BETA2_IN_BF16:
             raise UserError(
                 f"optimizer.moments=bfloat16 needs optimizer.beta2={self.optimizer.beta2} to be at most "
@@ -175,6 +178,29 @@ class RunConfig(Section):
                 "goes to an older commit"
             )
 
+    def _check_alignment(self) -> None:
+        """A policy must be the same function while it learns as where it is compared."""
+        if not self.is_alignment:
+            if self.align != AlignSection():
+                raise UserError(f"align.… settings are of `moray align`; train.objective={self.train.objective}")
+            return
+        if not self.weights_from:
+            raise UserError(
+                f"model.from is missing: train.objective={self.train.objective} starts with a model that was trained"
+            )
+        moe = self.model.moe
+        if moe and moe.capacity_factor is not None:
+            raise UserError(
+                f"model.moe.capacity_factor={moe.capacity_factor:g} must be none with train.objective="
+                f"{self.train.objective}: which tokens find their experts full would depend on their neighbours"
+            )
+        if moe and moe.is_random:
+            raise UserError(
+                f"model.moe has a router that draws (noisy={moe.noisy}, jitter={moe.jitter:g}, second_expert="
+                f"{moe.second_expert}), which train.objective={self.train.objective} cannot have: an answer would have "
+                "another probability each time; set noisy=false, jitter=0, second_expert=always"
+            )
+
     def _check_routing_groups(self, moe: MoEConfig, layout: Layout) -> None:
         """A routing group lies within one rank's lanes and one micro-batch, or its statistics would depend on both."""
         lanes = self.train.global_batch // layout.dp
@@ -212,6 +238,10 @@ class RunConfig(Section):
                 f"lora.rank={lora.rank} needs model.from, whose weights stay as they are: a Hugging Face folder, a run "
                 "or a commit; or set lora.rank=0"
             )
+        if self.model.head == "scalar":
+            raise UserError(
+                f"lora.rank={lora.rank} with model.head=scalar would leave the head as it is; set lora.rank=0"
+            )
         has = targets_in(self.model)
         if missing := [target for target in lora.targets if target not in has]:
             raise UserError(
@@ -246,6 +276,23 @@ class RunConfig(Section):
             return None
         targets = targets_in(self.model) if "all" in asked else tuple(target for target in TARGETS if target in asked)
         return LoRA(rank, self.lora.alpha or 2.0 * rank, targets)
+
+    @property
+    def is_alignment(self) -> bool:
+        return self.train.objective in ALIGNMENT
+
+    @property
+    def learnt(self) -> ModelConfig:
+        """The model, as it learns: nothing balances experts that preferences are about."""
+        return without_balancing(self.model) if self.is_alignment else self.model
+
+    @property
+    def frozen(self) -> dict[str, tuple[str, str]]:
+        """The models beside it, by what they are: the setting that names each, and its folder."""
+        if self.train.objective not in HAS_REFERENCE:
+            return {}
+        named = self.align.reference
+        return {"reference": ("align.reference", named) if named else ("model.from", self.weights_from)}
 
     @property
     def mixture(self) -> Mixture | None:

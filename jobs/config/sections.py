@@ -92,14 +92,15 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    objective: Literal["pretrain", "sft"] = "pretrain"
-    """What is learnt. pretrain: the next token of texts; sft: the answers in dialogues (`moray finetune`)."""
+    objective: Literal["pretrain", "sft", "dpo", "ipo"] = "pretrain"
+    """What is learnt. pretrain: the next token of texts; sft: the answers in dialogues (`moray finetune`); the rest are
+    the methods of `moray align`."""
     steps: int = Field(1000, ge=1)
     """Optimizer steps of the whole run; the learning rate's schedule ends here."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the data, instead of steps: as many steps as that takes."""
     global_batch: int = Field(32, ge=1)
-    """Sequences of one optimizer step, over all workers."""
+    """Sequences of one optimizer step, over all workers; of pairs, twice as many: a chosen and a rejected one each."""
     micro_batch: int = Field(8, ge=1)
     """Most sequences of one forward pass on one worker; the rest of its share is accumulated."""
     seq_len: int = Field(512, ge=1)

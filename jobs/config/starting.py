@@ -1,10 +1,37 @@
-"""What settings are where neither command line nor recipe says, as far as a verb has others than all the rest."""
+"""A run's settings out of the words of a verb that trains, which start elsewhere for some than for others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from moray import UserError, nearest
+from moray.jobs.config.alignment import ALIGNMENT
+from moray.jobs.config.arguments import parse_settings
+from moray.jobs.config.load import load_config
+from moray.jobs.config.run import RunConfig
+
+TRAINING_VERBS = ("pretrain", "finetune", "align")
+# The usual rates, for models of billions of parameters: TRL's, with a decay to a tenth.
+_ONCE = {"train.epochs": 1.0, "optimizer.weight_decay": 0.0}
 STARTS: Mapping[str, Mapping[str, object]] = {
     "pretrain": {},
-    # The usual rates of supervised fine-tuning; TRL's, with a decay to a tenth.
     "finetune": {"train.objective": "sft", "train.epochs": 3.0, "optimizer.lr": 2e-5, "optimizer.weight_decay": 0.0},
+    "dpo": {**_ONCE, "optimizer.lr": 1e-6},
+    "ipo": {**_ONCE, "optimizer.lr": 1e-6},
 }
-"""By the verb's name. Without `train.epochs` where the number of steps is said."""
+"""By the name of the verb, or of the method of `moray align`: what settings are where neither command line nor recipe
+says. Without `train.epochs` where the number of steps is said."""
+
+
+def config_of(verb: str, arguments: Sequence[str]) -> RunConfig:
+    """The validated config of `--setting value …`. Raises UserError, of one line."""
+    recipe, overrides = parse_settings([*arguments])
+    if verb != "align":
+        return load_config(recipe, overrides, STARTS[verb])
+    method = overrides.pop("method", overrides.get("train.objective"))
+    if method not in ALIGNMENT:
+        what = f"--method {method}: {nearest(method, ALIGNMENT)}" if method else f"--method is missing: {_listed()}"
+        raise UserError(what)
+    return load_config(recipe, overrides | {"train.objective": method}, STARTS[method])
+
+
+def _listed() -> str:
+    return f"{', '.join(ALIGNMENT[:-1])} or {ALIGNMENT[-1]}"

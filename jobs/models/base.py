@@ -45,12 +45,14 @@ class Base:
         return asdict(self)
 
 
-def identify(path: Path, known: Base | None = None, ranks: ControlPlane | None = None) -> Base:
-    """What lies at `path` now. `known` is what lay there before.
+def identify(
+    path: Path, known: Base | None = None, ranks: ControlPlane | None = None, setting: str = "model.from"
+) -> Base:
+    """What lies at `path`, which `setting` names, now. `known` is what lay there before.
 
     Collective with `ranks`, which then share the reading. Raises UserError where nothing is there.
     """
-    check_there(path)
+    check_there(path, setting)
     if (path / MANIFEST).is_file():
         return Base(str(path), read_commit(path).manifest.digest, {})
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
@@ -72,18 +74,18 @@ def identify(path: Path, known: Base | None = None, ranks: ControlPlane | None =
     return Base(str(path), hashlib.sha256(digests.encode()).hexdigest(), found)
 
 
-def check_there(path: Path) -> None:
+def check_there(path: Path, setting: str = "model.from") -> None:
     """Raises UserError where nothing is at `path`."""
     if not path.is_dir():
-        raise UserError(f"model.from={path} is not there, and adapters are nothing without their base: put it back")
+        raise UserError(f"{setting}={path} is not there, and this run is nothing without it: put it back")
 
 
-def check_same(found: Base, recorded: Base, commit: str) -> None:
-    """Raises UserError where another base lies in the place of the one that adapters were trained beside."""
+def check_same(found: Base, recorded: Base, setting: str, whose: str) -> None:
+    """Raises UserError where another model lies in the place of `whose` it was, which `setting` names."""
     if found.digest != recorded.digest:
         raise UserError(
-            f"model.from={found.path} holds a base that is not the one the adapters of {commit} were trained on: its "
-            f"digest is {found.digest[:12]}, theirs {recorded.digest[:12]}; put that one back"
+            f"{setting}={found.path} is not {whose}: its digest is {found.digest[:12]}, that one's "
+            f"{recorded.digest[:12]}; put that one back"
         )
 
 

@@ -21,12 +21,14 @@ def describe(config: ModelConfig) -> list[str]:
 
 
 def _whole(config: ModelConfig) -> str:
+    head = "scalar head" if config.head == "scalar" else "tied" if config.tied_embeddings else "untied"
+    cap = config.final_softcap if config.head == "vocabulary" else None
     facts = [
         f"{config.n_layers} layers of width {config.d_model:,}",
-        f"vocabulary {config.vocab_size:,} ({'tied' if config.tied_embeddings else 'untied'})",
+        f"vocabulary {config.vocab_size:,} ({head})",
         f"{_NORMS[config.norm.kind]} ({config.norm.placement})",
         *(["parallel residual"] if config.residual == "parallel" else []),
-        *([f"logits soft-capped at {config.final_softcap:g}"] if config.final_softcap else []),
+        *([f"logits soft-capped at {cap:g}"] if cap else []),
     ]
     return ", ".join(facts)
 

@@ -39,11 +39,14 @@ def export(run: Path, out: Path, dtype: torch.dtype, tell: Callable[[str], None]
             f"and what loads it is {family.architecture} of its authors"
         )
     with staged_folder(out, overwrite=False) as folder:
-        write_pretrained(folder, weights.config, weights.read, dtype)
         tokenizer = copy_tokenizer(weights.tokenizer, folder)
-        _complete_tokenizer(folder, tokenizer, weights.config.max_seq_len)
         ids = _special_ids(tokenizer, weights.config.vocab_size)
-        _update_json(folder / GENERATION_CONFIG, {**ids, "eos_token_id": list(tokenizer.stop_ids)})
+        if weights.config.head == "scalar":
+            _check_padding(ids["pad_token_id"], tokenizer)
+        else:
+            _update_json(folder / GENERATION_CONFIG, {**ids, "eos_token_id": list(tokenizer.stop_ids)})
+        _complete_tokenizer(folder, tokenizer, weights.config.max_seq_len)
+        write_pretrained(folder, weights.config, weights.read, dtype)
         # Of a dialogue, too, the model ends its turn; config.json names the end of a document alone.
         _update_json(folder / "config.json", ids)
     return family.model_type
@@ -75,6 +78,15 @@ def _special_ids(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
     if tokenizer.pad_id >= vocab_size:
         ids["pad_token_id"] = tokenizer.eos_id
     return {name: token for name, token in ids.items() if token is not None}
+
+
+def _check_padding(pad_id: int, tokenizer: Tokenizer) -> None:
+    """transformers reads a score at the last token that is not PAD, which a text must not end with."""
+    if pad_id in tokenizer.stop_ids:
+        raise UserError(
+            f"the tokenizer pads with {tokenizer.backend.id_to_token(pad_id)!r}, which ends texts, and transformers "
+            "would not score them there; name another token as pad_token in its tokenizer_config.json"
+        )
 
 
 def _complete_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:

@@ -9,6 +9,7 @@ from moray.jobs.models.base import Base, check_same, identify
 from moray.model import Decoder, ModelConfig
 from moray.model.hf import HFWeights, read_config
 from moray.model.hf.choice import essence
+from moray.model.init import with_initial
 from moray.model.lora import LoRA, Merged, adapter_shapes
 from moray.model.tensors import Read, tensor_shapes
 from moray.parallel.checkpoint.commits import MANIFEST, Commit, commit_paths, list_commits, read_commit, verify
@@ -18,6 +19,7 @@ from moray.parallel.shard import load_shards
 
 STRETCHES = ("max_seq_len", "position.theta", "position.scaling")
 """What may change, beside what training alone reads, when a model goes on from another's weights: longer contexts."""
+HEAD = "head.weight"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def open_weights(path: Path, open_base: "Callable[[Path], Weights] | None" = Non
     read, adapted = CommitWeights(commit).read, adapted_in(commit)
     if adapted:
         lora, base = adapted
-        check_same(identify(Path(base.path), base), base, str(path))
+        check_same(
+            identify(Path(base.path), base), base, "model.from", f"what the adapters of {path} were trained beside"
+        )
         opened = (open_base or open_weights)(Path(base.path))
         read = Merged(opened.read, read, adapter_shapes(config, lora), lora.scale).read
     return Weights(path, config, read, tokenizer_of(path), is_commit=True)
@@ -110,16 +114,19 @@ def open_whole(folder: Path, on_refused: Callable[[str], None]) -> Weights:
     return open_weights(locate(folder))
 
 
-def fill_shards(decoder: Decoder, path: Path) -> None:
+def fill_shards(decoder: Decoder, path: Path, seed: int = 0) -> None:
     """Fills this rank's part of every weight from what `locate` found; ranks share the checking of a commit's digests.
 
+    A scalar head that takes the place of a vocabulary's is what `seed` begins it with.
     Collective. Raises UserError, on all ranks, for a damaged commit.
     """
     below: Path | None = path
     while below and (below / MANIFEST).is_file():
         _check_together(commit := read_commit(below))
         below = Path(adapted[1].path) if (adapted := adapted_in(commit)) else None
-    load_shards(decoder, open_weights(path).read)
+    weights = open_weights(path)
+    is_new = decoder.config.head == "scalar" != weights.config.head
+    load_shards(decoder, with_initial(weights.read, decoder.config, HEAD, seed) if is_new else weights.read)
 
 
 def _check_together(commit: Commit) -> None:
@@ -130,7 +137,12 @@ def _check_together(commit: Commit) -> None:
 
 
 def check_changes(source: ModelConfig, changed: ModelConfig) -> None:
-    """Raises UserError naming every setting in which a model must not differ from the one whose weights it takes."""
+    """Raises UserError naming every setting in which a model must not differ from the one whose weights it takes.
+
+    A scalar head may take the place of a vocabulary's, and begins anew.
+    """
+    if changed.head == "scalar":
+        source = source.but(head="scalar")
     before, after = essence(source), essence(changed)
     free = [] if source.position.kind == "learned" else list(STRETCHES)
     differing = [

@@ -15,6 +15,7 @@ from moray.data.dataset import Dataset
 from moray.data.sources import Sources
 from moray.data.special_tokens import copy_stops
 from moray.data.tokenizer import copy_tokenizer
+from moray.jobs.config.alignment import ALIGNMENT
 from moray.jobs.config.load import flatten
 from moray.jobs.config.recipe_file import to_toml
 from moray.jobs.config.run import RunConfig
@@ -102,7 +103,7 @@ def check_same_run(commit: Commit, now: RunConfig, sources: Sources) -> None:
             f"start from them in another run.dir, with model.from={now.run.dir}"
         )
     before = _deciding(ModelConfig.of(there["model"]), there, there.get("weights_from", ""))
-    asked = _deciding(now.model, now.model_dump(include={"train", "optimizer", "data"}), now.weights_from)
+    asked = _deciding(now.model, now.model_dump(include={"train", "optimizer", "data", "align"}), now.weights_from)
     adapted = adapted_in(commit)
     before |= _deciding_adapters(adapted[0] if adapted else None)
     asked |= _deciding_adapters(now.adapters)
@@ -150,6 +151,8 @@ def _deciding(model: ModelConfig, sections: dict[str, Any], weights_from: str) -
     settings |= {f"train.{name}": sections["train"][name] for name in _FIXED}
     stated = dict(flatten({"train": sections["train"], "data": sections["data"]}))
     settings |= {name: stated.get(name, default) for name, default in _FIXED_OF_DATA.items()}
+    if sections["train"].get("objective") in ALIGNMENT:
+        settings |= dict(flatten(sections["align"], "align."))
     optimizer = _FIXED_OF_OPTIMIZER | sections["optimizer"]
     return settings | {f"optimizer.{name}": optimizer[name] for name in _FIXED_OF_OPTIMIZER}
 

@@ -9,14 +9,10 @@ from rich.console import Console
 
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_KILLED_BY_KEYBOARD
-from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
-from moray.jobs.config.starting import STARTS
+from moray.jobs.config.starting import TRAINING_VERBS, config_of
 from moray.jobs.runs.files import replace_file
 from moray.jobs.submission.target import Job, Target
-
-TRAINING_VERBS = tuple(STARTS)
 
 
 def submit(target: Target, command: Sequence[str], console: Console | None = None) -> int:
@@ -71,7 +67,7 @@ def _read(command: Sequence[str]) -> tuple[str, RunConfig]:
             f"`moray submit` runs a verb that trains, after two dashes: -- {TRAINING_VERBS[0]} --data.path DATA "
             f"--run.dir RUN …; {verb or 'nothing'} is none"
         )
-    return verb, load_config(*parse_settings(settings), STARTS[verb])
+    return verb, config_of(verb, settings)
 
 
 def _has_steps(config: RunConfig, tell: Callable[[str], None]) -> bool:

@@ -34,7 +34,8 @@ def record_of(config: RunConfig, base: Base | None) -> dict[str, Any]:
 def check_base(config: RunConfig, base: Base | None, metadata: dict[str, Any]) -> None:
     """Raises UserError where the base is not the one that the adapters with this metadata were trained beside."""
     if base:
-        check_same(base, Base.of(metadata["lora"]["base"]), config.run.dir)
+        of_adapters = f"what the adapters of {config.run.dir} were trained beside"
+        check_same(base, Base.of(metadata["lora"]["base"]), "model.from", of_adapters)
 
 
 def what_learns(config: RunConfig) -> dict[str, Any] | None:

@@ -1,4 +1,7 @@
-"""A rank's lanes of a global batch: out of the stream, and into the model in pieces."""
+"""A rank's lanes of a global batch: out of the stream, and into the model in pieces.
+
+Of pairs, a lane is two rows: chosen and rejected answers.
+"""
 
 from collections.abc import Sequence
 
@@ -10,6 +13,7 @@ from moray.data.stream import Batch, Stream
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training.begin import Training
 from moray.model import Randomness
+from moray.model.alignment.pairs import PairBatch
 from moray.model.objective import MicroBatch
 
 
@@ -30,21 +34,19 @@ def stream_of(sources: Sources, config: RunConfig, lanes: Sequence[int], cache_b
 
 
 def micro_batches(training: Training, batch: Batch, lanes: Sequence[int]) -> list[MicroBatch]:
-    """These lanes of a global batch in pieces of at most micro_batch sequences, on this rank's device."""
+    """These lanes of a global batch in pieces of at most micro_batch lanes, on this rank's device."""
     train, device = training.config.train, training.context.device
     sequences_B = batch.first + torch.tensor(lanes)
-    tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT, sequences_B)
-    return [
-        MicroBatch.of(
-            tokens,
-            targets,
-            positions,
-            documents,
-            device,
-            Randomness(train.seed, training.step, sequences.to(device)),
-            training.work.flops(documents),
-        )
-        for tokens, targets, positions, documents, sequences in zip(
-            *(tensor.split(train.micro_batch) for tensor in tensors), strict=True
-        )
-    ]
+    tensors = (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT)
+    # Models that stay as they are take their forward passes, a third of what learning takes.
+    asked = 1 + len(training.frozen) / 3
+    pieces: list[MicroBatch] = []
+    for sequences, *rest in zip(*(tensor.split(train.micro_batch) for tensor in (sequences_B, *tensors)), strict=True):
+        tokens, targets, positions, documents = rest
+        flops = asked * training.work.flops(documents.flatten(0, -2))
+        if training.sources.kind == "preference":
+            pieces.append(PairBatch.of_lanes(tokens, targets, positions, documents, device, flops))
+        else:
+            randomness = Randomness(train.seed, training.step, sequences.to(device))
+            pieces.append(MicroBatch.of(tokens, targets, positions, documents, device, randomness, flops))
+    return pieces

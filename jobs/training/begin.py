@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from moray.cluster.events import EventLog
 from moray.cluster.host_memory import keep_freed_memory
 from moray.cluster.worker import WorkerContext
 from moray.data.sources import Sources
+from moray.jobs.alignment.frozen import Frozen, build_frozen, load_frozen
+from moray.jobs.alignment.objectives import objective_of
 from moray.jobs.config.run import RunConfig
 from moray.jobs.config.sections import TrainSection
 from moray.jobs.models.base import Base
@@ -32,7 +34,7 @@ from moray.jobs.training.recovery import make_room
 from moray.jobs.training.vitals import Vitals
 from moray.model import Decoder
 from moray.model.accounting.work import Work
-from moray.model.objective import NextToken, Objective
+from moray.model.objective import Objective
 from moray.parallel.checkpoint.checkpointer import Checkpointer
 from moray.parallel.checkpoint.commits import Commit
 from moray.parallel.checkpoint.generations import SEEN_WITHIN_S, sees_generation
@@ -78,7 +80,8 @@ class Training:
     copy: the ranks that hold the model once. expert_load (L MoE layers, E experts): tokens since experts were placed,
     where they are placed by them.
 
-    base: what adapters are trained beside, where they are what learns.
+    base: what adapters are trained beside, where they are what learns. frozen: other models that stay as they are, by
+    what they are; beside: which weights these have.
 
     step: optimizer steps done. position: of the stream, behind the batch of the last one. committed: the newest step
     that was. applied: loss and gradient norm of the newest steps. skipped: the positions passed over since, and why.
@@ -103,6 +106,8 @@ class Training:
     snapshots: Snapshots | None
     on_event: Callable[[str, dict[str, Any]], None]
     base: Base | None = None
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)
+    beside: Mapping[str, Base] = field(default_factory=dict)
     step: int = 0
     position: int = 0
     committed: int = 0
@@ -129,7 +134,7 @@ class Training:
 
 def _built(config: RunConfig, meshes: Meshes, compute_dtype: torch.dtype, stage: Stage) -> Decoder:
     decoder = build_decoder(
-        config.model,
+        config.learnt,
         meshes,
         dtype=torch.float32,
         compute_dtype=compute_dtype,
@@ -164,6 +169,10 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     context.enter("building")
     meshes = layout.meshes(context.device.type)
     decoder = _built(config, meshes, compute_dtype, stage)
+    frozen = {
+        name: build_frozen(setting, Path(path), meshes, compute_dtype, stage)
+        for name, (setting, path) in config.frozen.items()
+    }
     # Of each rank its own, for what one measures while others are busy is lower: a restart must not change the MFU.
     peak = context.once(
         f"peak of {context.device} in {config.train.dtype}, rank {context.local_rank}",
@@ -193,7 +202,8 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         lanes=lanes_of(config.train, layout, layout.dp_rank(context.rank)),
         work=Work.of(config.model, config.adapters),
         peak_flops=world_sum(torch.tensor(peak)).item(),
-        objective=NextToken.of(config.model),
+        objective=objective_of(config, frozen),
+        frozen=frozen,
         witness=Witness(decoder) if config.train.audit_every else None,
         reduction=GradientTree(decoder, meshes) if config.train.exact else Reduction(decoder, meshes, stage),
         snapshots=make_room(context, config, training_state(decoder, optimizer), on_event),
@@ -237,6 +247,7 @@ def resume(training: Training, events: EventLog) -> None:
     source: str | None = "memory"
     config = training.config
     training.base = load_base(training.decoder, config, checkpoints_of(config))
+    training.beside = load_frozen(training.frozen, checkpoints_of(config))
     digest = load_snapshot(training)
     if digest is None:
         commit = load_commit(training)
@@ -246,7 +257,7 @@ def resume(training: Training, events: EventLog) -> None:
             check_same_run(commit, config, training.sources)
             go_on_from(training, commit.step, commit.manifest.metadata)
         elif config.weights_from and not training.base:
-            fill_shards(training.decoder, Path(config.weights_from))
+            fill_shards(training.decoder, Path(config.weights_from), config.train.seed)
         else:
             initialise_shards(training.decoder, config.train.seed)
         if commit and [*config.data.phases] != commit.manifest.metadata["config"]["data"].get("phases", []):

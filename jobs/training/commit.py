@@ -31,6 +31,7 @@ def progress(training: Training, row: dict[str, Any]) -> dict[str, Any]:
         "rng": {"seed": config.train.seed},
         "loss": row["loss"],
         **record_of(config, training.base),
+        **({"frozen": {name: base.record() for name, base in training.beside.items()}} if training.beside else {}),
     }
 
 

@@ -20,10 +20,11 @@ from moray.data.dataset import Dataset
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.sources import Sources
 from moray.data.tokenizer import same_vocabulary
+from moray.jobs.config.alignment import KIND_OF, VERB_OF
 from moray.jobs.config.load import flatten
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.base import check_there
-from moray.jobs.models.weights import tokenizer_of
+from moray.jobs.models.weights import config_of, tokenizer_of
 from moray.jobs.runs.folder import claimed
 from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.runs.reporter import Reporter
@@ -34,6 +35,7 @@ from moray.jobs.training.begin import checkpoints_of
 from moray.jobs.training.choices import as_recorded
 from moray.jobs.training.tasks import check_tasks
 from moray.jobs.training.trainer import train
+from moray.model import ModelConfig
 from moray.model.config.moe import MoEConfig
 from moray.parallel.checkpoint.generations import SupersededError, check_newest, take_generation
 
@@ -78,8 +80,11 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
     check_kind(sources, config, tell)
     if config.adapters:
         check_there(Path(config.weights_from))
-    if config.weights_from:
-        check_tokenizer(Path(config.weights_from), Path(sources.first.folder), config.model.vocab_size, tell)
+    models = {"model.from": config.weights_from} if config.weights_from else {}
+    for setting, folder in {**models, **dict(config.frozen.values())}.items():
+        check_tokenizer(Path(folder), Path(sources.first.folder), config.model.vocab_size, tell, setting)
+    for setting, folder in config.frozen.values():
+        check_beside(config.model, Path(folder), setting)
     sources.check_vocabulary(config.model.vocab_size)
     check_trackers(config.run.trackers)
     check_tasks(config)
@@ -91,15 +96,16 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
     source of a mixture will have been seen.
     """
     dataset = sources.first
-    objective, verb = {"text": ("pretrain", "pretrain"), "chat": ("sft", "finetune")}.get(dataset.kind, ("", ""))
-    if objective != config.train.objective:
+    wanted = KIND_OF[config.train.objective]
+    if dataset.kind != wanted:
+        verb = VERB_OF.get(dataset.kind)
         which = f"`moray {verb}` learns from" if verb else "no verb learns from yet"
         raise UserError(
             f"{dataset.called}={dataset.folder} is of kind {dataset.kind}, which {which}; train.objective="
-            f"{config.train.objective} wants kind {'text' if config.train.objective == 'pretrain' else 'chat'}"
+            f"{config.train.objective} wants kind {wanted}"
         )
     for other in sources.datasets.values():
-        if dataset.kind == "chat" and _template(other) != _template(dataset):
+        if dataset.kind != "text" and _template(other) != _template(dataset):
             raise UserError(
                 f"{dataset.called}={dataset.folder} and {other.called}={other.folder} write dialogues by different "
                 "templates; prepare one of them with `--tokenizer` and the folder of the other"
@@ -116,8 +122,8 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
         drawn = config.mixture.drawn(config.train.steps * config.train.global_batch)
         for line in epochs(sequences, drawn.tolist()):
             tell(line)
-    if dataset.kind == "chat" and config.model.moe and not config.adapters:  # which freeze routers
-        tell(balance_kept(config.model.moe))
+    if dataset.kind != "text" and config.learnt.moe and not config.adapters:  # which freeze routers
+        tell(balance_kept(config.learnt.moe))
 
 
 def _template(dataset: Dataset) -> bytes | None:
@@ -146,7 +152,19 @@ def balance_kept(moe: MoEConfig) -> str:
     return f"routers are balanced as before: {kept}; 0 turns one off" if kept else "nothing balances the routers"
 
 
-def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[str], None]) -> None:
+def check_beside(model: ModelConfig, folder: Path, setting: str) -> None:
+    """Raises UserError where a model beside the one that learns is not there, or knows other tokens."""
+    check_there(folder, setting)
+    if (theirs := config_of(folder).vocab_size) != model.vocab_size:
+        raise UserError(
+            f"{setting}={folder} has a vocabulary of {theirs} tokens, but model.vocab_size={model.vocab_size}: both "
+            "must give probabilities to the same tokens"
+        )
+
+
+def check_tokenizer(
+    source: Path, data: Path, vocab_size: int, tell: Callable[[str], None], setting: str = "model.from"
+) -> None:
     """Raises UserError if the data's tokens mean others than those, below `vocab_size`, that the weights know.
 
     Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits, or
@@ -159,7 +177,7 @@ def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[s
         tell(f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on")
     elif not same_vocabulary(tokenizer, data, vocab_size):
         raise UserError(
-            f"data.path={data} has other tokens than model.from={source} was trained on; "
+            f"data.path={data} has other tokens than {setting}={source} was trained on; "
             f"make the data with `moray prepare … --tokenizer {tokenizer}`"
         )
 

@@ -1,6 +1,7 @@
 """Whether a run's workers have the memory that it needs: found out before there is anything of a model."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,16 +9,20 @@ import torch
 from moray.cluster.host_memory import free_memory
 from moray.cluster.worker import WorkerContext
 from moray.jobs.config.run import RunConfig
+from moray.jobs.models.weights import config_of
 from moray.parallel.gradients import of_all_ranks
 from moray.parallel.layout import Layout
-from moray.parallel.memory import RankMemory, rank_memory
+from moray.parallel.memory import RankMemory, frozen_memory, rank_memory
 from moray.parallel.reduction import Stage
 
 
 def needed(config: RunConfig, layout: Layout, dtype: str, stage: Stage) -> RankMemory:
     """Of each worker."""
     train = config.train
-    return rank_memory(
+    frozen = sum(
+        frozen_memory(config_of(Path(path)), layout, getattr(torch, dtype), stage) for _, path in config.frozen.values()
+    )
+    found = rank_memory(
         config.model,
         layout,
         seq_len=train.seq_len,
@@ -28,6 +33,7 @@ def needed(config: RunConfig, layout: Layout, dtype: str, stage: Stage) -> RankM
         moments=getattr(torch, config.optimizer.moments),
         lora=config.adapters,
     )
+    return found._replace(weights=found.weights + frozen)
 
 
 def free(context: WorkerContext) -> float:

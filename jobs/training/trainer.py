@@ -181,9 +181,9 @@ def wait_for_all(training: Training) -> None:
 
 
 def validate(training: Training) -> dict[str, float]:
-    """Mean cross-entropy per token over the whole validation split; nothing where asked to stop on the way.
+    """The objective's loss over the whole validation split, and what else it tells of it; nothing where asked to stop
+    on the way. Of several sources, over those of all, and of each.
 
-    Of several sources, over those of all, and of each.
     Raises FloatingPointError where it is not finite: the last update broke the weights, and no loss has told yet.
     """
     config = training.config
@@ -204,19 +204,22 @@ def validate(training: Training) -> dict[str, float]:
             if was_stopped := agree_to_leave(training.context, config) is not None:
                 return
 
-    totals: dict[str, tuple[float, float]] = {}
+    found: dict[str, dict[str, tuple[float, float]]] = {}
     for name, dataset in training.sources.datasets.items():
-        totals[name] = evaluate(training.decoder, pieces(dataset), training.objective)["loss"]
+        found[name] = evaluate(training.decoder, pieces(dataset), training.objective)
         if was_stopped:
             return {}
-    losses = {f"validation_loss/{name}": total / (count or 1) for name, (total, count) in totals.items() if name}
-    total, count = map(math.fsum, zip(*totals.values(), strict=True))
-    loss = total / (count or 1)
-    if not math.isfinite(loss):
+    told = {}
+    for metric in training.objective.held_out:
+        totals = {name: of_source[metric] for name, of_source in found.items()}
+        total, count = map(math.fsum, zip(*totals.values(), strict=True))
+        told[f"validation_{metric}"] = total / (count or 1)
+        told |= {f"validation_{metric}/{name}": total / (count or 1) for name, (total, count) in totals.items() if name}
+    if not math.isfinite(loss := told["validation_loss"]):
         raise FloatingPointError(
             f"step {training.step}: validation loss {loss}; the step broke the weights and is not committed. {STEADIER}"
         )
-    return {"validation_loss": loss, **losses}
+    return told
 
 
 def speed(training: Training, tokens: int, flops: float, seconds: float) -> dict[str, Any]:
@@ -226,7 +229,8 @@ def speed(training: Training, tokens: int, flops: float, seconds: float) -> dict
     tokens, and attention within documents.
     """
     config = training.config
-    processed = config.train.global_batch * config.train.seq_len
+    sides = 2 if training.sources.kind == "preference" else 1
+    processed = config.train.global_batch * config.train.seq_len * sides
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,

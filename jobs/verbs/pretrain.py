@@ -14,16 +14,14 @@ def pretrain(arguments: list[str]) -> int:
 
     The command line wins over the recipe, the recipe over the preset; in brackets is what holds where none speaks.
     """
-    from moray.jobs.config.arguments import parse_settings
-    from moray.jobs.config.load import load_config
     from moray.jobs.config.run import RunConfig
     from moray.jobs.config.settings_help import show_settings
+    from moray.jobs.config.starting import config_of
 
     if {"-h", "--help"} & set(arguments):
         show_settings(RunConfig, cleandoc(pretrain.__doc__ or ""), Console())
         return 0
-    recipe, overrides = parse_settings(arguments)
-    config = load_config(recipe, overrides)
+    config = config_of("pretrain", arguments)
     from moray.jobs.training.drive import drive
 
     return drive(config)

@@ -61,7 +61,7 @@ def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
             flops[part] = 2 * _count(part, (tensor for tensor in tensors if tensor.ndim > 1), config).active
     pairs = sum(seen_pairs(torch.tensor([seq_len]), reach) for reach in attention_reaches(config))
     flops[SCORES] = pair_flops(config) * pairs / seq_len
-    flops["head"] = 2 * config.vocab_size * config.d_model
+    flops["head"] = 2 * config.head_width * config.d_model
     return flops
 
 

@@ -81,7 +81,7 @@ def activation_bytes(
             kinds[kind], beside = save(partial(Block, config, layer, recompute), fake, x_BTD, context)
             transient = max(transient, beside)
         layers.append(sum(size for storage, size in kinds[kind].items() if storage not in shared))
-    outside, _ = save(partial(_without_layers, config), fake, tokens_BT)
+    outside, _ = save(partial(_Ends, config), fake, tokens_BT)
     return Activations(
         [size // batch for size in layers], sum((outside | shared).values()) // batch, transient // batch
     )
@@ -95,10 +95,15 @@ def _context(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype) -
     return Context(rope, documents, None, Randomness(0, 0, torch.arange(batch)))
 
 
-def _without_layers(config: ModelConfig) -> Decoder:
-    decoder = Decoder(config.but(n_layers=1, moe=None))
-    decoder.blocks = nn.ModuleList()
-    return decoder
+class _Ends(Decoder):
+    """What there is outside of the layers, and one pass through it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.but(n_layers=1, moe=None))
+        self.blocks = nn.ModuleList()
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:  # type: ignore[override]
+        return self.values(tokens_BT) if self.config.head == "scalar" else super().forward(tokens_BT)
 
 
 class _Gathered(WholeTokens):

@@ -34,6 +34,9 @@ class ModelConfig(Part):
     d_model: int = 768
     """Width of the residual stream."""
     max_seq_len: int = 32768
+    head: Literal["vocabulary", "scalar"] = "vocabulary"
+    """What the last hidden state becomes: logits over the vocabulary, or one number, as reward and value models give.
+    Of a scalar head, tied_embeddings, head_bias, final_softcap and z_loss say nothing."""
     tied_embeddings: bool = True
     """Whether the output head's weight is the embedding's."""
     head_bias: bool = False
@@ -75,6 +78,15 @@ class ModelConfig(Part):
     def but(self, **changes: Any) -> Self:
         """The same architecture with some fields changed, and checked again."""
         return self.of(merge(self.model_dump(), changes))
+
+    @property
+    def head_width(self) -> int:
+        """Outputs of the head."""
+        return self.vocab_size if self.head == "vocabulary" else 1
+
+    @property
+    def has_tied_head(self) -> bool:
+        return self.tied_embeddings and self.head == "vocabulary"
 
     @property
     def n_experts(self) -> int:

@@ -29,9 +29,9 @@ def family_for(config: ModelConfig) -> Family:
             # It has no word for a field, which is farther off than words of other meaning.
             misses.append((len(essence(config)), [str(error)], family.model_type))
             continue
-        if not changed:
+        if not changed and (config.head == "vocabulary" or family.has_classifier):
             return family
-        misses.append((len(changed), changed, family.model_type))
+        misses.append((len(changed), changed or [f"transformers has no {family.classifier}"], family.model_type))
     _, changed, nearest = min(misses)
     raise UserError(f"no Hugging Face family expresses this model; the nearest is {nearest}, but {'; '.join(changed)}")
 
@@ -67,6 +67,8 @@ def essence(config: ModelConfig) -> dict[str, Any]:
         values["ffn.width"] = None
     if config.moe:
         values["moe.gated"] = config.expert_ffn.gated
+    if config.head == "scalar":
+        values |= {"tied_embeddings": None, "head_bias": None, "final_softcap": None}
     if config.moe and config.moe.n_groups == config.moe.top_k_groups:
         values |= {"moe.n_groups": 1, "moe.top_k_groups": 1, "moe.group_score": None}
     return {name: value for name, value in values.items() if name not in _TRAINING_ONLY.split()}

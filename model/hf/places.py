@@ -53,6 +53,8 @@ class Piece(NamedTuple):
 def places(config: ModelConfig, table: Table) -> tuple[dict[str, Place], dict[str, torch.Size]]:
     """Where each tensor of ours lies in theirs, and the shapes of those that have no place there."""
     found, homeless = {}, {}
+    if config.head == "scalar":
+        table = {**table, "head": "score"}  # in all families
     for name, shape in tensor_shapes(config).items():
         source, layer = look_up(name, table)
         if source is None:

@@ -34,7 +34,7 @@ class HFWeights:
         table = family.table(config)
         self.places, self.homeless = places(config, table)
         self._slices = _open(self.folder, family.prefix)
-        tied_head = look_up("head.weight", table)[0] if config.tied_embeddings else None
+        tied_head = look_up("head.weight", table)[0] if config.has_tied_head else None
         expected = {name: their_shape(pieces, self.places) for name, pieces in inverse(self.places).items()}
         if tied_head and tied_head.name in self._slices:
             expected[tied_head.name] = self.places["embedding.weight"].shape

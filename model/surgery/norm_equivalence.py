@@ -74,6 +74,7 @@ def to_pre_crmsnorm(decoder: Decoder) -> Decoder:
 def _check(config: ModelConfig) -> None:
     """Raises UserError where other than LayerNorms read the stream, or other than dense linear layers write to it."""
     needed = {
+        "head": (config.head, "vocabulary"),
         "norm.kind": (config.norm.kind, "layernorm"),
         "norm.placement": (config.norm.placement, "pre"),
         "moe": (config.moe, None),

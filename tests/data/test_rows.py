@@ -67,9 +67,9 @@ def test_no_dialogue_fits(tmp_path: Path) -> None:
         dialogue_rows(dataset, 3)
 
 
-def test_pairs_are_no_dialogues(tmp_path: Path) -> None:
-    dataset = make_dialogues(tmp_path / "data", [([1, 2, 3], ".ut")], kind="preference")
-    with pytest.raises(UserError, match=r"holds preference"):
+def test_prompts_are_no_dialogues(tmp_path: Path) -> None:
+    dataset = make_dialogues(tmp_path / "data", [([1, 2, 3], ".ut")], kind="prompts")
+    with pytest.raises(UserError, match=r"holds prompts"):
         rows_of(dataset, "train", 4, CACHE, "cut")
 
 

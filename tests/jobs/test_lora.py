@@ -233,17 +233,17 @@ class TestBase:
         self.change(base)
         outcome = moray("pretrain", *self.words(base, dataset, run, 2))
         assert outcome.code == 2
-        assert "a base that is not the one the adapters of" in outcome.err
+        assert "is not what the adapters of" in outcome.err
         outcome = moray("export", run, "--out", run.parent / "out")
         assert outcome.code == 2
-        assert "a base that is not the one the adapters of" in outcome.err
+        assert "is not what the adapters of" in outcome.err
 
     def test_one_that_is_gone_is_missed(self, moray: Moray, run: Path, base: Path, dataset: Path) -> None:
         shutil.rmtree(base)
         for words in (["pretrain", *self.words(base, dataset, run, 2)], ["generate", run, "--prompt", "x"]):
             outcome = moray(*words)
             assert outcome.code == 2
-            assert f"model.from={base} is not there, and adapters are nothing without their base" in outcome.err
+            assert f"model.from={base} is not there, and this run is nothing without it" in outcome.err
 
     def test_a_copy_of_the_same_bytes_will_do(self, moray: Moray, run: Path, base: Path, dataset: Path) -> None:
         again = base.with_name("again")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moray.model import Decoder, ModelConfig, initialise, loss
 from moray.model.logprobs import token_logprobs
-from moray.model.loss import IGNORED, WholeVocabulary, soft_cap
+from moray.model.loss import IGNORED, Head, WholeVocabulary, soft_cap
 
 D, V = 12, 40
 
@@ -28,7 +28,7 @@ def test_values_and_gradients_equal_torch(
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
     x, w, b, targets, weights = inputs(tokens)
-    ours = token_logprobs(x, w, targets, WholeVocabulary(), bias_V=b, softcap=softcap, temperature=temperature)
+    ours = token_logprobs(x, targets, Head(w, b, softcap, 0.0, WholeVocabulary()), temperature)
     logits = x @ w.T + b
     logits = logits if softcap is None else soft_cap(logits, softcap)
     truth = (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -41,14 +41,14 @@ def test_values_and_gradients_equal_torch(
 
 def test_no_tokens_have_gradients_of_0() -> None:
     x, w, b, targets, _ = inputs(5)
-    nothing = token_logprobs(x[:0], w, targets[:0], WholeVocabulary(), bias_V=b)
+    nothing = token_logprobs(x[:0], targets[:0], Head(w, b, None, 0.0, WholeVocabulary()))
     assert nothing.shape == (0,)
     assert not any(gradient.any() for gradient in torch.autograd.grad(nothing.sum(), [x, w, b]))
 
 
 def test_a_frozen_head_has_no_gradient() -> None:
     x, w, _, targets, weights = inputs(9)
-    ours = token_logprobs(x, w.detach(), targets, WholeVocabulary())
+    ours = token_logprobs(x, targets, Head(w.detach(), None, None, 0.0, WholeVocabulary()))
     (found,) = torch.autograd.grad(ours @ weights, [x])
     truth = (x @ w.detach().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found, torch.autograd.grad(truth @ weights, [x])[0], rtol=1e-12, atol=1e-12)
@@ -56,7 +56,7 @@ def test_a_frozen_head_has_no_gradient() -> None:
 
 def test_in_bf16_they_are_fp32_and_their_gradients_bf16() -> None:
     x, w, _, targets, weights = inputs(5000, torch.bfloat16)
-    ours = token_logprobs(x, w, targets, WholeVocabulary())
+    ours = token_logprobs(x, targets, Head(w, None, None, 0.0, WholeVocabulary()))
     truth = (x.double() @ w.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), truth, rtol=0, atol=0.1)

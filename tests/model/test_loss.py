@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from heads import LargestTensor, Shard
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moray.model import loss
 from moray.model.loss import IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
@@ -111,26 +110,6 @@ def test_bias_softcap_and_z_loss_equal_torch(
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
-class Shard(WholeVocabulary):
-    """A quarter of the vocabulary, in a thread of its own; the sums over the four wait for each other."""
-
-    def __init__(self, rank: int, peers: list[Tensor | None], barrier: threading.Barrier) -> None:
-        self.rank, self.start, self.peers, self.barrier = rank, rank * V // 4, peers, barrier
-
-    def _gathered(self, x: Tensor) -> Tensor:
-        self.peers[self.rank] = x
-        self.barrier.wait()
-        gathered = torch.stack([peer for peer in self.peers if peer is not None])
-        self.barrier.wait()
-        return gathered
-
-    def total(self, x: Tensor) -> Tensor:
-        return self._gathered(x).sum(0)
-
-    def highest(self, x: Tensor) -> Tensor:
-        return self._gathered(x).amax(0)
-
-
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "z_loss": 0.05}], ids=["plain", "softcap and z-loss"])
 def test_a_sharded_vocabulary_computes_the_same(options: dict[str, float]) -> None:
     """Rows of weight and bias in four parts: each part's gradient is its rows' own, those of x sum to the whole."""
@@ -142,7 +121,9 @@ def test_a_sharded_vocabulary_computes_the_same(options: dict[str, float]) -> No
     def of_rank(rank: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         rows = slice(rank * V // 4, (rank + 1) * V // 4)
         leaves = [part.detach().clone().requires_grad_() for part in (x, w[rows], bias[rows])]
-        value, z = cross_entropy_sum(*leaves[:2], targets, Shard(rank, peers, barrier), bias_V=leaves[2], **options)
+        value, z = cross_entropy_sum(
+            *leaves[:2], targets, Shard(rank, rows.start, peers, barrier), bias_V=leaves[2], **options
+        )
         return value, z, torch.autograd.grad(value, leaves)
 
     with ThreadPoolExecutor(4) as threads:
@@ -164,18 +145,6 @@ def test_soft_cap_equals_transformers_formula_and_keeps_small_values() -> None:
     torch.testing.assert_close(soft_cap(x, 30.0), torch.tanh(x / 30.0) * 30.0, rtol=1e-15, atol=0)
     assert soft_cap(x, 30.0).abs().max() <= 30
     torch.testing.assert_close(soft_cap(x[2:5], 30.0), x[2:5], rtol=1e-9, atol=0)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every operation of the block, forward and backward, for the most elements of a tensor it made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = function(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
 
 
 def test_no_tensor_of_tokens_times_vocabulary_exists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ def _write_shared(config: ModelConfig) -> dict[str, Any]:
 GLM4_MOE = Family(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
+    has_classifier=False,
     rules=(
         *decoder(eps=1e-5),
         heads(8),

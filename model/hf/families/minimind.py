@@ -90,6 +90,7 @@ MINIMIND2 = Family(
     marker="n_routed_experts",
     architecture="MiniMindForCausalLM",
     in_transformers=False,
+    has_classifier=False,
     rules=(
         *_COMMON,
         natural_heads(2),
@@ -119,6 +120,7 @@ MINIMIND3 = Family(
     marker="num_experts",
     architecture="MiniMindForCausalLM",
     in_transformers=False,
+    has_classifier=False,
     rules=(
         *_COMMON,
         heads(4),

@@ -18,6 +18,7 @@ from moray.model.hf.rules import (
 OLMOE = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
+    has_classifier=False,
     rules=(
         *decoder(eps=1e-5),
         natural_heads(),

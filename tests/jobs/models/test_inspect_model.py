@@ -139,6 +139,13 @@ def test_a_description_names_what_is_special(preset: str, facts: list[str]) -> N
     assert [fact for fact in facts if fact not in told] == []
 
 
+def test_of_a_scalar_head_nothing_is_said_that_is_a_vocabularys() -> None:
+    (whole, *_) = describe(ModelConfig.preset("gemma2-2b", head="scalar"))
+    assert "vocabulary 256,000 (scalar head)" in whole
+    assert "tied" not in whole
+    assert "logits" not in whole
+
+
 def test_numbers_are_short() -> None:
     assert [short(x, "kMBT") for x in (7, 1234, 999_999, 7.2417e9, 1.2e12)] == ["7", "1.23k", "1M", "7.24B", "1.2T"]
     assert [binary(x) for x in (7, 1536, 3 * 2**30, 2**50)] == ["7 B", "1.5 KiB", "3 GiB", "1,024 TiB"]

@@ -143,6 +143,13 @@ def test_demo_moe_counted_by_hand() -> None:
     }
 
 
+def test_a_scalar_head_has_a_weight_for_each_channel_and_takes_two_operations_for_each() -> None:
+    language = ModelConfig.preset("demo-moe")
+    scalar = language.but(head="scalar")
+    assert parameters_by_part(scalar) == {**parameters_by_part(language), "head": (256, 256)}
+    assert forward_flops(scalar, TOKENS) == {**forward_flops(language, TOKENS), "head": 2 * 256}
+
+
 def test_deepseek_v3_counted_by_hand() -> None:
     d, heads, q_rank, kv_rank = 7168, 128, 1536, 512
     a_layer = d * q_rank + q_rank * heads * 192 + d * (kv_rank + 64) + kv_rank * heads * 256 + heads * 128 * d

@@ -44,6 +44,7 @@ CONFIGS = {
         "switch-base-8", **SMALL, attention=HEADS, moe=FEW | {"capacity_factor": None}
     ),
     "noise": ModelConfig.preset("minimind-3-moe", **SMALL, attention=HEADS, moe=FEW | NOISY),
+    "scalar head": ModelConfig.preset("demo-dense", **SMALL, attention=HEADS, head="scalar"),
 }
 
 
@@ -81,7 +82,7 @@ def test_what_capacity_would_drop_is_counted_as_kept() -> None:
 
 
 def _really_saved(config: ModelConfig, batch: int) -> int:
-    """By the loss of a batch, as training computes it, but for what is as large as the weights."""
+    """By the loss of a batch, or its values, as training computes it, but for what is as large as the weights."""
     decoder = Decoder(config).bfloat16()
     for module in decoder.modules():
         if isinstance(module, Router):
@@ -97,7 +98,10 @@ def _really_saved(config: ModelConfig, batch: int) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        decoder.loss(tokens, tokens, randomness=Randomness(0, 0, torch.arange(batch)))
+        if config.head == "scalar":
+            decoder.values(tokens)
+        else:
+            decoder.loss(tokens, tokens, randomness=Randomness(0, 0, torch.arange(batch)))
     weights = {x.untyped_storage().data_ptr() for x in (*decoder.parameters(), *decoder.buffers())}
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()

@@ -1,0 +1,189 @@
+"""`moray align` by preferences, end to end: what it learns, that it goes on after a kill, and what it refuses."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny, tiny_from
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moray.data.reading.rules import Rules
+from moray.jobs.cli import dispatch
+from moray.jobs.datasets.prepare import prepare
+from moray.jobs.training.metrics import read_metrics
+from moray.parallel.checkpoint.commits import list_commits
+
+Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
+COLOURS, TYPES = ("red", "blue", "green"), ("list", "dict", "set")
+
+
+@pytest.fixture(scope="module")
+def pairs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two words that are asked for, the chosen answer is the colour."""
+    draw, folder = random.Random(0), tmp_path_factory.mktemp("pairs")
+    with open(folder / "pairs.jsonl", "w") as file:
+        for number in range(240):
+            colour, kind = draw.choice(COLOURS), draw.choice(TYPES)
+            asked = f"{number}: {' or '.join(draw.sample([colour, kind], 2))}" + "?" * draw.randint(1, 9)
+            answers = {"chosen": colour, "rejected": " ".join([kind] * draw.randint(1, 3))}
+            file.write(json.dumps({"prompt": asked, **answers}) + "\n")
+    prepare(
+        [folder / "pairs.jsonl"], folder / "data", tokenizer=dataset, validation=0.2, reading=Rules(kind="preference")
+    )
+    return folder / "data"
+
+
+def begun(dataset: Path, folder: Path, **changes: object) -> Path:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert (
+            dispatch(["pretrain", *tiny(dataset, folder, **{"train__steps": 2, "train__eval_every": 0, **changes})])
+            == 0
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return begun(dataset, tmp_path_factory.mktemp("base") / "run")
+
+
+def words(base: Path, pairs: Path, run: Path, **changes: object) -> list[str]:
+    settings = {"optimizer__lr": 0.003, "train__steps": 12, "train__eval_every": 0, "method": "dpo", **changes}
+    return ["align", *tiny_from(base, pairs, run, **settings)]
+
+
+@pytest.fixture(scope="module")
+def aligned(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("aligned") / "run"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert dispatch(words(base, pairs, folder, train__steps=60, align__beta=0.5)) == 0
+    return folder
+
+
+def test_it_begins_at_ln_2_and_learns_what_is_preferred(aligned: Path) -> None:
+    """No loss balances experts, and no routing bias moves: a policy that changed by itself would leave ln 2."""
+    rows = read_metrics(aligned)
+    first, last = rows[0], rows[-1]
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-15)
+    assert first["margin"] == first["accuracy"] == first["kl"] == 0
+    assert last["validation_accuracy"] > 0.95
+    assert last["validation_loss"] < 0.2
+    assert last["margin"] > 1
+    assert last["kl"] > 0
+    assert last["chosen_logp"] - first["chosen_logp"] > last["rejected_logp"] - first["rejected_logp"]
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    names = ("step", "loss", "margin", "accuracy", "kl", "grad_norm", "positions", "validation_loss")
+    return [{name: row.get(name) for name in names} for row in read_metrics(run)]
+
+
+def test_a_kill_changes_nothing(base: Path, pairs: Path, tmp_path: Path) -> None:
+    """NeMo-RL 2955, 3722: a resume took the policy that it found for the reference. Here all numbers stay the same."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "moray", *words(base, pairs, tmp_path / name, checkpoint__every=4)]
+
+    killed = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 50
+        while len(read_metrics(tmp_path / "killed")) < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    reached = len(read_metrics(tmp_path / "killed"))
+    assert list_commits(tmp_path / "killed" / "checkpoints")[-1].step in (4, 8)
+    for name in ("killed", "whole"):
+        subprocess.run(command(name), env=environment, check=True, capture_output=True, timeout=50)
+    assert 6 <= reached < 12
+    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+
+
+def test_another_reference_is_refused(moray: Moray, base: Path, pairs: Path, dataset: Path, tmp_path: Path) -> None:
+    """A reference that is trained on is not what it was, but its commit is; another one in that place is refused."""
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    shutil.copytree(base, reference)
+    asked = words(base, pairs, run, align__reference=reference)
+    assert moray(*asked).code == 0
+    commit = list_commits(begun(dataset, reference, train__steps=3) / "checkpoints")[0]
+    assert moray(*words(base, pairs, run, align__reference=reference, train__steps=14)).code == 0
+    (other,) = list_commits(begun(dataset, tmp_path / "other", train__seed=1) / "checkpoints")
+    shutil.rmtree(commit.path)
+    shutil.copytree(other.path, commit.path)
+    outcome = moray(*words(base, pairs, run, align__reference=reference, train__steps=16))
+    assert outcome.code != 0
+    assert f"align.reference={commit.path} is not the model that this run began beside" in outcome.err
+    shutil.rmtree(reference)
+    outcome = moray(*words(base, pairs, run, align__reference=reference, train__steps=16))
+    assert outcome.code == 2
+    assert f"align.reference={commit.path} is not there" in outcome.err
+
+
+def test_the_export_prefers_what_the_run_preferred(
+    moray: Moray, aligned: Path, pairs: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """The log-probabilities of a pair by transformers, from the exported folder, are those of the policy."""
+    assert moray("export", aligned, "--out", tmp_path / "hf").code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for colour, kind in zip(COLOURS, TYPES, strict=True):
+        found = []
+        for answer in (colour, kind):
+            said = [{"role": "user", "content": f"17: {kind} or {colour}?"}, {"role": "assistant", "content": answer}]
+            whole = tokenizer.apply_chat_template(
+                said, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+            )
+            ids, trained = whole["input_ids"], whole["assistant_masks"][0, 1:].bool()
+            with torch.no_grad():
+                logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            found.append(logp[trained].sum().item())
+        assert found[0] > found[1] + 1
+
+
+def test_what_it_refuses(moray: Moray, base: Path, pairs: Path, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    wide = begun(dataset, tmp_path / "wide", model__vocab_size=408)
+    full = begun(dataset, tmp_path / "full", model__moe__capacity_factor=1.5)
+    for arguments, message in (
+        (words(base, dataset, run), "is of kind text, which `moray pretrain` learns from; train.objective=dpo wants"),
+        (["pretrain", *words(base, pairs, run)[1:-2]], "is of kind preference, which `moray align` learns from"),
+        (words(base, pairs, run, method="dop"), "--method dop: did you mean dpo?"),
+        (words(base, pairs, run)[:-2], "--method is missing: dpo"),
+        (["align", "--method", "dpo", "--data.path", pairs, "--run.dir", run], "model.from is missing"),
+        (words(base, pairs, run, align__beta=0), "align.beta=0"),
+        (words(base, pairs, run, align__label_smoothing=0.5), "align.label_smoothing=0.5"),
+        (words(base, pairs, run, align__reference=tmp_path / "none"), f"align.reference={tmp_path / 'none'}"),
+        (words(base, pairs, run, align__reference=wide), "has a vocabulary of 408 tokens, but model.vocab_size=400"),
+        (words(full, pairs, run), "model.moe.capacity_factor=1.5 must be none with train.objective=dpo"),
+        (words(base, pairs, run, model__moe__jitter=0.1), "model.moe has a router that draws"),
+        (words(base, pairs, run, train__seq_len=8), "train.seq_len=8 is under every dialogue of the train split"),
+        (["pretrain", *tiny(dataset, run, align__beta=0.2)], "align.… settings are of `moray align`"),
+    ):
+        outcome = moray(*arguments)
+        assert outcome.code == 2, (arguments, outcome.err)
+        assert message in outcome.err
+    assert not run.exists()
+
+
+def test_it_is_another_run_with_another_method(moray: Moray, aligned: Path, base: Path, pairs: Path) -> None:
+    outcome = moray(*words(base, pairs, aligned, train__steps=70, align__beta=0.4))
+    assert outcome.code == 2
+    assert "holds a different run: align.beta=0.4 (there: 0.5)" in outcome.err
+    outcome = moray(*words(base, pairs, aligned, train__steps=70, align__beta=0.5, method="ipo"))
+    assert outcome.code == 2
+    assert "train.objective=ipo (there: dpo)" in outcome.err
