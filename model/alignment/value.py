@@ -49,7 +49,7 @@ class Value(Objective[ValueBatch]):
         return (piece.n_own_count, *[piece.n_targets] * 3)
 
     def sums(self, decoder: Decoder, piece: ValueBatch) -> tuple[Tensor, ...]:
-        values = decoder.values(piece.tokens_BT, piece.positions_BT, piece.documents)  # type: ignore[operator]
+        values = decoder.values(piece.tokens_BT, piece.positions_BT, piece.documents)
         losses = value_loss(values, piece.old_values_BT, piece.returns_BT, self.clip)
         answers, own = piece.targets_BT != IGNORED, values.detach()
         is_clipped = losses.detach() > (own - piece.returns_BT).square() / 2

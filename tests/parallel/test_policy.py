@@ -1,4 +1,4 @@
-"""Law 1 for policies: values and gradients on every layout are those of one process."""
+"""Law 1 for policies and critics: values and gradients on every layout are those of one process."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moray.model import Decoder, ModelConfig, initialise
 from moray.model.alignment.policy import Aggregation, Policy, PolicyBatch, aggregation
+from moray.model.alignment.value import Value, ValueBatch
 from moray.model.attention.documents import Documents
 from moray.parallel.gradients import accumulate_gradients
 from moray.parallel.layout import Layout
@@ -26,6 +27,7 @@ OBJECTIVES = {
     "dapo": Policy(0.7, "cispo", clip_high=0.1),
     "dr_grpo": Policy(0.7, kl_coefficient=0.3, kl_estimator="k1"),
 }
+CRITIC = Value(0.5)
 LAYOUTS = [
     (MOE, "grpo", Layout(dp_shard=2)),
     (MOE, "dapo", Layout(dp_shard=4)),
@@ -70,43 +72,68 @@ def own_count(kind: Aggregation, lane: int) -> tuple[Tensor, float]:
     return aggregation(kind, lengths_S, torch.full_like(lengths_S, lane + 1 < len(LANES)).bool(), LONGEST)
 
 
-def piece(kind: Aggregation, lanes: list[int]) -> PolicyBatch:
+def pieces(kind: Aggregation, lanes: list[int]) -> tuple[PolicyBatch, ValueBatch]:
     ids_4BT, numbers_3BT, weights_3BT = (torch.stack(x, 1) for x in zip(*map(row, lanes), strict=True))
-    return PolicyBatch(
-        *ids_4BT[:3],
-        Documents.of(ids_4BT[3], CPU),
-        int((ids_4BT[1] != -100).sum()),
+    packed: Any = (*ids_4BT[:3], Documents.of(ids_4BT[3], CPU), int((ids_4BT[1] != -100).sum()))
+    weighed: Any = {
+        "weights_BT": weights_3BT[KINDS.index(kind)],
+        "n_own_count": sum(own_count(kind, lane)[1] for lane in lanes),
+    }
+    policy = PolicyBatch(
+        *packed,
+        **weighed,
         old_logp_BT=numbers_3BT[0],
         reference_logp_BT=numbers_3BT[1] if OBJECTIVES[kind].kl_coefficient else None,
         advantages_BT=numbers_3BT[2],
-        weights_BT=weights_3BT[KINDS.index(kind)],
-        n_own_count=sum(own_count(kind, lane)[1] for lane in lanes),
         n_samples=sum(len(LANES[lane]) for lane in lanes),
     )
+    return policy, ValueBatch(*packed, **weighed, old_values_BT=numbers_3BT[0], returns_BT=numbers_3BT[2])
 
 
-def config_of(name: str) -> ModelConfig:
-    return MODELS[name].but(vocab_size=VOCAB)
+Found = list[tuple[dict[str, float], dict[str, Tensor]]]
 
 
-def spread(name: str, kind: Aggregation, layout: Layout) -> tuple[dict[str, float], dict[str, Tensor]]:
-    meshes = layout.meshes("cpu")
-    decoder = build_decoder(config_of(name), meshes, dtype=torch.float64, compute_dtype=torch.float64)
-    initialise_shards(decoder, SEED)
+def config_of(name: str, head: str) -> ModelConfig:
+    return MODELS[name].but(vocab_size=VOCAB, head=head)
+
+
+def both(kind: Aggregation, micro_batches: list[list[int]], policy: Any, critic: Any) -> Found:
+    """Values and gradients of the policy and of the critic, each a decoder with what sums its gradients."""
+    found, of_lanes = [], [pieces(kind, lanes) for lanes in micro_batches]
+    for i, (objective, (decoder, reduction)) in enumerate(((OBJECTIVES[kind], policy), (CRITIC, critic))):
+        micro: Any = [batches[i] for batches in of_lanes]
+        values = accumulate_gradients(decoder, micro, reduction, objective=objective).values
+        gradients = {n: full(w.grad) for n, w in decoder.named_parameters() if w.grad is not None}
+        found.append((values, gradients))
+    return found
+
+
+def spread(name: str, kind: Aggregation, layout: Layout) -> Found:
+    meshes, models = layout.meshes("cpu"), []
+    for head in ("vocabulary", "scalar"):
+        decoder = build_decoder(config_of(name, head), meshes, dtype=torch.float64, compute_dtype=torch.float64)
+        initialise_shards(decoder, SEED)
+        models.append((decoder, Reduction(decoder, meshes, 3)))
     lanes = layout.lanes(layout.dp_rank(dist.get_rank()), len(LANES), None)
-    pieces = [piece(kind, [lane]) for lane in lanes]
-    found = accumulate_gradients(decoder, pieces, Reduction(decoder, meshes, 3), objective=OBJECTIVES[kind])
-    return found.values, {n: full(w.grad) for n, w in decoder.named_parameters() if w.grad is not None}
+    return both(kind, [[lane] for lane in lanes], *models)
+
+
+def truth(name: str, kind: Aggregation) -> Found:
+    models = []
+    for head in ("vocabulary", "scalar"):
+        decoder = Decoder(config_of(name, head)).double()
+        initialise(decoder, SEED)
+        models.append((decoder, None))
+    return both(kind, [[*range(len(LANES))]], *models)
 
 
 @pytest.mark.parametrize(("name", "kind", "layout"), LAYOUTS, ids=str)
 def test_a_layout_equals_one_process(pool: Pool, name: str, kind: Aggregation, layout: Layout) -> None:
     """Prime-rl 1957, TRL 3021 and ms-swift 10117 (means of means), MiniMind 853 (no gradient was synchronised)."""
-    alone: Any = Decoder(config_of(name)).double()
-    initialise(alone, SEED)
-    truth = accumulate_gradients(alone, [piece(kind, [*range(len(LANES))])], objective=OBJECTIVES[kind])
-    for values, gradients in pool.run(spread, layout.world_size, name, kind, layout):
-        assert values == pytest.approx(truth.values, rel=1e-10)
-        for tensor, weight in alone.named_parameters():
-            if weight.grad is not None:
-                torch.testing.assert_close(gradients[tensor], weight.grad, rtol=1e-10, atol=1e-12, msg=tensor)
+    expected = truth(name, kind)
+    for found in pool.run(spread, layout.world_size, name, kind, layout):
+        for (values, gradients), (true_values, true_gradients) in zip(found, expected, strict=True):
+            assert values == pytest.approx(true_values, rel=1e-10)
+            assert gradients.keys() == true_gradients.keys()
+            for tensor, gradient in true_gradients.items():
+                torch.testing.assert_close(gradients[tensor], gradient, rtol=1e-10, atol=1e-12, msg=tensor)
