@@ -18,7 +18,7 @@ from moray.model.context import Context
 from moray.model.loss import CHUNK_TOKENS, IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
-from moray.model.randomness import Randomness
+from moray.model.randomness import Randomness, gumbel
 from moray.model.recompute import Recompute
 from moray.model.sharded import Embedding, Linear, local
 
@@ -135,6 +135,28 @@ class Decoder(nn.Module):
         _, likeliest_B = self._highest(self.logits(x_BD).float())
         return likeliest_B
 
+    def sample(
+        self,
+        tokens_BT: Tensor,
+        cache: KVCache,
+        keys_N: Tensor,
+        temperature: float,
+        documents_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A token drawn from softmax(logits / temperature) behind each row, and its log-probability there, [N] each.
+
+        tokens_BT: those that follow what the cache holds. keys_N: what each is drawn with; where they are a multiple of
+        the rows, that many are drawn behind each. The log-probabilities are fp32 at least.
+        """
+        x_BTD = self.hidden(tokens_BT, documents_BT=documents_BT, cache=cache)
+        logits_BV = self.logits(cache.turned(x_BTD)[:, -1])
+        accurate_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / temperature
+        logits_NV = accurate_BV.repeat_interleave(len(keys_N) // len(accurate_BV), 0)
+        highest_N, _ = self._highest(logits_NV)
+        noise_NV = gumbel(keys_N, "token", logits_NV.shape[1], self.vocabulary.start)
+        _, drawn_N = self._highest(noise_NV.add_(logits_NV))
+        return drawn_N, self._log_probability(logits_NV, highest_N, drawn_N)
+
     def score(
         self, tokens_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | Documents | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -149,14 +171,18 @@ class Decoder(nn.Module):
         return torch.cat(logp), torch.cat(greedy)
 
     def _score(self, x_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        vocabulary, logits_NV = self.vocabulary, self.logits(x_ND).float()
+        logits_NV = self.logits(x_ND).float()
         highest_N, likeliest_N = self._highest(logits_NV)
+        return self._log_probability(logits_NV, highest_N, target_N), likeliest_N == target_N
+
+    def _log_probability(self, logits_NV: Tensor, highest_N: Tensor, target_N: Tensor) -> Tensor:
+        vocabulary = self.vocabulary
         log_N = vocabulary.total((logits_NV - highest_N[:, None]).exp().sum(-1)).log() + highest_N
         # Under a vocabulary shard, the target's logit is on one rank alone.
         index_N = target_N - vocabulary.start
         here_N = (index_N >= 0) & (index_N < logits_NV.shape[1])
         target_logit_N = logits_NV.gather(1, torch.where(here_N, index_N, 0)[:, None])[:, 0]
-        return vocabulary.total(torch.where(here_N, target_logit_N, 0.0)) - log_N, likeliest_N == target_N
+        return vocabulary.total(torch.where(here_N, target_logit_N, 0.0)) - log_N
 
     def _highest(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         """The highest logit over the whole vocabulary, and whose it is; of equal ones the first, as argmax has it."""
@@ -197,18 +223,19 @@ class Decoder(nn.Module):
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         if cache is not None:
-            cache.length += tokens_BT.shape[1]
+            cache.length += cache.new(tokens_BT)
         return self.norm(x_BTD), statistics
 
     def _positions(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
         """Places of tokens that follow those in the cache."""
-        new = tokens_BT.shape[1]
-        end = new + (cache.length if cache else 0)
-        if self.position_embedding is not None and end > self.config.max_seq_len:
+        place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        if cache:
+            place_BT = cache.turned(cache.positions(cache.new(tokens_BT)))
+        if self.position_embedding is not None and (end := int(place_BT.max()) + 1) > self.config.max_seq_len:
             raise UserError(
                 f"model.max_seq_len={self.config.max_seq_len} learned positions are too few for {end} tokens"
             )
-        return cache.positions(new) if cache else torch.arange(new, device=tokens_BT.device)[None]
+        return place_BT
 
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         x_BTD = self.vocabulary.embed(self.embedding, tokens_BT)
