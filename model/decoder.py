@@ -14,7 +14,7 @@ from moray.model.attention.documents import Documents
 from moray.model.attention.rope import rope_angles
 from moray.model.block import Block
 from moray.model.config.architecture import ModelConfig
-from moray.model.context import Context
+from moray.model.context import Context, Routes
 from moray.model.loss import CHUNK_TOKENS, IGNORED, WholeVocabulary, cross_entropy_sum, soft_cap
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
@@ -89,9 +89,10 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | Documents | None = None,
         cache: KVCache | None = None,
+        routes: Routes | None = None,
     ) -> Tensor:
         """What `logits` reads, [B, T, D]: for callers who need the logits of a few of the tokens only."""
-        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache, None)
+        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache, None, routes)
         return self.vocabulary.tokens.gather(x_BTD)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -107,12 +108,13 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | Documents | None = None,
         randomness: Randomness | None = None,
+        routes: Routes | None = None,
     ) -> Losses:
         """Summed losses of a batch, without ever holding its logits. Targets of -100 are not counted.
 
         randomness: what a router that draws (`moe.is_random`) draws from in training.
         """
-        x_BTD, statistics = self._hidden(tokens_BT, positions_BT, documents_BT, None, randomness)
+        x_BTD, statistics = self._hidden(tokens_BT, positions_BT, documents_BT, None, randomness, routes)
         x_ND = self.vocabulary.tokens.gather(x_BTD).flatten(0, 1)
         weight_VD, bias_V = self._head()
         cross_entropy, z = cross_entropy_sum(
@@ -142,19 +144,20 @@ class Decoder(nn.Module):
         keys_N: Tensor,
         temperature: float,
         documents_BT: Tensor | None = None,
+        routes: Routes | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A token drawn from softmax(logits / temperature) behind each row, and its log-probability there, [N] each.
 
         tokens_BT: those that follow what the cache holds. keys_N: what each is drawn with; where they are a multiple of
         the rows, that many are drawn behind each. The log-probabilities are fp32 at least.
         """
-        x_BTD = self.hidden(tokens_BT, documents_BT=documents_BT, cache=cache)
+        x_BTD = self.hidden(tokens_BT, documents_BT=documents_BT, cache=cache, routes=routes)
         logits_BV = self.logits(cache.turned(x_BTD)[:, -1])
         accurate_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / temperature
         logits_NV = accurate_BV.repeat_interleave(len(keys_N) // len(accurate_BV), 0)
-        highest_N, _ = self._highest(logits_NV)
         noise_NV = gumbel(keys_N, "token", logits_NV.shape[1], self.vocabulary.start)
         _, drawn_N = self._highest(noise_NV.add_(logits_NV))
+        highest_N = self.vocabulary.highest(logits_NV.amax(-1))
         return drawn_N, self._log_probability(logits_NV, highest_N, drawn_N)
 
     def score(
@@ -202,6 +205,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | Documents | None,
         cache: KVCache | None,
         randomness: Randomness | None,
+        routes: Routes | None,
     ) -> tuple[Tensor, list[Statistics]]:
         """What the head reads, and every MoE layer's statistics."""
         if isinstance(documents_BT, Tensor):
@@ -216,7 +220,7 @@ class Decoder(nn.Module):
         config, rope = self.config, None
         if config.position.kind == "rope":
             rope = rope_angles(positions_BT, config.rotary_dim, config.position, x_BTD.dtype)
-        context = Context(rope, documents_BT, cache, randomness)
+        context = Context(rope, documents_BT, cache, randomness, routes)
         statistics = []
         for block in self.blocks:
             x_BTD, layer_statistics = block(x_BTD, context)

@@ -5,11 +5,12 @@ place in the answer, and the shapes of decoding are the config's. A rank gathers
 more than tensor and expert parallelism ask for.
 """
 
-# Shapes: P prompts of a batch, T tokens of the longest, N = P * group_size samples of them, B sequences of a pass.
+# Shapes: P prompts of a batch, T tokens of the longest, N = P * group_size samples of them, B sequences of a pass, L
+# layers with experts, K experts per token.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from moray import UserError
 from moray.model.attention.cache import KVCache
 from moray.model.config.architecture import ModelConfig
+from moray.model.context import Routes
 from moray.model.decoder import Decoder
 from moray.model.moe.layer import MoE
 from moray.model.randomness import Randomness
@@ -62,11 +64,15 @@ class Sampling:
 class Answer:
     """Of one sample. tokens: ids (int64), the stop token included. logp: of each, its log-probability under
     softmax(logits / temperature), fp32 at least. has_ended: by a stop token, and not for want of room.
+
+    routes: where they are recorded, the experts (int16) that the tokens of prompt and answer chose in each of the L
+    layers with experts; but for the answer's last token, which nobody reads: [prompt + answer - 1, L, K].
     """
 
     tokens: np.ndarray
     logp: np.ndarray
     has_ended: bool
+    routes: np.ndarray | None = None
 
 
 def check_rollable(config: ModelConfig) -> None:
@@ -96,6 +102,7 @@ def rollout(
     *,
     seed: int,
     step: int,
+    records_routes: bool = False,
     on_token: Callable[[], None] = lambda: None,
 ) -> list[list[Answer]]:
     """For each of this rank's prompts, `group_size` answers.
@@ -103,6 +110,7 @@ def rollout(
     ids: each prompt's place in the global order, which names its samples: sample g of prompt i is i * group_size + g.
     Prompts whose ids divided by groups_per_batch agree are computed together: where ranks have whole batches, shapes
     are the same on every number of them. Tensor-parallel peers have the same prompts; a rank may have none.
+    records_routes: answers say which experts their tokens chose; those of a dense model say nothing.
     on_token: called after each token of a batch. Collective.
 
     Raises UserError for what cannot be answered, and FloatingPointError where logits are not finite.
@@ -126,7 +134,8 @@ def rollout(
             rows = batches.pop(number, {})
             draws = Randomness(seed, step, number * len(samples) + samples)
             asked = {row: prompts[index] for row, index in rows.items()}
-            written = _write(decoder, asked, draws, sampling, is_shared, on_token)
+            routes: list[Tensor] | None = [] if records_routes and decoder.config.n_moe_layers else None
+            written = _write(decoder, asked, draws, sampling, is_shared, routes, on_token)
             answers |= {index: written[row] for row, index in rows.items()}
     forget_counts(decoder)  # what travelled here is no step's
     decoder.train(was_training)
@@ -139,9 +148,13 @@ def _write(
     draws: Randomness,
     sampling: Sampling,
     is_shared: bool,
+    read: list[Tensor] | None,
     on_token: Callable[[], None],
 ) -> dict[int, list[Answer]]:
-    """The answers to a batch's prompts by their rows; in the others, nothing is asked."""
+    """The answers to a batch's prompts by their rows; in the others, nothing is asked.
+
+    read: where it is there, it is filled with what the tokens of each pass chose.
+    """
     device, group = draws.sequences_B.device, sampling.group_size
     tokens_PT, documents_PT = _left_padded(asked, sampling.groups_per_batch, decoder.vocabulary.tokens.size)
     weight = local(decoder.embedding.weight)
@@ -155,8 +168,10 @@ def _write(
         keys_N = draws.keys("rollout", torch.full_like(length_N, place)[:, None])[:, 0]
         if place == 1:
             cache.branch(group)
-        documents_BT = None if place else documents_PT
-        token_N, logp_N = decoder.sample(new_BT, cache, keys_N, sampling.temperature, documents_BT)
+        documents_BT, routes = None if place else documents_PT, None if read is None else Routes()
+        token_N, logp_N = decoder.sample(new_BT, cache, keys_N, sampling.temperature, documents_BT, routes)
+        if read is not None and routes is not None:
+            read.append(routes.of_layers().to(torch.int16))
         drawn.append(token_N)
         logp.append(logp_N)
         length_N += is_going_N
@@ -175,7 +190,21 @@ def _write(
     tokens_NT, logp_NT = (torch.stack(parts, 1).cpu().numpy() for parts in (drawn, logp))
     ends = zip(length_N.tolist(), is_going_N.logical_not().tolist(), strict=True)
     answers = [Answer(tokens_NT[n, :end], logp_NT[n, :end], ended) for n, (end, ended) in enumerate(ends)]
+    if read:
+        answers = _with_routes(answers, read, (documents_PT < 0).sum(1).tolist())
     return {row: answers[row * group : (row + 1) * group] for row in asked}
+
+
+def _with_routes(answers: list[Answer], read: list[Tensor], padding_P: list[int]) -> list[Answer]:
+    """read: first of the prompts, [P, T, L, K], then a token of each answer, [1, N, L, K]."""
+    prompts_PTLK, group = read[0].cpu().numpy(), len(answers) // len(padding_P)
+    tokens_TNLK = torch.cat([read[0].new_empty(0, len(answers), *read[0].shape[2:]), *read[1:]]).cpu().numpy()
+    found = []
+    for n, answer in enumerate(answers):
+        of_prompt_TLK = prompts_PTLK[n // group, padding_P[n // group] :]
+        of_answer_TLK = tokens_TNLK[: max(len(answer.tokens) - 1, 0), n]
+        found.append(replace(answer, routes=np.concatenate((of_prompt_TLK, of_answer_TLK))))
+    return found
 
 
 def _left_padded(asked: dict[int, np.ndarray], rows: int, multiple: int) -> tuple[Tensor, Tensor]:
