@@ -232,10 +232,14 @@ class Decoder(nn.Module):
 
     def _positions(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
         """Places of tokens that follow those in the cache."""
-        place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        end, place_BT = tokens_BT.shape[1], torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         if cache:
             place_BT = cache.turned(cache.positions(cache.new(tokens_BT)))
-        if self.position_embedding is not None and (end := int(place_BT.max()) + 1) > self.config.max_seq_len:
+        if self.position_embedding is None:
+            return place_BT
+        if cache:
+            end = int(place_BT.max()) + 1  # padding has no place
+        if end > self.config.max_seq_len:
             raise UserError(
                 f"model.max_seq_len={self.config.max_seq_len} learned positions are too few for {end} tokens"
             )

@@ -116,6 +116,7 @@ def rollout(
     Raises UserError for what cannot be answered, and FloatingPointError where logits are not finite.
     """
     check_rollable(decoder.config)
+    records_routes = records_routes and decoder.config.n_moe_layers > 0
     _check(decoder, prompts, ids, sampling)
     batches: dict[int, dict[int, int]] = {}
     for index, place in enumerate(ids):
@@ -134,8 +135,7 @@ def rollout(
             rows = batches.pop(number, {})
             draws = Randomness(seed, step, number * len(samples) + samples)
             asked = {row: prompts[index] for row, index in rows.items()}
-            routes: list[Tensor] | None = [] if records_routes and decoder.config.n_moe_layers else None
-            written = _write(decoder, asked, draws, sampling, is_shared, routes, on_token)
+            written = _write(decoder, asked, draws, sampling, is_shared, records_routes, on_token)
             answers |= {index: written[row] for row, index in rows.items()}
     forget_counts(decoder)  # what travelled here is no step's
     decoder.train(was_training)
@@ -148,13 +148,10 @@ def _write(
     draws: Randomness,
     sampling: Sampling,
     is_shared: bool,
-    read: list[Tensor] | None,
+    records_routes: bool,
     on_token: Callable[[], None],
 ) -> dict[int, list[Answer]]:
-    """The answers to a batch's prompts by their rows; in the others, nothing is asked.
-
-    read: where it is there, it is filled with what the tokens of each pass chose.
-    """
+    """The answers to a batch's prompts by their rows; in the others, nothing is asked."""
     device, group = draws.sequences_B.device, sampling.group_size
     tokens_PT, documents_PT = _left_padded(asked, sampling.groups_per_batch, decoder.vocabulary.tokens.size)
     weight = local(decoder.embedding.weight)
@@ -162,15 +159,15 @@ def _write(
     stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
     is_going_N = torch.tensor([row in asked for row in range(len(tokens_PT))], device=device).repeat_interleave(group)
     length_N = torch.zeros_like(draws.sequences_B)
-    drawn, logp = [], []
+    drawn, logp, read = [], [], []
     new_BT = tokens_PT.to(device)
     for place in range(sampling.max_new_tokens):
         keys_N = draws.keys("rollout", torch.full_like(length_N, place)[:, None])[:, 0]
         if place == 1:
             cache.branch(group)
-        documents_BT, routes = None if place else documents_PT, None if read is None else Routes()
+        documents_BT, routes = None if place else documents_PT, Routes() if records_routes else None
         token_N, logp_N = decoder.sample(new_BT, cache, keys_N, sampling.temperature, documents_BT, routes)
-        if read is not None and routes is not None:
+        if routes:
             read.append(routes.of_layers().to(torch.int16))
         drawn.append(token_N)
         logp.append(logp_N)

@@ -123,6 +123,22 @@ def test_a_layout_answers_as_one_process(pool: Pool, layout: Layout) -> None:
                     check([answers], [expected])
 
 
+def bits(config: ModelConfig, layout: Layout) -> dict[int, list[tuple[bytes, bytes]]]:
+    decoder = build_decoder(config, layout.meshes("cpu"), dtype=torch.float32, compute_dtype=torch.float32)
+    initialise_shards(decoder, SEED)
+    ids = layout.lanes(layout.dp_rank(dist.get_rank()), 4)
+    answers = rollout(decoder, [PROMPTS[i] for i in ids], ids, Sampling(1.0, 8, (), 2, 1), **DRAW)
+    return {i: [(a.tokens.tobytes(), a.logp.tobytes()) for a in group] for i, group in zip(ids, answers, strict=True)}
+
+
+@pytest.mark.parametrize("name", ["dense", "moe-deepseek"])
+def test_data_parallel_ranks_of_whole_batches_have_the_bits_of_one(pool: Pool, name: str) -> None:
+    found = [pool.run(bits, n, MODELS[name], Layout(dp_shard=n)) for n in (1, 2, 4)]
+    expected = found[0][0]
+    for ranks in found:
+        assert {i: group for of_rank in ranks for i, group in of_rank.items()} == expected
+
+
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2), Layout(dp_shard=2, ep=2)], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_whose_answers_are_uneven_wait_for_each_other(pool: Pool, layout: Layout, ranks: int) -> None:
