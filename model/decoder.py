@@ -15,12 +15,12 @@ from moray.model.attention.documents import Documents
 from moray.model.attention.rope import rope_angles
 from moray.model.block import Block
 from moray.model.config.architecture import ModelConfig
-from moray.model.context import Context
+from moray.model.context import Context, Routes
 from moray.model.logprobs import log_softmax_at, token_logprobs
 from moray.model.loss import CHUNK_TOKENS, IGNORED, Head, WholeVocabulary, cross_entropy_sum, soft_cap
 from moray.model.moe.balance import Statistics, auxiliary_loss
 from moray.model.norm import build_norm
-from moray.model.randomness import Randomness
+from moray.model.randomness import Randomness, gumbel
 from moray.model.recompute import Recompute
 from moray.model.sharded import Embedding, Linear, local
 
@@ -94,9 +94,10 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | Documents | None = None,
         cache: KVCache | None = None,
+        routes: Routes | None = None,
     ) -> Tensor:
         """What `logits` reads, [B, T, D]: for callers who need the logits of a few of the tokens only."""
-        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache, None)
+        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, cache, None, routes)
         return self.vocabulary.tokens.gather(x_BTD)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -112,6 +113,7 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | Documents | None = None,
         randomness: Randomness | None = None,
+        routes: Routes | None = None,
     ) -> Losses:
         """Summed losses of a batch, without ever holding its logits. Targets of -100 are not counted.
 
@@ -125,7 +127,8 @@ class Decoder(nn.Module):
             )
 
         # The class's own: FSDP registers the instance's, and this is within one already.
-        sums, auxiliary = Decoder.with_head(self, cross_entropy, tokens_BT, positions_BT, documents_BT, randomness)
+        inputs = (tokens_BT, positions_BT, documents_BT, randomness, routes)
+        sums, auxiliary = Decoder.with_head(self, cross_entropy, *inputs)
         return Losses(*sums, auxiliary)
 
     def with_head(
@@ -135,11 +138,12 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | Documents | None = None,
         randomness: Randomness | None = None,
+        routes: Routes | None = None,
     ) -> tuple[R, Tensor]:
         """What `use` makes of all that the head reads, [B * T, D], and of this rank's rows of the head, for losses of
         their own; and the auxiliary loss, as in `Losses`.
         """
-        x_BTD, statistics = self._hidden(tokens_BT, positions_BT, documents_BT, None, randomness)
+        x_BTD, statistics = self._hidden(tokens_BT, positions_BT, documents_BT, None, randomness, routes)
         config, moe = self.config, self.config.moe
         head = Head(*self._head(), config.final_softcap, config.z_loss, self.vocabulary)
         used = use(self.vocabulary.tokens.gather(x_BTD).flatten(0, 1), head)
@@ -154,6 +158,7 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | Documents | None = None,
         temperature: float = 1.0,
+        routes: Routes | None = None,
     ) -> Tensor:
         """log softmax(logits / temperature)[target] of each token, [B, T], at least fp32, with a gradient; 0 where the
         target is -100. Balance losses are no part of it.
@@ -164,7 +169,7 @@ class Decoder(nn.Module):
             logp_S = token_logprobs(x_ND[scored_N], targets_BT.flatten()[scored_N], head, temperature)
             return logp_S.new_zeros(len(x_ND)).masked_scatter(scored_N, logp_S)
 
-        logp_N, _ = Decoder.with_head(self, logprobs, tokens_BT, positions_BT, documents_BT)
+        logp_N, _ = Decoder.with_head(self, logprobs, tokens_BT, positions_BT, documents_BT, None, routes)
         return logp_N.view_as(targets_BT)
 
     def values(
@@ -179,7 +184,7 @@ class Decoder(nn.Module):
         """
         if self.config.head != "scalar":
             raise UserError(f"model.head={self.config.head} gives logits and no values; it must be scalar")
-        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, None, None)
+        x_BTD, _ = self._hidden(tokens_BT, positions_BT, documents_BT, None, None, None)
         accurate = torch.promote_types(x_BTD.dtype, torch.float32)
         # Each rank scores its own tokens: the products of all would be there as often as there are ranks.
         own_BT = F.linear(x_BTD.to(accurate), local(self.head.weight).to(accurate))[..., 0]
@@ -191,6 +196,29 @@ class Decoder(nn.Module):
         x_BD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B]
         _, likeliest_B = self.vocabulary.likeliest(self.logits(x_BD).float())
         return likeliest_B
+
+    def sample(
+        self,
+        tokens_BT: Tensor,
+        cache: KVCache,
+        keys_N: Tensor,
+        temperature: float,
+        documents_BT: Tensor | None = None,
+        routes: Routes | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A token drawn from softmax(logits / temperature) behind each row, and its log-probability there, [N] each.
+
+        tokens_BT: those that follow what the cache holds. keys_N: what each is drawn with; where they are a multiple of
+        the rows, that many are drawn behind each. The log-probabilities are fp32 at least.
+        """
+        x_BTD = self.hidden(tokens_BT, documents_BT=documents_BT, cache=cache, routes=routes)
+        logits_BV = self.logits(cache.turned(x_BTD)[:, -1])
+        accurate_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / temperature
+        logits_NV = accurate_BV.repeat_interleave(len(keys_N) // len(accurate_BV), 0)
+        noise_NV = gumbel(keys_N, "token", logits_NV.shape[1], self.vocabulary.start)
+        _, drawn_N = self.vocabulary.likeliest(noise_NV.add_(logits_NV))
+        logp_N, _ = log_softmax_at(logits_NV, drawn_N, self.vocabulary.highest(logits_NV.amax(-1)), self.vocabulary)
+        return drawn_N, logp_N
 
     def score(
         self, tokens_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | Documents | None = None
@@ -224,6 +252,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | Documents | None,
         cache: KVCache | None,
         randomness: Randomness | None,
+        routes: Routes | None,
     ) -> tuple[Tensor, list[Statistics]]:
         """What the head reads, and every MoE layer's statistics."""
         if isinstance(documents_BT, Tensor):
@@ -238,25 +267,30 @@ class Decoder(nn.Module):
         config, rope = self.config, None
         if config.position.kind == "rope":
             rope = rope_angles(positions_BT, config.rotary_dim, config.position, x_BTD.dtype)
-        context = Context(rope, documents_BT, cache, randomness)
+        context = Context(rope, documents_BT, cache, randomness, routes)
         statistics = []
         for block in self.blocks:
             x_BTD, layer_statistics = block(x_BTD, context)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         if cache is not None:
-            cache.length += tokens_BT.shape[1]
+            cache.length += cache.new(tokens_BT)
         return self.norm(x_BTD), statistics
 
     def _positions(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
         """Places of tokens that follow those in the cache."""
-        new = tokens_BT.shape[1]
-        end = new + (cache.length if cache else 0)
-        if self.position_embedding is not None and end > self.config.max_seq_len:
+        end, place_BT = tokens_BT.shape[1], torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        if cache:
+            place_BT = cache.turned(cache.positions(cache.new(tokens_BT)))
+        if self.position_embedding is None:
+            return place_BT
+        if cache:
+            end = int(place_BT.max()) + 1  # padding has no place
+        if end > self.config.max_seq_len:
             raise UserError(
                 f"model.max_seq_len={self.config.max_seq_len} learned positions are too few for {end} tokens"
             )
-        return cache.positions(new) if cache else torch.arange(new, device=tokens_BT.device)[None]
+        return place_BT
 
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         x_BTD = self.vocabulary.embed(self.embedding, tokens_BT)

@@ -38,9 +38,9 @@ class CausalConvolution(nn.Module):
         weight_Fk, bias_F = local(self.weight), None if self.bias is None else local(self.bias)
         before = self.taps - 1
         if context.cache is not None:
-            x_BTF = x_BTF.masked_fill(~context.documents.valid_BT[..., None], 0.0)
-            reach_BSF = context.cache.convolution(self.layer, x_BTF, self.taps)
-            return causal_convolution(reach_BSF, weight_Fk, bias_F, padding=0)
+            cache, x_BTF = context.cache, x_BTF.masked_fill(~context.documents.valid_BT[..., None], 0.0)
+            reach_BSF = cache.convolution(self.layer, cache.turned(x_BTF), self.taps)
+            return cache.turned(causal_convolution(reach_BSF, weight_Fk, bias_F, padding=0))
         lengths = context.documents.lengths
         if lengths is None:
             return causal_convolution(x_BTF, weight_Fk, bias_F, before)

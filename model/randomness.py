@@ -35,10 +35,13 @@ class Randomness:
         return _next(_next(self.sequences_B + root)[:, None] + positions_BT * _GOLDEN)
 
 
-def uniform(keys_BT: Tensor, name: str, channels: int) -> Tensor:
-    """Uniform numbers between 0 and 1, both excluded, [B, T, C] (fp64); each `name` draws its own."""
+def uniform(keys_BT: Tensor, name: str, channels: int, first: int = 0) -> Tensor:
+    """Uniform numbers between 0 and 1, both excluded, [B, T, C] (fp64); each `name` draws its own.
+
+    first: which channel the first one is, of those that other ranks draw the rest of.
+    """
     stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
-    steps_C = torch.arange(channels, device=keys_BT.device) * _GOLDEN
+    steps_C = torch.arange(first, first + channels, device=keys_BT.device) * _GOLDEN
     bits_BTC = _shift(_next(_next(keys_BT + stream)[..., None] + steps_C), 12)
     # 52 bits and a half: the largest is still below 1 in fp64.
     return (bits_BTC.to(torch.float64) + 0.5) * 2.0**-52
@@ -47,6 +50,15 @@ def uniform(keys_BT: Tensor, name: str, channels: int) -> Tensor:
 def normal(keys_BT: Tensor, name: str, channels: int) -> Tensor:
     """Standard normal numbers, [B, T, C] (fp64); each `name` draws its own."""
     return normal_quantile(uniform(keys_BT, name, channels))
+
+
+def gumbel(keys_BT: Tensor, name: str, channels: int, first: int = 0) -> Tensor:
+    """Standard Gumbel numbers, [B, T, C] (fp64), as `uniform` has channels: the argmax of logits + these is a draw from
+    softmax(logits) (Maddison et al., 2014, section 2).
+
+    The device's own logarithm will do: the last bits of what they are added to are not the same everywhere either.
+    """
+    return uniform(keys_BT, name, channels, first).log_().neg_().log_().neg_()
 
 
 def _next(x: Tensor) -> Tensor:

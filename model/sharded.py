@@ -19,6 +19,8 @@ class WholeTokens:
     of ranks that have a slice of the tokens between layers, and a part of heads and channels within them.
     """
 
+    size = 1
+
     def project(self, x_BTX: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Tensor:
         """A linear map by this rank's inputs of it, and what else they have `added` to it, summed over the ranks, for
         this rank's tokens.

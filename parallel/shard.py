@@ -1,6 +1,7 @@
 """Builds a decoder over the meshes: tensor parallel, expert parallel, then FSDP2 (HSDP) around each block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -118,7 +119,7 @@ def _shard(decoder: Decoder, meshes: Meshes, dtype: torch.dtype, compute_dtype: 
     if stage == 3:
         wrap([*decoder.blocks], dense, compute_dtype, dp_shard > 1)
     wrap([decoder], dense, compute_dtype, False)
-    for entry in ("loss", "logprobs", "with_head", "likeliest", "score", "values"):
+    for entry in ("loss", "logprobs", "with_head", "likeliest", "score", "values", "sample"):
         register_fsdp_forward_method(decoder, entry)
     for module in decoder.modules():
         # A lone rank's sum is its mean, and dividing by 1 would be a pass over all gradients.
@@ -159,6 +160,22 @@ def on_own_gradients(decoder: Decoder, do: Callable[[nn.Parameter, Tensor], None
         module.reshard()
     for parameter in [parameter for parameter in plain if parameter.requires_grad]:
         parameter.register_post_accumulate_grad_hook(partial(do, parameter))
+
+
+@contextmanager
+def gathered(decoder: Decoder) -> Iterator[None]:
+    """Within, this rank has all that it computes with, and no forward pass gathers or frees a weight. Collective."""
+    sharded = [module for module in decoder.modules() if isinstance(module, FSDPModule)]
+    reshards = [any(g._reshard_after_forward for g in m._get_fsdp_state()._fsdp_param_groups) for m in sharded]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module, does_reshard in zip(sharded, reshards, strict=True):
+            module.reshard()
+            module.set_reshard_after_forward(does_reshard, recurse=False)
 
 
 @torch.no_grad()

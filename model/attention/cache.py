@@ -60,6 +60,8 @@ class KVCache:
     Keys and values of all tokens; of the last `window` tokens in local layers; in latent attention a vector of
     kv_rank + rope_dim; before a convolution (MixFFN) the last taps - 1 inputs, [B, taps - 1, F]. Rows may begin with
     padding, which later tokens do not see. A layer's memory is taken when its first tokens come.
+
+    is_across: a pass brings one token of each row, and they lie along the token axis, [1, B].
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
@@ -70,12 +72,32 @@ class KVCache:
         self.length = 0
         self.padding_B: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
+        self.is_across = False
 
     @property
     def n_bytes(self) -> int:
         """Memory held."""
         held = [slots for layer in self.layers for slots in layer.slots]
         return sum(x.nbytes for x in (*held, *self.inputs.values()))
+
+    def branch(self, times: int) -> None:
+        """Each row becomes so many neighbouring ones, each to go on by itself: from here on a token of each at a time,
+        which lie along the token axis. That is what tensor parallelism cuts, and one token would be too few.
+        """
+        self.batch, self.is_across = self.batch * times, True
+        for layer in self.layers:
+            layer.slots = [slots.repeat_interleave(times, 0) for slots in layer.slots]
+        self.inputs = {layer: held.repeat_interleave(times, 0) for layer, held in self.inputs.items()}
+        if self.padding_B is not None:
+            self.padding_B = self.padding_B.repeat_interleave(times)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """What lies along the token axis, [1, B, ...], a row each, [B, 1, ...], or back; else as it is."""
+        return x.transpose(0, 1) if self.is_across else x
+
+    def new(self, tokens_BT: Tensor) -> int:
+        """How many tokens of each row a pass brings."""
+        return 1 if self.is_across else tokens_BT.shape[1]
 
     def note_padding(self, lengths: list[int] | None, valid_BT: Tensor) -> None:
         """Notes the padding that rows of the coming pass begin with (`Documents`).

@@ -65,14 +65,15 @@ class LatentAttention(nn.Module):
         q_rope_BTHp, k_rope_BT1p = (rotate(x, *context.rope, self.interleaved) for x in (q_rope_BTHp, k_rope_BT1p))
         cache, documents = context.cache, context.documents
         if cache is not None:
-            token_B1Tc = torch.cat((compressed_BTr[:, :, None], k_rope_BT1p), dim=-1).transpose(1, 2)
+            token_B1Tc = cache.turned(torch.cat((compressed_BTr[:, :, None], k_rope_BT1p), dim=-1)).transpose(1, 2)
             (held_B1Sc,) = cache.extend(self.layer, token_B1Tc)
         if cache is None or cache.length == 0:
             k_BTHd, v_BTHe = self._keys_and_values(compressed_BTr, k_rope_BT1p)
             q_BTHd = torch.cat((q_nope_BTHn, q_rope_BTHp), dim=-1)
             out_BTHe = self.attend(q_BTHd, k_BTHd, v_BTHe, self.scoring, documents)
         else:
-            out_BTHe = self._absorbed(q_nope_BTHn, q_rope_BTHp, held_B1Sc, cache)
+            q_nope_BTHn, q_rope_BTHp = cache.turned(q_nope_BTHn), cache.turned(q_rope_BTHp)
+            out_BTHe = cache.turned(self._absorbed(q_nope_BTHn, q_rope_BTHp, held_B1Sc, cache))
         return self.output(out_BTHe.flatten(2))
 
     def _queries(self, small_BTq: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,8 +79,9 @@ class Attention(nn.Module):
     def _attend_cached(
         self, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, documents: Documents, cache: KVCache
     ) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BTGd, v_BTGd))
+        q, k, v = (cache.turned(x).transpose(1, 2) for x in (q_BTHd, k_BTGd, v_BTGd))
         k, v = cache.extend(self.layer, k, v)
         if cache.length == 0:
             return self.attend(q_BTHd, k_BTGd, v_BTGd, self.scoring, documents)
-        return attend_visible(q, k, v, self.scoring, cache.visible(self.layer, q.shape[2])).transpose(1, 2)
+        out_BHTd = attend_visible(q, k, v, self.scoring, cache.visible(self.layer, q.shape[2]))
+        return cache.turned(out_BHTd.transpose(1, 2))

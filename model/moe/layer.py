@@ -51,7 +51,9 @@ class MoE(nn.Module):
         self.register_buffer("z_2", torch.zeros(2, dtype=torch.float64), persistent=False)
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Statistics | None]:
-        routing = self.router(x_BTD, self.keys(context))
+        routing = self.router(x_BTD, self.keys(context), self._replayed(context))
+        if context.routes is not None:
+            context.routes.chosen[self.layer] = self.dispatcher.whole(routing.chosen_BTK)
         kept_BTK, statistics, limit = routing.drawn_BTK, None, None
         if self.training:
             self._check_groups(len(x_BTD))
@@ -110,6 +112,12 @@ class MoE(nn.Module):
         valid_BT = context.documents.valid_BT
         positions_BT = torch.arange(valid_BT.shape[1], device=valid_BT.device).expand(valid_BT.shape)
         return context.randomness.keys(f"router {self.layer}", self.dispatcher.own(positions_BT))
+
+    def _replayed(self, context: Context) -> Tensor | None:
+        """The experts that this rank's tokens are to choose, [B, T, K]; -1 where they are free to."""
+        if context.routes is None or not context.routes.is_replayed:
+            return None
+        return self.dispatcher.own(context.routes.recorded[self.layer])
 
     def _within_capacity(self, routing: Routing, valid_BT: Tensor) -> Tensor:
         """Which assignments are kept, [B, T, K]; counts those that are dropped."""

@@ -56,7 +56,8 @@ class Router(nn.Module):
     Scores are fp32 whatever the model's dtype: in bf16, near-ties flip between layouts and break law 1. What is random
     is so in training alone.
 
-    Shapes: x_BTD, keys_BT (of model.randomness; None where nothing is drawn) -> Routing.
+    Shapes: x_BTD, keys_BT (of model.randomness; None where nothing is drawn), replayed_BTK (experts to choose whatever
+    the scores; -1: by the scores) -> Routing.
     Source: DeepSeek-V3, section 2.1.2, eqs. 13-16; groups: DeepSeek-V2, section 2.2.2; noise: Shazeer et al., 2017,
     eqs. 3-5; jitter: Fedus et al., 2021, section 2.2; random second expert: Lepikhin et al., 2020, algorithm 1.
     """
@@ -71,7 +72,7 @@ class Router(nn.Module):
         self.noise = AccurateLinear(config.d_model, config.n_experts) if config.moe.noisy else None
         self.register_buffer("bias_E", torch.zeros(config.n_experts))
 
-    def forward(self, x_BTD: Tensor, keys_BT: Tensor | None = None) -> Routing:
+    def forward(self, x_BTD: Tensor, keys_BT: Tensor | None = None, replayed_BTK: Tensor | None = None) -> Routing:
         moe = self.moe
         accurate = torch.promote_types(x_BTD.dtype, torch.float32)
         if x_BTD.dtype != accurate:
@@ -86,7 +87,7 @@ class Router(nn.Module):
             drawn_BTE = normal(keys_BT, "noise", moe.n_experts).to(clean_BTE.dtype)
             logits_BTE = clean_BTE + drawn_BTE * deviation_BTE
         scores_BTE = logits_BTE.sigmoid() if moe.score == "sigmoid" else logits_BTE.softmax(-1)
-        chosen_BTK, gates_BTK = choose(scores_BTE, self.bias_E, moe)
+        chosen_BTK, gates_BTK = choose(scores_BTE, self.bias_E, moe, replayed_BTK)
         drawn_BTK = None
         if moe.second_expert == "random" and keys_BT is not None:
             # With probability min(1, 2 gate), the gate being what it is before it is scaled.
@@ -100,11 +101,17 @@ class Router(nn.Module):
         return Routing(chosen_BTK, gates_BTK * moe.gate_scale, scores_BTE, z_BT1, drawn_BTK, load_BTE)
 
 
-def choose(scores_BTE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:
-    """The K experts of the highest score and bias in the groups allowed, and their gates before they are scaled."""
+def choose(
+    scores_BTE: Tensor, bias_E: Tensor, moe: MoEConfig, replayed_BTK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The K experts of the highest score and bias in the groups allowed, or those replayed, and their gates before they
+    are scaled.
+    """
     # The bias steers which experts are chosen, never how much they count (DeepSeek-V3, eq. 16).
     ranking_BTE = limit_to_groups(scores_BTE.detach() + bias_E, moe.n_groups, moe.top_k_groups, moe.group_score)
     chosen_BTK = once(lambda: ranking_BTE.topk(moe.top_k, dim=-1).indices)
+    if replayed_BTK is not None:
+        chosen_BTK = torch.where(replayed_BTK < 0, chosen_BTK, replayed_BTK)
     gates_BTK = scores_BTE.gather(-1, chosen_BTK)
     if moe.normalise_gates:
         gates_BTK = gates_BTK / (gates_BTK.sum(-1, keepdim=True) + TINY)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moray.model.randomness import Randomness, _next, normal, normal_quantile, uniform
+from moray.model.randomness import Randomness, _next, gumbel, normal, normal_quantile, uniform
 
 POSITIONS = torch.arange(64).expand(40, 64)
 
@@ -87,6 +87,19 @@ def test_any_part_of_a_batch_draws_what_the_whole_draws() -> None:
     rows = torch.tensor([7, 3])
     part = Randomness(0, 0, rows).keys("router 0", POSITIONS[:2, 20:30])
     assert torch.equal(normal(part, "noise", 5), whole[rows, 20:30, :5])
+
+
+def test_a_part_of_the_channels_draws_what_the_whole_draws() -> None:
+    whole = uniform(keys(), "token", 16)
+    assert torch.equal(uniform(keys(), "token", 5, first=9), whole[..., 9:14])
+
+
+def test_gumbel_numbers_have_the_moments_of_a_gumbel() -> None:
+    """Euler's constant, and pi^2 / 6: within four deviations of so many numbers."""
+    numbers = gumbel(keys(), "token", 50)
+    n = numbers.numel()
+    assert numbers.mean().item() == pytest.approx(0.5772156649, abs=4 * math.sqrt(math.pi**2 / 6 / n))
+    assert numbers.var().item() == pytest.approx(math.pi**2 / 6, rel=4 * math.sqrt(4.4 / n))
 
 
 @pytest.mark.gpu
