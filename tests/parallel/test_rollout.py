@@ -13,6 +13,7 @@ from pool import Pool
 from torch.distributed.tensor import DTensor
 
 from moray.model import Decoder, ModelConfig, Randomness, initialise
+from moray.model.moe.layer import MoE
 from moray.model.randomness import gumbel
 from moray.parallel.compiled import compile_layers
 from moray.parallel.generation import write_greedily
@@ -307,6 +308,27 @@ def test_prompts_without_room_for_an_answer_are_refused(length: int) -> None:
 def test_prompts_of_one_place_are_refused() -> None:
     with pytest.raises(ValueError, match="2 prompts have 1 different ids"):
         rollout(alone(MODELS["dense"]), PROMPTS[:2], [3, 3], SAMPLING, **DRAW)
+
+
+def counted(config: ModelConfig) -> list[float]:
+    decoder = build_decoder(
+        config, Layout(dp_shard=2, ep=2).meshes("cpu"), dtype=torch.float64, compute_dtype=torch.float64
+    )
+    initialise_shards(decoder, SEED)
+    layers, traffic = [module for module in decoder.modules() if isinstance(module, MoE)], []
+
+    def note() -> None:
+        traffic.append(sum(float(layer.dispatcher.traffic().sum()) for layer in layers))
+
+    rollout(decoder, PROMPTS, range(4), SAMPLING, **DRAW, on_token=note)
+    note()
+    return [max(traffic), traffic[-1], *(float(layer.tokens_E.sum()) for layer in layers)]
+
+
+def test_what_travels_for_answers_is_not_counted_as_a_step_s(pool: Pool) -> None:
+    for most, *left in pool.run(counted, 2, MODELS["moe-deepseek"]):
+        assert most > 0
+        assert left == [0, 0, 0]
 
 
 def refused(config: ModelConfig) -> str:
