@@ -4,7 +4,7 @@ Step n has the prompts at positions [nB, (n+1)B), which a mixture deals out to t
 gives those of its prompts that leave room for an answer, in its own order, epoch after epoch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -108,13 +108,15 @@ class PromptStream:
             found.append(self._sources[source].read(int(places.shards[0]), int(places.sequences[0]), position))
         return PromptBatch(found, first, n)
 
-    def batches(self, start: int) -> Iterator[PromptBatch]:
+    def batches(self, start: int) -> Generator[PromptBatch, None, None]:
         """Those of steps start, start + 1, …"""
         return (self.batch(n) for n in count(start))
 
 
-def evaluation_prompts(dataset: Dataset, most_tokens: int, limit: int, lanes: Sequence[int], of: int) -> list[Prompt]:
-    """The first `limit` prompts of the validation split, in file order, as far as they are of these lanes `of` all.
+def evaluation_prompts(
+    dataset: Dataset, most_tokens: int, limit: int, is_own: Callable[[int], bool] = lambda position: True
+) -> list[Prompt]:
+    """The first `limit` prompts of the validation split, in file order; of these, a rank's own.
 
     Raises UserError as `Prompts` does.
     """
@@ -122,7 +124,7 @@ def evaluation_prompts(dataset: Dataset, most_tokens: int, limit: int, lanes: Se
     ends = np.cumsum(prompts.counts)
     found = []
     for position in range(min(int(ends[-1]), limit)):
-        if position % of in lanes:
+        if is_own(position):
             shard = int(np.searchsorted(ends, position, side="right"))
             found.append(prompts.read(shard, position - int(ends[shard] - prompts.counts[shard]), position))
     return found

@@ -33,10 +33,10 @@ class Rows:
     ends_S: list[int]
 
     def placed(self, values: Sequence[np.ndarray]) -> Tensor:
-        """What is known of each sample's answer, a number a token, in its place, [R, T] (fp32); 0 elsewhere."""
-        rows_RT = torch.zeros(self.tokens_RT.shape, dtype=torch.float32)
+        """What is known of each sample's answer, a number a token, in its place, [R, T] (fp64); 0 elsewhere."""
+        rows_RT = torch.zeros(self.tokens_RT.shape, dtype=torch.float64)
         for (row, here), of_sample in zip(self.places, values, strict=True):
-            rows_RT[row, here] = torch.as_tensor(of_sample, dtype=torch.float32)
+            rows_RT[row, here] = torch.as_tensor(of_sample, dtype=torch.float64)
         return rows_RT
 
     def samples_in(self, rows: range) -> list[int]:

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from moray import UserError, nearest
 from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
+from moray.data.prompts import Prompts
 from moray.data.rows import rows_of
 from moray.jobs.config.run import DEFAULT_PRESET, RunConfig
 from moray.jobs.config.sections import absolute
@@ -105,8 +106,12 @@ def steps_of_epochs(config: RunConfig) -> int:
             f"data.path={data.path} is not here, and train.epochs={train.epochs:g} is counted from it; make it with "
             "`moray prepare`, or where it lies elsewhere give train.steps"
         )
-    rows = rows_of(Dataset.open(data.path), "train", train.seq_len, CACHE_BYTES, data.long_dialogues)
-    return math.ceil((train.epochs or 1.0) * int(rows.counts.sum()) / train.global_batch)
+    dataset = Dataset.open(data.path)
+    if config.is_reinforcement:
+        counts = Prompts(dataset, "train", config.most_prompt_tokens, CACHE_BYTES).counts
+    else:
+        counts = rows_of(dataset, "train", train.seq_len, CACHE_BYTES, data.long_dialogues).counts
+    return math.ceil((train.epochs or 1.0) * int(counts.sum()) / train.global_batch)
 
 
 def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:

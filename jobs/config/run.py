@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_va
 from moray import UserError
 from moray.cluster.group import Group
 from moray.data.mixture import Mixture
-from moray.jobs.config.alignment import ALIGNMENT, PREFERENCES, AlignSection
+from moray.jobs.config.alignment import ALIGNMENT, REINFORCEMENT, AlignSection, RLSection
 from moray.jobs.config.sections import (
     AnyPath,
     CheckpointSection,
@@ -21,6 +21,7 @@ from moray.jobs.config.sections import (
     RunSection,
     Section,
     TrainSection,
+    absolute,
 )
 from moray.model import ModelConfig
 from moray.model.config.moe import MoEConfig
@@ -44,6 +45,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = Field(OptimizerSection(), validate_default=True)
     lora: LoRASection = LoRASection()
     align: AlignSection = AlignSection()
+    rl: RLSection = RLSection()
     checkpoint: CheckpointSection = CheckpointSection()
     recovery: RecoverySection = RecoverySection()
     cluster: ClusterSection = Field(default_factory=ClusterSection)
@@ -78,6 +80,8 @@ class RunConfig(Section):
         self._check_ways()
         self._check_bounds()
         self._check_alignment()
+        if self.is_reinforcement:
+            self._check_reinforcement()
         if self.optimizer.moments == "bfloat16" and self.optimizer.beta2 > MAX_BETA2_IN_BF16:
             raise UserError(
                 f"optimizer.moments=bfloat16 needs optimizer.beta2={self.optimizer.beta2} to be at most "
@@ -115,6 +119,8 @@ class RunConfig(Section):
             )
         if self.model.moe:
             self._check_routing_groups(self.model.moe, layout)
+        if self.is_reinforcement:
+            self._check_rollouts(layout)
         if self.train.exact:
             self._check_exact(layout)
 
@@ -186,8 +192,9 @@ class RunConfig(Section):
                 "answers, which `moray align --method reward` teaches it; everything else needs a vocabulary's"
             )
         if not self.is_alignment:
-            if self.align != AlignSection():
-                raise UserError(f"align.… settings are of `moray align`; train.objective={self.train.objective}")
+            for name in ("align", "rl"):
+                if getattr(self, name).model_dump(exclude_defaults=True, exclude={"folder"}):
+                    raise UserError(f"{name}.… settings are of `moray align`; train.objective={self.train.objective}")
             return
         if not self.weights_from:
             raise UserError(
@@ -197,7 +204,7 @@ class RunConfig(Section):
             raise UserError("align.teacher is missing: the model that train.objective=distill learns from")
         if self.eval.tasks and self.train.objective == "reward":
             raise UserError("eval.tasks are asked of models that predict tokens, and train.objective=reward makes none")
-        moe = self.model.moe if self.train.objective in PREFERENCES else None
+        moe = self.model.moe if self.train.objective != "distill" else None
         if moe and moe.capacity_factor is not None:
             raise UserError(
                 f"model.moe.capacity_factor={moe.capacity_factor:g} must be none with train.objective="
@@ -208,6 +215,45 @@ class RunConfig(Section):
                 f"model.moe has a router that draws (noisy={moe.noisy}, jitter={moe.jitter:g}, second_expert="
                 f"{moe.second_expert}), which train.objective={self.train.objective} cannot have: an answer would have "
                 "another probability each time; set noisy=false, jitter=0, second_expert=always"
+            )
+
+    def _check_reinforcement(self) -> None:
+        train, rl = self.train, self.rl
+        if not rl.rewards:
+            raise UserError("rl.rewards is missing: what judges the answers, as in rl.rewards=gsm8k=1")
+        if rl.group_size < 2:
+            raise UserError(f"rl.group_size={rl.group_size}: answers are compared with others; it must be at least 2")
+        if rl.max_new_tokens >= train.seq_len:
+            raise UserError(
+                f"rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in train.seq_len={train.seq_len}"
+            )
+        if train.global_batch % rl.minibatches:
+            raise UserError(
+                f"rl.minibatches={rl.minibatches} must divide the train.global_batch={train.global_batch} prompts of a "
+                "step"
+            )
+        if rl.kl_estimator == "k1" and not rl.kl_correction:
+            raise UserError("rl.kl_estimator=k1 with rl.kl_correction=false has no gradient; take k2 or k3, or true")
+        for name, needed in (("exact", False), ("audit_every", 0), ("on_bad_step", "stop"), ("spike_sigmas", None)):
+            if (value := getattr(train, name)) != needed:
+                raise UserError(
+                    f"train.{name}={value} must be {str(needed).lower()} with train.objective={train.objective}, whose "
+                    "steps are updates on rows that the model wrote itself"
+                )
+
+    def _check_rollouts(self, layout: Layout) -> None:
+        """Answers are written by whole batches, of which no layout changes the shape."""
+        prompts, batch = self.train.global_batch // layout.dp, self.rl.groups_per_batch
+        if prompts % batch:
+            fits = [size for size in range(1, prompts + 1) if prompts % size == 0]
+            raise UserError(
+                f"rl.groups_per_batch={batch} must divide the {prompts} prompts of each data-parallel rank "
+                f"(train.global_batch={self.train.global_batch}, layout {layout}); try one of {fits}"
+            )
+        if batch * self.rl.group_size % layout.tp:
+            raise UserError(
+                f"rl.groups_per_batch={batch} times rl.group_size={self.rl.group_size} must be a multiple of "
+                f"layout.tp={layout.tp}: the answers are what tensor parallelism cuts, when each gets one token"
             )
 
     def _check_routing_groups(self, moe: MoEConfig, layout: Layout) -> None:
@@ -291,9 +337,19 @@ class RunConfig(Section):
         return self.train.objective in ALIGNMENT
 
     @property
+    def is_reinforcement(self) -> bool:
+        return self.train.objective in REINFORCEMENT
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """What leaves room for an answer."""
+        return self.train.seq_len - self.rl.max_new_tokens
+
+    @property
     def learnt(self) -> ModelConfig:
         """The model, as it learns: nothing balances experts while preferences are learnt."""
-        return without_balancing(self.model) if self.train.objective in PREFERENCES else self.model
+        is_balanced = not self.is_alignment or self.train.objective == "distill"
+        return self.model if is_balanced else without_balancing(self.model)
 
     @property
     def frozen(self) -> dict[str, tuple[str, str]]:
@@ -302,7 +358,11 @@ class RunConfig(Section):
         reference = ("align.reference", named) if named else ("model.from", self.weights_from)
         beside = {"reference": reference}
         of = {"dpo": beside, "ipo": beside, "distill": {"teacher": ("align.teacher", self.align.teacher)}}
-        return of.get(self.train.objective, {})
+        if not self.is_reinforcement:
+            return of.get(self.train.objective, {})
+        judges = [reward for reward in self.rl.parsed if reward.kind == "model"]
+        models = {reward.name: (f"rl.rewards={reward.name}", absolute(reward.argument)) for reward in judges}
+        return models | (beside if self.rl.kl_coefficient else {})
 
     @property
     def mixture(self) -> Mixture | None:

@@ -30,6 +30,7 @@ from moray.parallel.layout import Layout
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
 _FIXED = ("seed", "global_batch", "seq_len")
 _FIXED_OF_DATA = {"train.objective": "pretrain", "data.long_dialogues": "cut"}
+_FREE = ("folder", "reward_timeout_s", "validation_prompts")
 _FIXED_OF_OPTIMIZER = {"kind": "adamw", "moments": "float32"}
 """And what they were before there was a choice."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -103,7 +104,9 @@ def check_same_run(commit: Commit, now: RunConfig, sources: Sources) -> None:
             f"start from them in another run.dir, with model.from={now.run.dir}"
         )
     before = _deciding(ModelConfig.of(there["model"]), there, there.get("weights_from", ""))
-    asked = _deciding(now.model, now.model_dump(include={"train", "optimizer", "data", "align"}), now.weights_from)
+    asked = _deciding(
+        now.model, now.model_dump(include={"train", "optimizer", "data", "align", "rl"}), now.weights_from
+    )
     adapted = adapted_in(commit)
     before |= _deciding_adapters(adapted[0] if adapted else None)
     asked |= _deciding_adapters(now.adapters)
@@ -152,7 +155,10 @@ def _deciding(model: ModelConfig, sections: dict[str, Any], weights_from: str) -
     stated = dict(flatten({"train": sections["train"], "data": sections["data"]}))
     settings |= {name: stated.get(name, default) for name, default in _FIXED_OF_DATA.items()}
     if sections["train"].get("objective") in ALIGNMENT:
-        settings |= dict(flatten(sections["align"], "align."))
+        for section in ("align", "rl"):
+            decides = {name: value for name, value in sections[section].items() if name not in _FREE}
+            settings |= dict(flatten(decides, f"{section}."))
+        settings = {name: [*value] if isinstance(value, tuple) else value for name, value in settings.items()}
     optimizer = _FIXED_OF_OPTIMIZER | sections["optimizer"]
     return settings | {f"optimizer.{name}": optimizer[name] for name in _FIXED_OF_OPTIMIZER}
 

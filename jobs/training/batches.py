@@ -3,11 +3,13 @@
 Of pairs, a lane is two rows: chosen and rejected answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 
 from moray.data.blocks import CACHE_BYTES
+from moray.data.prompts import PromptStream
 from moray.data.sources import Sources
 from moray.data.stream import Batch, Stream
 from moray.jobs.config.run import RunConfig
@@ -15,6 +17,21 @@ from moray.jobs.training.begin import Training
 from moray.model import Randomness
 from moray.model.alignment.pairs import PairBatch
 from moray.model.objective import MicroBatch
+
+
+def batches_of(training: Training) -> Generator[Any, None, None]:
+    """What the steps that are left are taken on, a `Batch` or a `PromptBatch` each; to be closed."""
+    config, first = training.config, training.position // training.config.train.global_batch
+    if not config.is_reinforcement:
+        return stream_of(training.sources, config, training.lanes).batches(first)
+    return PromptStream(
+        [*training.sources.datasets.values()],
+        most_tokens=config.most_prompt_tokens,
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+        lanes=training.lanes,
+        mixture=config.mixture,
+    ).batches(first)
 
 
 def stream_of(sources: Sources, config: RunConfig, lanes: Sequence[int], cache_bytes: int = CACHE_BYTES) -> Stream:

@@ -19,6 +19,7 @@ from moray.cluster.worker import WorkerContext
 from moray.data.sources import Sources
 from moray.jobs.alignment.frozen import Frozen, build_frozen, load_frozen
 from moray.jobs.alignment.objectives import objective_of
+from moray.jobs.alignment.reinforcement import Reinforcement
 from moray.jobs.config.run import RunConfig
 from moray.jobs.config.sections import TrainSection
 from moray.jobs.models.base import Base
@@ -81,7 +82,7 @@ class Training:
     where they are placed by them.
 
     base: what adapters are trained beside, where they are what learns. frozen: other models that stay as they are, by
-    what they are; beside: which weights these have.
+    what they are; beside: which weights these have. rl: what learning from its own answers takes.
 
     step: optimizer steps done. position: of the stream, behind the batch of the last one. committed: the newest step
     that was. applied: loss and gradient norm of the newest steps. skipped: the positions passed over since, and why.
@@ -108,12 +109,18 @@ class Training:
     base: Base | None = None
     frozen: Mapping[str, Frozen] = field(default_factory=dict)
     beside: Mapping[str, Base] = field(default_factory=dict)
+    rl: Reinforcement | None = None
     step: int = 0
     position: int = 0
     committed: int = 0
     applied: list[tuple[float, float]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     expert_load: Tensor | None = None
+
+    def close(self) -> None:
+        """Ends what it has started."""
+        if self.rl:
+            self.rl.judge.close()
 
     def note(self, kind: str, **fields: Any) -> None:
         """An event of the whole group, which all ranks know of and rank 0 writes down."""
@@ -204,6 +211,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         peak_flops=world_sum(torch.tensor(peak)).item(),
         objective=objective_of(config, frozen),
         frozen=frozen,
+        rl=Reinforcement.of(config) if config.is_reinforcement else None,
         witness=Witness(decoder) if config.train.audit_every else None,
         reduction=GradientTree(decoder, meshes) if config.train.exact else Reduction(decoder, meshes, stage),
         snapshots=make_room(context, config, training_state(decoder, optimizer), on_event),

@@ -17,9 +17,11 @@ from moray.cluster.worker import WorkerError
 from moray.data.blocks import CACHE_BYTES
 from moray.data.chat.jinja_template import CHAT_TEMPLATE
 from moray.data.dataset import Dataset
+from moray.data.prompts import Prompts
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.sources import Sources
 from moray.data.tokenizer import same_vocabulary
+from moray.jobs.alignment.judge import check_rewards
 from moray.jobs.config.alignment import KINDS, VERB_OF
 from moray.jobs.config.load import flatten
 from moray.jobs.config.run import RunConfig
@@ -85,6 +87,8 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
     for setting, folder in config.frozen.values():
         check_beside(config, Path(folder), setting)
     sources.check_vocabulary(config.model.vocab_size)
+    if config.is_reinforcement:
+        check_rewards(config.rl.parsed, config.rl.folder)
     check_trackers(config.run.trackers)
     check_tasks(config)
     return sources
@@ -109,9 +113,15 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
                 f"{dataset.called}={dataset.folder} and {other.called}={other.folder} write dialogues by different "
                 "templates; prepare one of them with `--tokenizer` and the folder of the other"
             )
-    sequences = {}
+    sequences: dict[str, int] = {}
     for name, dataset in sources.datasets.items():
         for split in dataset.splits:
+            if config.is_reinforcement:
+                prompts = Prompts(dataset, split, config.most_prompt_tokens, CACHE_BYTES)
+                n, left_out = int(prompts.counts.sum()), prompts.n_left_out
+                tell(f"{name} {split}: {n:,} prompts; {left_out:,} left out, which leave no room for an answer".strip())
+                sequences |= {name: n} if split == "train" else {}
+                continue
             rows = rows_of(dataset, split, config.train.seq_len, CACHE_BYTES, config.data.long_dialogues)
             if isinstance(rows, DialogueRows):
                 tell(f"{name} {split}: {rows.fill}".strip())

@@ -16,10 +16,11 @@ from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDE
 from moray.cluster.worker import WorkerContext
 from moray.data.dataset import Dataset
 from moray.data.stream import Batch, evaluation_batches
+from moray.jobs.alignment.rl_step import learn_from, validate_policy
 from moray.jobs.config.run import RunConfig
 from moray.jobs.training.answers import answer_some
 from moray.jobs.training.bad_steps import STEADIER, pass_over, what_is_wrong
-from moray.jobs.training.batches import micro_batches, stream_of
+from moray.jobs.training.batches import batches_of, micro_batches
 from moray.jobs.training.begin import Training, checkpoints_of, set_up
 from moray.jobs.training.commit import commit, finish_commits, progress
 from moray.jobs.training.metrics import SAMPLES, MetricsLog, expert_metrics
@@ -56,18 +57,17 @@ def run_steps(training: Training) -> int:
     """The steps that are left, with all that comes between them; returns the exit code."""
     context, config, every = training.context, training.config, training.config.checkpoint.every
     first, started = training.step, time.perf_counter()
-    stream = stream_of(training.sources, config, training.lanes)
     leaving = agree_to_leave(context, config)
     log = None
     if training.is_first_rank:
         log = MetricsLog(Path(config.run.dir), training.step, context.generation)
-    batches = stream.batches(training.position // config.train.global_batch)
-    with closing(batches), forgotten_if_wrong(training.snapshots):
+    batches = batches_of(training)
+    with closing(batches), closing(training), forgotten_if_wrong(training.snapshots):
         while training.step < config.train.steps and leaving is None:
             began = time.perf_counter()
             context.enter("step", is_long=False)
             row = next_step(training, batches)
-            row |= speed(training, row["tokens"], row["flops"], time.perf_counter() - began)
+            row |= speed(training, row, time.perf_counter() - began)
             row |= training.vitals.read(training.step)
             last = training.step == config.train.steps
             leaving = agree_to_leave(context, config)
@@ -109,13 +109,13 @@ def run_steps(training: Training) -> int:
     return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
 
 
-def next_step(training: Training, batches: Iterator[Batch]) -> dict[str, Any]:
+def next_step(training: Training, batches: Iterator[Any]) -> dict[str, Any]:
     """The next step that is applied, after those that are passed over."""
     while True:
         began = time.perf_counter()
         batch = next(batches)
         with training.vitals.measure(training.step + 1, fetching_s=time.perf_counter() - began):
-            row = take_step(training, batch)
+            row = learn_from(training, training.rl, batch) if training.rl else take_step(training, batch)
         if row:
             return row
         training.context.enter("step", is_long=False)
@@ -187,6 +187,8 @@ def validate(training: Training) -> dict[str, float]:
     Raises FloatingPointError where it is not finite: the last update broke the weights, and no loss has told yet.
     """
     config = training.config
+    if training.rl:
+        return validate_policy(training, training.rl)
     was_stopped = False
 
     def pieces(dataset: Dataset) -> Iterator[MicroBatch]:
@@ -222,8 +224,9 @@ def validate(training: Training) -> dict[str, float]:
     return told
 
 
-def speed(training: Training, tokens: int, flops: float, seconds: float) -> dict[str, Any]:
-    """Tokens a second, those that teach and all that were computed; MFU; and memory.
+def speed(training: Training, row: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Tokens a second, those that teach and all that were computed; MFU; and memory. Of answers that the model writes
+    itself, those that teach.
 
     MFU is the share of the measured matmul peak of all workers that goes into what the architecture asks for: real
     tokens, and attention within documents.
@@ -233,9 +236,9 @@ def speed(training: Training, tokens: int, flops: float, seconds: float) -> dict
     processed = config.train.global_batch * config.train.seq_len * sides
     return {
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "processed_tokens_per_second": processed / seconds,
-        "mfu": flops / seconds / training.peak_flops,
+        "tokens_per_second": row["tokens"] / seconds,
+        "processed_tokens_per_second": (row["tokens"] if training.rl else processed) / seconds,
+        "mfu": row["flops"] / seconds / training.peak_flops,
         "memory_bytes": peak_memory_bytes(training.context.device),
     }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moray import UserError
 from moray.model.alignment.kl import KLEstimator, kl_estimate, kl_term
+from moray.model.context import Routes
 from moray.model.decoder import Decoder
 from moray.model.loss import IGNORED
 from moray.model.objective import MicroBatch, Objective
@@ -58,6 +59,7 @@ class PolicyBatch(MicroBatch):
     targets_BT is IGNORED except at answers' tokens, where old_logp_BT is the log-probability under the policy that drew
     them (at the sampling temperature), reference_logp_BT that under the reference, or None without one, and
     advantages_BT what they are worth; all are 0 elsewhere. weights_BT, n_own_count: `aggregation` of these samples.
+    routes: experts that tokens are to pass again.
     """
 
     old_logp_BT: Tensor
@@ -66,6 +68,7 @@ class PolicyBatch(MicroBatch):
     weights_BT: Tensor
     n_own_count: float
     n_samples: int
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Policy(Objective[PolicyBatch]):
 
     def sums(self, decoder: Decoder, piece: PolicyBatch) -> tuple[Tensor, ...]:
         logp = decoder.logprobs(
-            piece.tokens_BT, piece.targets_BT, piece.positions_BT, piece.documents, self.temperature
+            piece.tokens_BT, piece.targets_BT, piece.positions_BT, piece.documents, self.temperature, piece.routes
         )
         log_ratio, advantages = logp - piece.old_logp_BT, piece.advantages_BT
         ratio = log_ratio.exp()

@@ -1,0 +1,174 @@
+"""`moray align --method grpo`, end to end: what it learns, that a kill changes nothing, and what it refuses."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny, tiny_from
+
+from moray.data.reading.rules import Rules
+from moray.jobs.cli import dispatch
+from moray.jobs.datasets.prepare import prepare
+from moray.jobs.training.metrics import read_metrics
+from moray.parallel.checkpoint.commits import list_commits
+
+Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
+WORDS = ("red", "blue", "list", "dict")
+
+
+@pytest.fixture(scope="module")
+def prompts(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw, folder = random.Random(0), tmp_path_factory.mktemp("prompts")
+    with open(folder / "prompts.jsonl", "w") as file:
+        for number in range(120):
+            word = draw.choice(WORDS)
+            asked = f"Say {word}" + "!" * draw.randint(0, 3) + " or not, and then again" * 9 * (number % 40 == 7)
+            file.write(json.dumps({"prompt": f"{asked} {number}", "reference": word}) + "\n")
+    prepare(
+        [folder / "prompts.jsonl"], folder / "data", tokenizer=dataset, validation=0.2, reading=Rules(kind="prompts")
+    )
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def base(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tuned a little on dialogues in which any of the words is the answer."""
+    draw, folder = random.Random(1), tmp_path_factory.mktemp("base")
+    with open(folder / "said.jsonl", "w") as file:
+        for number in range(200):
+            asked = {"role": "user", "content": f"Say {draw.choice(WORDS)} {number}"}
+            said = {"role": "assistant", "content": draw.choice(WORDS)}
+            file.write(json.dumps({"messages": [asked, said]}) + "\n")
+    prepare([folder / "said.jsonl"], folder / "said", tokenizer=dataset, validation=0.1, reading=Rules(kind="chat"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert dispatch(["pretrain", *tiny(dataset, folder / "first", train__steps=2, train__eval_every=0)]) == 0
+        settings = {"train__steps": 60, "train__eval_every": 0, "optimizer__lr": 0.01}
+        assert dispatch(["finetune", *tiny_from(folder / "first", folder / "said", folder / "run", **settings)]) == 0
+    return folder / "run"
+
+
+def words(base: Path, prompts: Path, run: Path, **changes: object) -> list[str]:
+    settings: dict[str, object] = {
+        "method": "grpo",
+        "rl__rewards": "exact=1",
+        "rl__max_new_tokens": 8,
+        "rl__group_size": 4,
+        "rl__groups_per_batch": 2,
+        "rl__validation_prompts": 16,
+        "optimizer__lr": 0.003,
+        "train__steps": 6,
+        "train__eval_every": 0,
+    }
+    return ["align", *tiny_from(base, prompts, run, **(settings | changes))]
+
+
+def test_rewards_rise(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
+    """An answer of "red" is right for whoever asked for it alone; that is learnt from rewards."""
+    outcome = moray(*words(base, prompts, tmp_path / "run", train__steps=40, train__global_batch=8, rl__group_size=8))
+    assert outcome.code == 0, outcome.err
+    left_out = re.findall(r"(\d+) left out, which leave no room for an answer", outcome.err)
+    assert sum(map(int, left_out)) == 3
+    rows = read_metrics(tmp_path / "run")
+    first, last = ([row["reward"] for row in part] for part in (rows[:5], rows[-5:]))
+    assert sum(last) > sum(first) + 1.5, (first, last)
+    assert rows[-1]["validation_reward"] > 0.5
+    for row in rows:
+        if row["updates"]:
+            assert row["ratio"] == pytest.approx(1, abs=1e-12)
+            assert row["rollout_dlogp_max"] < 1e-4
+            assert row["rollout_flips"] == 0
+
+
+NUMBERS = ("step", "loss", "reward", "grad_norm", "positions", "validation_reward", "rollout_dlogp", "entropy", "kl")
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    return [{name: row.get(name) for name in NUMBERS} for row in read_metrics(run)]
+
+
+def test_a_kill_changes_nothing(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
+    """TRL 3148, open-instruct 1523, verl 7401: in RL a resume lost or repeated data. Two updates of two minibatches a
+    step, and a KL term: it is killed within a step, wherever that is.
+    """
+    changes = {"checkpoint__every": 2, "rl__epochs": 2, "rl__minibatches": 2, "rl__kl_coefficient": 0.1}
+    changes |= {"train__eval_every": 3, "train__steps": 8}
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "moray", *words(base, prompts, tmp_path / "killed", **changes)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 50
+        while len(read_metrics(tmp_path / "killed")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    reached = len(read_metrics(tmp_path / "killed"))
+    assert list_commits(tmp_path / "killed" / "checkpoints")[-1].step in (2, 4, 6)
+    for name in ("killed", "whole"):
+        outcome = moray(*words(base, prompts, tmp_path / name, **changes))
+        assert outcome.code == 0, outcome.err
+    assert 3 <= reached < 8
+    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert any(row["kl"] > 0 for row in read_metrics(tmp_path / "whole"))
+
+
+def test_groups_that_are_all_alike_teach_nothing(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
+    """No step is taken, and it is counted: the weights are those that it began with."""
+    (tmp_path / "mine.py").write_text("def same(sample):\n    return 0.3\n")
+    changes = {"rl__rewards": "mine:same=1", "rl__folder": tmp_path, "train__steps": 2}
+    outcome = moray(*words(base, prompts, tmp_path / "run", **changes))
+    assert outcome.code == 0, outcome.err
+    for row in read_metrics(tmp_path / "run"):
+        assert (row["updates"], row["dead_groups"], row["loss"]) == (0, 4, 0)
+        assert row["reward"] == pytest.approx(0.3)
+    for folder in (base, tmp_path / "run"):
+        assert moray("export", folder, "--out", tmp_path / "hf" / folder.parent.name).code == 0
+    one, other = sorted((tmp_path / "hf").iterdir())
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_a_reward_that_is_no_number_names_its_sample(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def wrong(sample):\n    return float('nan')\n")
+    outcome = moray(*words(base, prompts, tmp_path / "run", rl__rewards="mine:wrong=1", rl__folder=tmp_path))
+    assert outcome.code != 0
+    assert "rl.rewards: mine:wrong on sample " in outcome.err
+    assert not read_metrics(tmp_path / "run")
+
+
+def test_what_it_refuses(moray: Moray, base: Path, prompts: Path, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for arguments, message in (
+        (words(base, dataset, run), "is of kind text, which `moray pretrain` learns from; train.objective=grpo wants"),
+        (words(base, prompts, run, rl__rewards=""), "rl.rewards is missing"),
+        (words(base, prompts, run, rl__rewards="gsm9k=1"), "rl.rewards=gsm9k=1"),
+        (words(base, prompts, run, rl__rewards="none:such=1"), "rl.rewards=none:such=1"),
+        (words(base, prompts, run, rl__group_size=1), "rl.group_size=1: answers are compared with others"),
+        (words(base, prompts, run, rl__groups_per_batch=3), "rl.groups_per_batch=3 must divide the 4 prompts"),
+        (words(base, prompts, run, rl__minibatches=3), "rl.minibatches=3 must divide the train.global_batch=4"),
+        (words(base, prompts, run, rl__max_new_tokens=64), "rl.max_new_tokens=64 leaves no room for a prompt"),
+        (words(base, prompts, run, rl__max_new_tokens=60), "no prompt of the train split of data.path"),
+        (words(base, prompts, run, train__exact="true"), "train.exact=True must be false with train.objective=grpo"),
+        (words(base, prompts, run, train__on_bad_step="skip", train__max_skipped=1), "train.on_bad_step=skip must be"),
+        (words(base, prompts, run, rl__kl_estimator="k1", rl__kl_correction="false"), "has no gradient"),
+        (words(base, prompts, run, rl__temperature=0), "rl.temperature=0"),
+        (["pretrain", *tiny(dataset, run, rl__group_size=4)], "rl.… settings are of `moray align`"),
+    ):
+        outcome = moray(*arguments)
+        assert outcome.code == 2, (arguments, outcome.err)
+        assert message in outcome.err
+    assert not run.exists()
