@@ -1,0 +1,1 @@
+"""Models that learn what people, rules or rewards prefer."""
