@@ -218,7 +218,8 @@ def test_a_function_that_cannot_be_imported_is_told_at_the_start(folder: str, en
     assert str(caught.value).startswith(f"rl.rewards={entry}=0.5: ")
 
 
-def test_what_can_be_imported_passes(folder: str) -> None:
+def test_what_can_be_imported_passes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)  # where a file has the name of a library that we import ourselves
     check_rewards(parse_rewards("gsm8k=1,os.path:basename=1,my_rewards:length=1,model:runs/none=1"), folder)
 
 
