@@ -1,1 +1,1 @@
-"""What alignment needs beside the training loop: models that stay as they are."""
+"""Models that learn what people, rules or rewards prefer."""

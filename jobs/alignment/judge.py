@@ -6,6 +6,7 @@ its own (`judge_process.py`), started once. It imports no torch, and ends with t
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ class Judge:
     def close(self) -> None:
         self._pipe.close()
         with suppress(ProcessLookupError):
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def score(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:

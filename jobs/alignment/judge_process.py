@@ -34,12 +34,10 @@ def main() -> None:
         try:
             functions.append(_function(reward))
             trouble = ""
+        except _NoFunctionError as error:
+            trouble = str(error)
         except BaseException as error:
-            trouble = (
-                str(error)
-                if isinstance(error, _NoFunctionError)
-                else f"importing it {_raised(error, traceback.extract_tb(error.__traceback__)[-1])}"
-            )
+            trouble = f"importing it {_raised(error, traceback.extract_tb(error.__traceback__)[-1])}"
         pipe.send(trouble)
     while True:
         try:

@@ -151,8 +151,8 @@ def _check_builtin(reward: Reward) -> None:
         return
     if reward.name.partition(":")[0] != "format":
         raise UserError(
-            f"{SETTING}={reward}: there is no built-in {reward.name}; {nearest(reward.name, BUILTINS)} "
-            "A function of yours is written module:function"
+            f"{SETTING}={reward}: there is no built-in {reward.name}, and a function of yours is written "
+            f"module:function; {nearest(reward.name, BUILTINS)}"
         )
     if not reward.argument:
         raise UserError(f"{SETTING}={reward} must say the expression that answers match, as in format:[0-9]+=1")
