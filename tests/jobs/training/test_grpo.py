@@ -74,16 +74,20 @@ def words(base: Path, prompts: Path, run: Path, **changes: object) -> list[str]:
 
 
 def test_rewards_rise(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
-    """An answer of "red" is right for whoever asked for it alone; that is learnt from rewards."""
-    outcome = moray(*words(base, prompts, tmp_path / "run", train__steps=40, train__global_batch=8, rl__group_size=8))
+    """One of the four words is worth something: in the end hardly anything else is said, to held-out prompts either."""
+    (tmp_path / "mine.py").write_text("def colour(sample):\n    return float(sample.answer == 'blue')\n")
+    changes = {"rl__rewards": "mine:colour=1,exact=0", "rl__folder": tmp_path, "train__global_batch": 8}
+    outcome = moray(*words(base, prompts, tmp_path / "run", train__steps=40, rl__group_size=8, **changes))
     assert outcome.code == 0, outcome.err
     left_out = re.findall(r"(\d+) left out, which leave no room for an answer", outcome.err)
     assert sum(map(int, left_out)) == 3
     rows = read_metrics(tmp_path / "run")
-    first, last = ([row["reward"] for row in part] for part in (rows[:5], rows[-5:]))
-    assert sum(last) > sum(first) + 1.5, (first, last)
-    assert rows[-1]["validation_reward"] > 0.5
+    assert rows[0]["reward"] < 0.5 < 0.8 < rows[-1]["reward"]
+    assert rows[-1]["validation_reward"] > 0.8
+    assert rows[-1]["ended"] > 0.8
+    assert 0.1 < rows[-1]["reward/exact"] < 0.5, "it is told, and counts for nothing"
     for row in rows:
+        assert row["updates"] == (row["dead_groups"] < 8)
         if row["updates"]:
             assert row["ratio"] == pytest.approx(1, abs=1e-12)
             assert row["rollout_dlogp_max"] < 1e-4
