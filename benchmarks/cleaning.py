@@ -31,9 +31,9 @@ from moray.data.reading.documents import Document, read_documents
 from moray.data.reading.rules import Rules
 from moray.data.reading.texts import cut
 from moray.jobs.config.load import load_config
+from moray.jobs.datasets.config import PrepareConfig, load_preparation
 from moray.jobs.datasets.curation import curation_of
 from moray.jobs.datasets.prepare import Summary, prepare
-from moray.jobs.datasets.recipe import Recipe, load_recipe
 from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
 
@@ -135,8 +135,8 @@ def mended(text: str) -> str:
     return ftfy.fix_encoding(text)
 
 
-def recipe() -> Recipe:
-    return load_recipe("web", {"clean.mojibake": "true", "clean.mask": "none"})
+def recipe(**settings: object) -> PrepareConfig:
+    return load_preparation("web", {"clean.mojibake": True, "clean.mask": None, **settings})
 
 
 def table(plants: Planted, cleaned: Summary) -> list[str]:
@@ -204,11 +204,11 @@ def main() -> None:
         held_out, seen = texts[::20], [text for number, text in enumerate(texts) if number % 20]
         plants = planted(seen)
         print(f"{len(seen):,} clean texts, {len(held_out)} held out, {len(plants.texts):,} with dirt", flush=True)
-        clean = prepare([written(folder / "clean.jsonl", held_out)], folder / "clean", validation=0.9, console=quiet)
-        dirt = [written(folder / "dirty.jsonl", plants.texts)]
-        settings = {"tokenizer": clean.dataset.folder, "console": quiet}
-        dirty = prepare(dirt, folder / "dirty", **settings)
-        cleaned = prepare(dirt, folder / "cleaned", recipe=recipe(), **settings)
+        source = written(folder / "clean.jsonl", held_out)
+        prepare(PrepareConfig(sources=(source,), out=folder / "clean", validation=0.9), quiet)
+        dirt = {"sources": (written(folder / "dirty.jsonl", plants.texts),), "tokenizer": folder / "clean"}
+        dirty = prepare(PrepareConfig(out=folder / "dirty", **dirt), quiet)
+        cleaned = prepare(recipe(out=folder / "cleaned", **dirt), quiet)
         found = table(plants, cleaned)
         print("\n".join(found), flush=True)
         if not options.steps:

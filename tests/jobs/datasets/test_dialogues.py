@@ -19,6 +19,7 @@ from moray.data.dataset import Dataset
 from moray.data.reading.documents import found_kind
 from moray.data.reading.rules import Rules
 from moray.data.shards import TRAINED, USER_TURN, SplitWriter
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import Summary, prepare
 
 QUIET = Console(file=io.StringIO())
@@ -30,9 +31,8 @@ def written(path: Path, records: list[Any]) -> Path:
 
 
 def prepared(out: Path, *sources: Path, kind: Any = "chat", **settings: Any) -> Summary:
-    rules = {name: settings.pop(name) for name in ("max_bad", "answers") if name in settings}
-    reading = Rules(kind=kind, **rules)
-    return prepare(sources, out, vocab_size=400, reading=reading, console=QUIET, **{"validation": 0.2, **settings})
+    given = {"vocab_size": 400, "validation": 0.2, **settings}
+    return prepare(PrepareConfig(sources=sources, out=out, kind=kind, **given), QUIET)
 
 
 def samples(dataset: Dataset, split: str) -> list[dict[str, Any]]:

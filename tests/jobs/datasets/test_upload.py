@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 
 from moray.data.dataset import Dataset
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import Summary, prepare
 
 URL = "memory://bucket/data"
@@ -32,7 +33,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def prepared(source: Path, out: str | Path, **settings: Any) -> Summary:
-    return prepare([source], out, **{"vocab_size": 300, "console": Console(file=io.StringIO()), **settings})
+    return prepare(PrepareConfig(sources=(source,), out=out, vocab_size=300, **settings), Console(file=io.StringIO()))
 
 
 def test_it_is_that_of_a_folder_and_nothing_is_left(source: Path, tmp_path: Path) -> None:

@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moray import UserError
 from moray.data.blocks import FIRST, BlockReader
 from moray.data.dataset import Dataset
-from moray.data.reading.rules import Rules
 from moray.data.rows import rows_of
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.cli import dispatch
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
 from moray.jobs.config.starting import STARTS
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.metrics import read_metrics
 
@@ -55,7 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chat(source: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat") / "data"
-    prepare([source], folder, tokenizer=dataset, validation=0.1, reading=Rules(kind="chat"))
+    prepare(PrepareConfig(sources=(source,), out=folder, tokenizer=dataset, validation=0.1, kind="chat"))
     return folder
 
 
@@ -246,7 +246,8 @@ def test_a_base_that_ends_at_documents_alone_learns_to_end_turns(
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": document_end}))
     assert load_tokenizer(tmp_path / "hf").stop_ids == (document_end,)
     (tmp_path / "hf" / "chat_template.jinja").unlink()
-    prepare([source], tmp_path / "data", tokenizer=tmp_path / "hf", validation=0.1, reading=Rules(kind="chat"))
+    given = {"tokenizer": tmp_path / "hf", "validation": 0.1}
+    prepare(PrepareConfig(sources=(source,), out=tmp_path / "data", kind="chat", **given))  # type: ignore[arg-type]
     once = {"train__steps": 1, "train__eval_every": 0, "optimizer__warmup_steps": 1}
     assert moray(*words(tmp_path / "hf", tmp_path / "data", tmp_path / "run", **once)).code == 0
     assert moray("export", tmp_path / "run", "--out", tmp_path / "tuned").code == 0
