@@ -135,7 +135,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Summary:
             limit = story.limit(buckets, config.validation)
             made = story.make_tokenizer(buckets, runs, limit, config.vocab_size, own)
             shards = story.encode(buckets, runs, limit, made.folder)
-        _assemble(folder, story, made, shards)
+        _assemble(folder, story, made, shards, own)
         story.ledger.check()
         name_winners(story.ledger, read)
         write_reports(folder, story.ledger, settings, account)
@@ -153,13 +153,20 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Summary:
     return summary
 
 
-def _assemble(folder: Path, story: Stages, made: Done, shards: Sequence[Done]) -> None:
-    """Puts the dataset together in its folder. Raises UserError where a split has no document."""
+def _assemble(folder: Path, story: Stages, made: Done, shards: Sequence[Done], own: Path | None) -> None:
+    """Puts the dataset together in its folder. Raises UserError where a split has no document.
+
+    own: the folder of a tokenizer that was given.
+    """
     kind = story.account.rules.kind
     index = Assembly(folder, kind, made)
     splits = index.splits(shards)
     if empty := [name for name, split in splits.items() if not len(split)]:
         why = "; ".join([reasons_of(story.ledger), *story.account.lines()])
+        for (stage, _), samples in story.ledger.samples.items():
+            if stage == "template":
+                refused = f"{samples[0].key}: {samples[0].value}"
+                why += f"; the chat template of tokenizer={own} refuses {refused}; use another"
         raise UserError(f"no {NAMES[kind]} are left for the {empty[0]} split: {why}")
     index.write(splits, max(shard.found["highest_id"] for shard in shards))
 

@@ -16,10 +16,9 @@ from moray.cluster.launchers import own_rank
 from moray.cluster.worker import WorkerError
 from moray.data.blocks import CACHE_BYTES
 from moray.data.chat.jinja_template import CHAT_TEMPLATE
-from moray.data.dataset import Dataset
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.sources import Sources
-from moray.data.tokenizer import same_vocabulary
+from moray.data.tokenizer import same_vocabulary, tokenizer_in
 from moray.jobs.config.load import flatten
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.base import check_there
@@ -79,7 +78,7 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
     if config.adapters:
         check_there(Path(config.weights_from))
     if config.weights_from:
-        check_tokenizer(Path(config.weights_from), Path(sources.first.folder), config.model.vocab_size, tell)
+        check_tokenizer(Path(config.weights_from), sources.first.folder, config.model.vocab_size, tell)
     sources.check_vocabulary(config.model.vocab_size)
     check_trackers(config.run.trackers)
     check_tasks(config)
@@ -99,7 +98,7 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
             f"{config.train.objective} wants kind {'text' if config.train.objective == 'pretrain' else 'chat'}"
         )
     for other in sources.datasets.values():
-        if dataset.kind == "chat" and _template(other) != _template(dataset):
+        if dataset.kind == "chat" and other.file(CHAT_TEMPLATE) != dataset.file(CHAT_TEMPLATE):
             raise UserError(
                 f"{dataset.called}={dataset.folder} and {other.called}={other.folder} write dialogues by different "
                 "templates; prepare one of them with `--tokenizer` and the folder of the other"
@@ -118,11 +117,6 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
             tell(line)
     if dataset.kind == "chat" and config.model.moe and not config.adapters:  # which freeze routers
         tell(balance_kept(config.model.moe))
-
-
-def _template(dataset: Dataset) -> bytes | None:
-    path = Path(dataset.folder, CHAT_TEMPLATE)
-    return path.read_bytes() if path.is_file() else None
 
 
 def epochs(sequences: Mapping[str, int], drawn: Sequence[int]) -> Iterator[str]:
@@ -146,7 +140,7 @@ def balance_kept(moe: MoEConfig) -> str:
     return f"routers are balanced as before: {kept}; 0 turns one off" if kept else "nothing balances the routers"
 
 
-def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[str], None]) -> None:
+def check_tokenizer(source: Path, data: str, vocab_size: int, tell: Callable[[str], None]) -> None:
     """Raises UserError if the data's tokens mean others than those, below `vocab_size`, that the weights know.
 
     Says so where there is no tokenizer to tell. A source that is gone does not matter: the run has its own commits, or
@@ -157,11 +151,13 @@ def check_tokenizer(source: Path, data: Path, vocab_size: int, tell: Callable[[s
         return
     if not (tokenizer / "tokenizer.json").is_file():
         tell(f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on")
-    elif not same_vocabulary(tokenizer, data, vocab_size):
-        raise UserError(
-            f"data.path={data} has other tokens than model.from={source} was trained on; "
-            f"make the data with `moray prepare … --tokenizer {tokenizer}`"
-        )
+        return
+    with tokenizer_in(data) as folder:
+        if not same_vocabulary(tokenizer, folder, vocab_size):
+            raise UserError(
+                f"data.path={data} has other tokens than model.from={source} was trained on; "
+                f"make the data with `moray prepare … --tokenizer {tokenizer}`"
+            )
 
 
 def _launch(config: RunConfig, console: Console, listener: Listener, trackers: Sequence[str]) -> int:

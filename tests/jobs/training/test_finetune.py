@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,6 +190,13 @@ def test_dialogues_are_mixed_as_text_is(dataset: Path, base: Path, chat: Path, t
     (copy / "chat_template.jinja").write_text("another")
     with pytest.raises(UserError, match=rf"one={chat} and data.mix: two={copy} write dialogues by different templates"):
         dispatch(asked("other", f"one=3:{chat},two=1:{copy}"))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(copy), "/two", recursive=True)
+    try:
+        with pytest.raises(UserError, match=r"data\.mix: two=memory://two write dialogues by different templates"):
+            dispatch(asked("other", f"one=3:{chat},two=1:memory://two"))
+    finally:
+        memory.rm("/two", recursive=True)
 
 
 def told(rows: list[dict[str, Any]]) -> list[Any]:
