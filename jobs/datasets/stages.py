@@ -77,7 +77,7 @@ class Stages:
         if not any(part.found["n_documents"] for part in done):
             counts = self.account.counts.items()
             left_out = [f"{count:,} {reason}: {self.account.named[reason][0]}" for reason, count in counts]
-            why = ", ".join(left_out) or reasons_of(self.ledger)
+            why = "; ".join([*left_out, reasons_of(self.ledger)])
             raise UserError(f"the sources hold no usable document; left out: {why}")
         scores = np.zeros(SCORES, np.int64)
         for part in done if curation.classifier else ():
