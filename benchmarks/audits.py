@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from moray.jobs.config.load import load_config
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
@@ -56,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     data, run = options.out / "data", options.out / f"run-{int(time.time())}"
     if not (data / "index.json").exists():
-        prepare(["stdlib"], data, console=Console(stderr=True))
+        prepare(PrepareConfig(out=data), Console(stderr=True))
     found: dict[str, list[float]] = {"without audits": [], "between two audits": [], "audited": []}
     for turn in range(options.rounds):
         found["without audits"] += seconds(data, run / f"plain-{turn}", options.steps, 0)[WARM:]

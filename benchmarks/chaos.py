@@ -24,6 +24,7 @@ from random import Random
 
 from rich.console import Console
 
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -103,7 +104,8 @@ def main() -> None:
     random, out = Random(options.seed), options.out / f"campaign-{int(time.time())}"
     data = out / "data"
     stdlib = Path(sysconfig.get_path("stdlib"))
-    prepare([stdlib / "json", stdlib / "wsgiref"], data, vocab_size=400, validation=0.1, console=Console(quiet=True))
+    sources = stdlib / "json", stdlib / "wsgiref"
+    prepare(PrepareConfig(sources=sources, out=data, vocab_size=400, validation=0.1), Console(quiet=True))
     faults = [fault for fault in FAULTS if options.only in fault.name]
     plan = [fault for _ in range(options.rounds) for fault in random.sample(faults, len(faults))]
     alone = undisturbed(data, out / "alone", options.steps)

@@ -4,8 +4,10 @@
 
 Clean are the sources' texts, in pieces of 3 kB, as the recipe leaves them. A twentieth of them is held out.
 Into the rest are put near copies, copies in broken encoding, spam, stubs, menus and a footer; the first table compares
-what was put in with what the recipe took out. Then the same model is trained twice, on as many tokens of the dirty text
-and of the cleaned one, and its loss is measured on the clean text that neither has seen.
+what was put in with what the recipe took out. Advertisements keep all rules: a classifier learns them from half of the
+texts (as `moray quality train` does), and the second table is of the other half, with it. Then the same model is
+trained twice, on as many tokens of the dirty text and of the cleaned one, and its loss is measured on the clean text
+that neither has seen.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import random
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,9 +33,10 @@ from moray.data.reading.documents import Document, read_documents
 from moray.data.reading.rules import Rules
 from moray.data.reading.texts import cut
 from moray.jobs.config.load import load_config
+from moray.jobs.datasets.config import PrepareConfig, load_preparation
 from moray.jobs.datasets.curation import curation_of
 from moray.jobs.datasets.prepare import Summary, prepare
-from moray.jobs.datasets.recipe import Recipe, load_recipe
+from moray.jobs.datasets.quality import train_quality
 from moray.jobs.training.drive import drive
 from moray.jobs.training.metrics import read_metrics
 
@@ -135,16 +138,46 @@ def mended(text: str) -> str:
     return ftfy.fix_encoding(text)
 
 
-def recipe() -> Recipe:
-    return load_recipe("web", {"clean.mojibake": "true", "clean.mask": "none"})
+ADVERTS = """
+The {} that you have been waiting for is now at {} in our {} store.
+Our {} customers say that this {} is the best {} they have ever bought.
+Order your {} before {} and we will send a {} with it, free of charge.
+Do not miss the {} deals that we have on every {} and {} this week.
+With a {} from us you save {} on the {} that your family will love.
+Why should you pay more for a {} when {} is all that our {} costs?
+Click on the {} below to get {} off and join the {} club today.
+We have a {} for every home, from {} to {}, and you have the choice.
+There is no better {} than the one with {} that comes in a {} box.
+Hurry, because only {} of the {} are left and the {} sale ends soon.
+Call the {} team and ask for {}, or visit the {} shop near you.
+Sign up for {} news and be the first to hear of {} and of {} offers.
+"""
+WARES = "sofa lamp watch phone carpet kettle jacket camera garden summer premium budget luxury smart family"
 
 
-def table(plants: Planted, cleaned: Summary) -> list[str]:
+def adverts(n: int, seed: int) -> list[str]:
+    """Pages that no rule takes out: each of the sentences, with other words in it."""
+    chance = random.Random(seed)
+    pages = []
+    for _ in range(n):
+        sentences = chance.sample(ADVERTS.split("\n")[1:-1], 10)
+        words = [" ".join(chance.sample(WARES.split(), 3)) for _ in range(30)]
+        pages.append(" ".join(sentences).format(*words))
+    return pages
+
+
+def recipe(**settings: object) -> PrepareConfig:
+    return load_preparation("web", {"clean.mojibake": True, "clean.mask": None, **settings})
+
+
+def table(plants: Planted, cleaned: Summary, more: Sequence[tuple[str, int, int]] = ()) -> list[str]:
     """What was put in and what was taken out."""
     ledger = cleaned.ledger
     by_rule = Counter({reason: n for stage, reason, n, _ in ledger.dropped() if stage == "rules"})
     stubs = by_rule["gopher_n_words"] + by_rule["c4_n_sentences"]
-    taken = Counter({step: n for (_, step), n in ledger.cleaned.items()})
+    taken = Counter[str]()
+    for (_, step), n in ledger.cleaned.items():
+        taken[step] += n
     rows = [
         ("near copies", plants.near, ledger.total("near-duplicates")[0]),
         ("broken copies, equal once mended", plants.broken, ledger.total("exact duplicates")[0]),
@@ -152,8 +185,25 @@ def table(plants: Planted, cleaned: Summary) -> list[str]:
         ("stubs, by rules of length", plants.stubs, stubs),
         ("bytes of menus, by lines", plants.menu_bytes, taken["lines"]),
         ("bytes of footers, by paragraphs", plants.footer_bytes, taken["paragraphs"]),
+        *more,
     ]
     return ["| | put in | taken out |", "|---|---|---|", *(f"| {what} | {a:,} | {b:,} |" for what, a, b in rows)]
+
+
+def judged(texts: list[str], tokenizer: Path, folder: Path) -> list[str]:
+    """As `table`, of the half of the texts from which the classifier has not learnt, and of as many advertisements."""
+    learnt, rest = texts[::2], texts[1::2]
+    good, bad = written(folder / "good.jsonl", learnt), written(folder / "bad.jsonl", adverts(len(learnt), 1))
+    how = {"held_out": 0.1, "seed": 0, "overwrite": False, "reading": Rules()}
+    auc = train_quality([good], [bad], folder / "classifier", **how).classifier.auc
+    plants, pages = planted(rest), adverts(len(rest), 2)
+    sources = written(folder / "half.jsonl", plants.texts), written(folder / "adverts.jsonl", pages)
+    quality = {"quality.classifier": str(folder / "classifier"), "quality.cut": 0.5}
+    made = prepare(recipe(sources=sources, out=folder / "judged", tokenizer=tokenizer, **quality), Console(quiet=True))
+    taken = [made.ledger.total("quality", source)[0] for source in ("adverts.jsonl", "half.jsonl")]
+    rows = [("advertisements, by quality", len(pages), taken[0]), ("other texts, by quality", 0, taken[1])]
+    print(f"AUC {auc:.4f}, {len(learnt):,} texts learnt or held out, {len(rest):,} judged", flush=True)
+    return table(plants, made, rows)
 
 
 def written(path: Path, texts: list[str]) -> Path:
@@ -189,6 +239,10 @@ def picture(curves: dict[str, dict[int, float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def put(page: Path, what: str, lines: list[str]) -> None:
+    page.write_text(replaced(page.read_text(), what, "\n".join(lines)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+")
@@ -204,13 +258,15 @@ def main() -> None:
         held_out, seen = texts[::20], [text for number, text in enumerate(texts) if number % 20]
         plants = planted(seen)
         print(f"{len(seen):,} clean texts, {len(held_out)} held out, {len(plants.texts):,} with dirt", flush=True)
-        clean = prepare([written(folder / "clean.jsonl", held_out)], folder / "clean", validation=0.9, console=quiet)
-        dirt = [written(folder / "dirty.jsonl", plants.texts)]
-        settings = {"tokenizer": clean.dataset.folder, "console": quiet}
-        dirty = prepare(dirt, folder / "dirty", **settings)
-        cleaned = prepare(dirt, folder / "cleaned", recipe=recipe(), **settings)
-        found = table(plants, cleaned)
-        print("\n".join(found), flush=True)
+        source = written(folder / "clean.jsonl", held_out)
+        prepare(PrepareConfig(sources=(source,), out=folder / "clean", validation=0.9), quiet)
+        dirt = {"sources": (written(folder / "dirty.jsonl", plants.texts),), "tokenizer": folder / "clean"}
+        dirty = prepare(PrepareConfig(out=folder / "dirty", **dirt), quiet)
+        cleaned = prepare(recipe(out=folder / "cleaned", **dirt), quiet)
+        found, of_quality = table(plants, cleaned), judged(seen, folder / "clean", folder)
+        print("\n".join([*found, "", *of_quality]), flush=True)
+        if options.into:
+            put(options.into, "quality table", of_quality)
         if not options.steps:
             return
         curves = {}
@@ -225,7 +281,7 @@ def main() -> None:
     gap = statistics.mean(curves["as it is"][step] - curves["cleaned"][step] for step in steps[-2:])
     print("\n".join([*found, "", f"cleaned is {gap:.3f} lower at the end"]))
     if options.into:
-        options.into.write_text(replaced(options.into.read_text(), "cleaning table", "\n".join(found)))
+        put(options.into, "cleaning table", found)
     if options.picture:
         picture(curves, options.picture)
 

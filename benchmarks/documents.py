@@ -26,6 +26,7 @@ from moray.data.dataset import Dataset
 from moray.data.stream import Stream
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.config.sections import OptimizerSection
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.optimizer import build_optimizer
 from moray.model import ModelConfig
@@ -107,7 +108,7 @@ def main() -> None:
     for files in [[file] for file in options.files] + ([options.files] if len(options.files) > 1 else []):
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder, "data")
-            prepare(files, data, vocab_size=VOCABULARY, validation=0.01, console=Console(quiet=True))
+            prepare(PrepareConfig(sources=tuple(files), out=data, vocab_size=VOCABULARY), Console(quiet=True))
             ours = moray_step(config, data, rows=4)
             theirs = padded_step(config, tokenized(files, data), rows=6)
             rate(ours), rate(theirs)

@@ -16,6 +16,7 @@ from pathlib import Path
 from audits import rows_of
 from rich.console import Console
 
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.parallel.checkpoint.commits import list_commits, read_tensors
 
@@ -40,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     data, out = options.out / "data", options.out / f"run-{int(time.time())}"
     if not (data / "index.json").exists():
-        prepare(["stdlib"], data, console=Console(stderr=True))
+        prepare(PrepareConfig(out=data), Console(stderr=True))
     seconds, memory, digests = defaultdict(list), defaultdict(list), {}
     for turn in range(options.rounds):
         for workers in WORKERS:

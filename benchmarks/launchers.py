@@ -16,6 +16,7 @@ from pathlib import Path
 from audits import WARM, rows_of, settings_of
 from rich.console import Console
 
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.metrics import read_metrics
 
@@ -49,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     data, out = options.out / "data", options.out / f"run-{int(time.time())}"
     if not (data / "index.json").exists():
-        prepare(["stdlib"], data, console=Console(stderr=True))
+        prepare(PrepareConfig(out=data), Console(stderr=True))
     pairs = []
     for turn in range(options.rounds):
         changes = {**SETTINGS, "cluster.workers": options.workers}

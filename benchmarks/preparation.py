@@ -68,10 +68,10 @@ def moray_tasks(path: Path, folder: Path, *, recipe: str, near: bool) -> int:
     from moray.data.preparation.selection import Selection
     from moray.data.preparation.tasks import perform
     from moray.data.reading.sources import find
+    from moray.jobs.datasets.config import load_preparation
     from moray.jobs.datasets.curation import curation_of
-    from moray.jobs.datasets.recipe import load_recipe
 
-    chosen = load_recipe(recipe, {"duplicates.paragraphs": "false", "duplicates.near": "0.72" if near else "none"})
+    chosen = load_preparation(recipe, {"duplicates.paragraphs": "false", "duplicates.near": "0.72" if near else "none"})
     curation = curation_of(chosen, folder)
     (source,) = find([path])
     how = Rules(), curation, 0, RUN_BYTES, False

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.runs.watcher import Listener
 from moray.jobs.training.drive import drive
@@ -82,7 +83,7 @@ def main() -> None:
     console = Console(stderr=True)
     data, run = options.out / "data", options.out / f"run-{int(time.time())}"
     if not (data / "index.json").exists():
-        prepare(["stdlib"], data, console=console)
+        prepare(PrepareConfig(out=data), console)
     killer = Killer(options.kills)
     changes = dict(word.split("=", 1) for word in options.set)
     drive(config_of(data, run, {"train.steps": "100000", **changes}), console, killer)

@@ -38,6 +38,7 @@ from moray.data.index import (
     fingerprint_of,
     shard_name,
 )
+from moray.data.reading.urls import file_system
 
 STAGING_SUFFIX = ".moray-unfinished"
 
@@ -68,7 +69,7 @@ class Dataset:
         unfinished, of a newer version, or whose index is damaged; whether all the rest is whole, `verify` tells.
         """
         folder = str(folder).rstrip("/")
-        fs, root = url_to_fs(folder)
+        fs, root = file_system(folder)
         if not fs.exists(f"{root}/{INDEX}"):
             raise UserError(_why_missing(called, folder, fs.exists(root), fs.exists(root + STAGING_SUFFIX)))
         try:
@@ -116,6 +117,11 @@ class Dataset:
             raise UserError(f"{self.folder}/{name} ends at byte {file['size']} of {expected}; {_REMEDY}")
         if file["size"] > expected:
             raise UserError(f"{self.folder}/{name} goes on after its end, byte {expected}; {_REMEDY}")
+
+    def file(self, name: str) -> bytes | None:
+        """What a file beside the index holds; None where there is none of that name."""
+        fs, root = url_to_fs(self.folder)
+        return fs.cat_file(f"{root}/{name}") if fs.exists(f"{root}/{name}") else None
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Raises UserError if some token of this dataset has no row in the model's embedding."""

@@ -4,17 +4,21 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import tokenizers
+from fsspec.implementations.local import LocalFileSystem
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from moray import UserError
 from moray.data.pieces import PIECE_CHARS, Cutter
+from moray.data.reading.urls import file_system
 from moray.data.special_tokens import (
     BOS,
     EOS,
@@ -234,6 +238,20 @@ def tokenizer_digest(folder: Path) -> str:
             content = (folder / name).read_bytes()
             sha256.update(f"{name} {len(content)}\n".encode() + content)
     return sha256.hexdigest()
+
+
+@contextmanager
+def tokenizer_in(place: str | Path) -> Iterator[Path]:
+    """A folder of this machine that holds the tokenizer of a dataset, which may be at an fsspec URL."""
+    fs, root = file_system(str(place))
+    if isinstance(fs, LocalFileSystem):
+        yield Path(root)
+        return
+    with TemporaryDirectory() as name:
+        for file in (*_FILES, "generation_config.json"):
+            if fs.exists(f"{root}/{file}"):
+                fs.get_file(f"{root}/{file}", f"{name}/{file}")
+        yield Path(name)
 
 
 def same_vocabulary(one: Path, other: Path, vocab_size: int) -> bool:

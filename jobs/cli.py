@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from textwrap import wrap
 
@@ -18,7 +17,6 @@ from moray.cluster.exit_codes import EXIT_FAILED, EXIT_KILLED_BY_KEYBOARD, EXIT_
 from moray.cluster.launchers import is_another_rank
 from moray.cluster.signals import hold_sigterm, leave_on_sigterm
 from moray.jobs.completion import SHELLS, completion
-from moray.jobs.config.arguments import split_settings
 from moray.jobs.options import bind
 from moray.jobs.verbs.align import align
 from moray.jobs.verbs.chat import chat
@@ -30,7 +28,7 @@ from moray.jobs.verbs.export import export
 from moray.jobs.verbs.finetune import finetune
 from moray.jobs.verbs.generate import generate
 from moray.jobs.verbs.inspect import inspect
-from moray.jobs.verbs.prepare import prepare, show_recipe
+from moray.jobs.verbs.prepare import prepare
 from moray.jobs.verbs.pretrain import pretrain
 from moray.jobs.verbs.quality import quality
 from moray.jobs.verbs.report import report
@@ -53,8 +51,7 @@ VERBS: dict[str, Callable[..., int]] = {
     )
 }  # fmt: skip
 TRAIN = ("pretrain", "finetune", "align")
-READ_THEIR_OWN_WORDS = (*TRAIN, "submit")
-TAKE_SETTINGS = ("prepare",)
+READ_THEIR_OWN_WORDS = (*TRAIN, "submit", "prepare")
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -73,15 +70,6 @@ def dispatch(arguments: list[str]) -> int:
         raise UserError(f"{name} is not a verb of moray; there are {', '.join(VERBS)}")
     if name in READ_THEIR_OWN_WORDS:
         return VERBS[name](rest)
-    if name in TAKE_SETTINGS:
-        if {"-h", "--help"} & {*rest}:
-            with suppress(SystemExit):
-                bind(VERBS[name], f"moray {name}", ["--help"])
-            show_recipe()
-            return 0
-        words, settings = split_settings(rest)
-        bound: Callable[..., int] = bind(VERBS[name], f"moray {name}", words)
-        return bound(settings=settings)
     return bind(VERBS[name], f"moray {name}", rest)()
 
 

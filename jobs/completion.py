@@ -8,6 +8,7 @@ from io import StringIO
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
+from pydantic import BaseModel
 
 from moray import UserError
 
@@ -17,15 +18,15 @@ SHELLS = ("bash", "zsh", "fish")
 def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
     """The script, as tyro writes it. Raises UserError for a shell that it does not know."""
     from moray.jobs.config.alignment import ALIGNMENT
-    from moray.jobs.config.load import settings
     from moray.jobs.config.run import RunConfig
     from moray.jobs.config.starting import TRAINING_VERBS
+    from moray.jobs.datasets.config import PrepareConfig
     from moray.model.presets import PRESETS
 
     if shell not in SHELLS:
         raise UserError(f"--completion {shell} is not known; there are {', '.join(SHELLS)}")
     known: dict[str, Any] = {"recipe": str, "model.preset": Literal[tuple(PRESETS)]}
-    known |= {name: field.annotation for name, field in settings(RunConfig)}
+    known |= _kinds(RunConfig)
     training = dict.fromkeys(TRAINING_VERBS, _options(known))
     training |= {"align": _options({"method": Literal[ALIGNMENT], **known})}
     with redirect_stdout(StringIO()) as written, suppress(SystemExit):
@@ -33,6 +34,7 @@ def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
             {
                 **verbs,
                 **training,
+                "prepare": _options({"recipe": str, **_kinds(PrepareConfig)}),
                 "submit": _options(_of_targets()),
             },
             prog="moray",
@@ -42,6 +44,13 @@ def completion(verbs: Mapping[str, Callable[..., Any]], shell: str) -> str:
     for name in known:  # tyro would have dashes in all options, or in none
         script = script.replace(f"'--{name.replace('_', '-')}'", f"'--{name}'")
     return script
+
+
+def _kinds(config: type[BaseModel]) -> dict[str, Any]:
+    """What each setting of a config may be."""
+    from moray.jobs.config.load import settings
+
+    return {name: field.annotation for name, field in settings(config)}
 
 
 def _of_targets() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from moray.data.dataset import Dataset
 from moray.data.stream import Stream
 from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.generation.generate import Sampling, generate_tokens, load_run, stream_text
 from moray.jobs.runs.ledger import ledger_problems
@@ -45,7 +46,7 @@ def demo(folder: Path) -> int:
     if (data / "index.json").exists():
         console.print(f"{data} is already there: {Dataset.open(data).splits['train'].n_tokens:,} training tokens")
     else:
-        prepare(["stdlib"], data, console=console)
+        prepare(PrepareConfig(out=data), console)
     config = _fitted(data, run, SECONDS - (time.monotonic() - began), console)
     _phase(console, 2, "train", _what(config))
     code = drive(config, console, Saboteur(config.train.steps // 2 + 10, console))

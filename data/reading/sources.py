@@ -5,6 +5,7 @@ source stands on this machine: the validation split hashes them, and must be the
 grow.
 """
 
+import hashlib
 import io
 import os
 import socket
@@ -28,7 +29,7 @@ STDLIB_LEAVES_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "d
 class SourceFile:
     """A file to be read, and what its documents' keys begin with.
 
-    path: a str is an fsspec URL. version: changes when its content does.
+    path: a str is an fsspec URL. version: changes when its content does; empty where nothing says so.
     """
 
     path: Path | str
@@ -39,6 +40,11 @@ class SourceFile:
 
     def open(self) -> io.BufferedReader:
         return open_url(self.path) if isinstance(self.path, str) else open(self.path, "rb")
+
+    def digest(self) -> str:
+        """Of its content, which is read for it. Raises UserError where a storage does not answer."""
+        with self.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raises UserError where this machine does not see the file that was found: it has changed, or is elsewhere."""

@@ -17,7 +17,10 @@ from moray import UserError
 from moray.data.reading.compression import BUFFER_BYTES
 from moray.data.reading.records import in_one_line
 
-VERSIONS = ("ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
+VERSIONS = (
+    *("ETag", "etag", "generation", "Content-MD5", "content_md5", "Digest", "blob_id", "sha"),
+    *("mtime", "LastModified", "Last-Modified", "last_modified", "modified", "updated", "modify", "created"),
+)
 """What file systems say of a file that changes with its content."""
 
 
@@ -39,7 +42,7 @@ def is_url(source: str | Path) -> bool:
 
 def local_path(url: str) -> Path | None:
     """The path that a file:// URL means; None of any other. Raises UserError for a URL that nothing can read."""
-    fs, root = _file_system(url)
+    fs, root = file_system(url)
     return Path(root) if isinstance(fs, LocalFileSystem) else None
 
 
@@ -48,7 +51,7 @@ def entries(url: str) -> list[Entry]:
 
     Raises UserError where there is nothing, or the storage does not tell what is there.
     """
-    fs, root = _file_system(url)
+    fs, root = file_system(url)
     try:
         info = fs.info(root)
         found = {root: info} if info["type"] == "file" else fs.find(root, detail=True)
@@ -65,7 +68,8 @@ def open_url(url: str) -> io.BufferedReader:
     return io.BufferedReader(_Remote(url), BUFFER_BYTES)
 
 
-def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
+def file_system(url: str) -> tuple[AbstractFileSystem, str]:
+    """What reads a URL or a path, and the path in it. Raises UserError for one that nothing can read here."""
     try:
         fs, root = url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -84,7 +88,7 @@ def _entry(fs: AbstractFileSystem, root: str, name: str, info: Mapping[str, Any]
 class _Remote(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self._url = url
-        self._file: Any = self._asked(lambda: _file_system(url)[0].open(url, "rb"))
+        self._file: Any = self._asked(lambda: file_system(url)[0].open(url, "rb"))
 
     def readable(self) -> bool:
         return True

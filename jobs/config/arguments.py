@@ -1,5 +1,7 @@
 """Settings as words of a command line."""
 
+from collections.abc import Container
+
 from moray import UserError
 
 
@@ -25,18 +27,20 @@ def parse_settings(arguments: list[str]) -> tuple[str | None, dict[str, str]]:
     return recipe, overrides
 
 
-def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Settings (`--section.key value`) out of the words of a command that has options, too: the words, the settings."""
+def split_words(arguments: list[str], switches: Container[str]) -> tuple[list[str], list[str]]:
+    """The words of a command that belong to no setting, and those that do; a switch needs no value to be true."""
     words: list[str] = []
     settings: list[str] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        if word.startswith("--") and "." in word.partition("=")[0]:
-            settings += [word] if "=" in word or not rest else [word, rest.pop(0)]
-        else:
+        if not word.startswith("--"):
             words.append(word)
-    return words, parse_settings(settings)[1]
+        elif word in switches:
+            settings.append(f"{word}=true")
+        else:
+            settings += [word] if "=" in word or not rest else [word, rest.pop(0)]
+    return words, settings
 
 
 def check_utf8(name: str, value: str) -> None:

@@ -18,8 +18,9 @@ def show_settings(config: type[BaseModel], usage: str, console: Console) -> None
         console.print(" ".join(paragraph.split()), markup=False, highlight=False)
         console.print()
     for section, fields in groupby(settings(config), key=lambda found: found[0].rpartition(".")[0]):
-        console.print(section, style="italic")
+        console.print(section, style="italic", end="\n" if section else "")
         for name, field in fields:
+            name = name if section else name.replace("_", "-")
             console.print(f"  [bold]--{name}[/bold]  [cyan]{values(field)}[/cyan]", highlight=False, soft_wrap=True)
             if field.description:
                 meaning = escape(" ".join(field.description.split()))

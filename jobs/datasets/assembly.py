@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moray import UserError
 from moray.data.index import Kind, Split, joined, shard_name, write_index
 from moray.data.preparation.tasks import Done
 from moray.data.preparation.vocabulary import put_tokenizer
@@ -26,12 +25,10 @@ class Assembly:
         splits = {}
         for split in SPLITS:
             mine = [shard.folder for shard in shards if shard.folder.name.startswith(f"{split}-")]
-            for number, shard in enumerate(mine):
-                name = shard_name(split, number)
-                if (shard / name).exists():
-                    _link(shard / name, self.folder / name)
-                elif len(mine) > 1:
-                    raise UserError(f"{name} is empty: the chat template refuses all that it was to hold; use another")
+            # Of what a shard was to hold, the chat template may refuse all: then it has no file.
+            files = [file for shard in mine for file in shard.glob("*.tar")]
+            for number, file in enumerate(files):
+                _link(file, self.folder / shard_name(split, number))
             splits[split] = joined(self.folder, split, self.kind, mine)
         return splits
 

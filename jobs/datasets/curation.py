@@ -1,4 +1,4 @@
-"""From a person's recipe to what the stages are told."""
+"""From a person's settings to what the stages are told."""
 
 import hashlib
 import shutil
@@ -16,14 +16,20 @@ from moray.data.curation.cleaning import Cleaning, clean
 from moray.data.curation.contamination import Benchmarks
 from moray.data.preparation.curate import Curation, save_benchmarks
 from moray.data.preparation.selection import SCORES, Selection, by_pareto, cut_for
+from moray.data.tokenizer import tokenizer_digest
 from moray.jobs.config.load import flatten
 from moray.jobs.datasets.benchmarks import texts_of_tasks
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.plan import name_of
-from moray.jobs.datasets.recipe import QualitySection, Recipe
+from moray.jobs.datasets.recipe import QualitySection
 
 SCRATCH_VERSION = 2
 """Of the files by which tasks hear of each other."""
 MADE_WITH = ("numpy", "tokenizers", "sentencex", "ftfy")
+VERSION = 1
+"""Of what is done to documents: what another one has begun is not gone on with."""
+WHERE_AND_HOW = {"sources", "out", "overwrite", "scratch", "drops", "engine", "workers", "memory_mb"}
+NOT_OF_THE_DATASET = WHERE_AND_HOW | {"max_bad", "on_damage"}
 
 
 def versions() -> str:
@@ -35,13 +41,18 @@ def versions() -> str:
     return ", ".join(sorted(found))
 
 
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe for a plan: with the digests of the files that it names. Raises UserError for one that is no such."""
-    settings: dict[str, Any] = dict(flatten(recipe.model_dump(mode="json")))
-    if recipe.quality.classifier:
-        settings["quality.classifier"] = Classifier.load(Path(recipe.quality.classifier)).fingerprint
-    settings["benchmarks.tasks"] = [_digest(Path(path)) for path in recipe.benchmarks.tasks]
-    return settings
+def settings_of(config: PrepareConfig) -> dict[str, Any]:
+    """All that decides about the dataset beside its sources, flat; of files and folders the digests.
+
+    Raises UserError for a file that is no such.
+    """
+    said = dict(flatten(config.model_dump(mode="json", exclude=NOT_OF_THE_DATASET)))
+    if config.tokenizer is not None:
+        said |= {"vocab_size": None, "tokenizer": tokenizer_digest(config.tokenizer)}
+    if config.quality.classifier:
+        said["quality.classifier"] = Classifier.load(Path(config.quality.classifier)).fingerprint
+    said["benchmarks.tasks"] = [_digest(Path(path)) for path in config.benchmarks.tasks]
+    return {"version": VERSION, **said}
 
 
 def _digest(path: Path) -> str:
@@ -52,11 +63,11 @@ def _digest(path: Path) -> str:
         raise UserError(f"benchmarks.tasks: {path} cannot be read ({error.strerror})") from None
 
 
-def curation_of(recipe: Recipe, scratch: Path) -> Curation:
+def curation_of(config: PrepareConfig, scratch: Path) -> Curation:
     """What is done to each document by itself. Puts what all processes need into `scratch`."""
     benchmarks = None
-    if recipe.benchmarks.tasks:
-        texts = texts_of_tasks([Path(path) for path in recipe.benchmarks.tasks])
+    if config.benchmarks.tasks:
+        texts = texts_of_tasks([Path(path) for path in config.benchmarks.tasks])
         found = Benchmarks.of(texts)
         if not found.n_texts:
             raise UserError(
@@ -66,16 +77,16 @@ def curation_of(recipe: Recipe, scratch: Path) -> Curation:
         benchmarks = scratch / f"benchmarks-{name_of(found.hashes.tobytes())}.npz"
         save_benchmarks(found, benchmarks)
     classifier = None
-    if recipe.quality.classifier:
-        path = Path(recipe.quality.classifier)
+    if config.quality.classifier:
+        path = Path(config.quality.classifier)
         classifier = scratch / f"classifier-{Classifier.load(path).fingerprint[:16]}.safetensors"
         shutil.copyfile(path, classifier)
-    cleaning = Cleaning(**recipe.clean.model_dump())
+    cleaning = Cleaning(**config.clean.model_dump())
     clean("text", cleaning)  # which says what is not installed
     return Curation(
         cleaning=cleaning if cleaning != Cleaning(characters=False) else None,
-        rules=recipe.rules.rules,
-        bands=recipe.duplicates.bands,
+        rules=config.rules.rules,
+        bands=config.duplicates.bands,
         classifier=classifier,
         benchmarks=benchmarks,
     )

@@ -1,7 +1,6 @@
 """`moray inspect DATASET`: what a dataset holds, and a few of its documents."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +13,7 @@ from moray.data.index import Split
 from moray.data.order import sequence_counts
 from moray.data.preparation.ledger import Ledger
 from moray.data.rows import DialogueRows, rows_of
-from moray.data.tokenizer import load_tokenizer
+from moray.data.tokenizer import load_tokenizer, tokenizer_in
 from moray.jobs.datasets.report import REPORT, lines_of
 from moray.jobs.datasets.survey import Sources, Texts, survey_names, survey_texts
 from moray.jobs.datasets.visible import named, visible
@@ -25,20 +24,22 @@ MOST_SOURCES = 30
 QUANTILES = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 
 
-def inspect_dataset(folder: Path, seq_len: int, samples: int, seed: int, *, as_json: bool, console: Console) -> None:
-    """Prints what the dataset in a folder is made of; seed: chooses samples, and what of a large one is measured.
+def inspect_dataset(folder: str, seq_len: int, samples: int, seed: int, *, as_json: bool, console: Console) -> None:
+    """Prints what the dataset in a folder, or at a URL, is made of.
 
-    Raises UserError for a folder that is no whole dataset.
+    seed: chooses samples, and what of a large one is measured. Raises UserError for what is no whole dataset.
     """
     if seq_len < 1:
         raise UserError(f"--seq-len {seq_len} must be at least 1")
     if samples < 0:
         raise UserError(f"--samples {samples} must be at least 0")
-    dataset = Dataset.open(folder)
+    dataset = Dataset.open(folder, "source")
     sources = survey_names(dataset, seq_len, seed)
-    texts = survey_texts(dataset, load_tokenizer(folder), samples, seed)
+    with tokenizer_in(folder) as place:
+        tokenizer = load_tokenizer(place)
+    texts = survey_texts(dataset, tokenizer, samples, seed)
     splits = {name: _sizes(split) for name, split in dataset.splits.items()}
-    fill, ledger = _fill(dataset, sources, seq_len), _ledger(folder)
+    fill, ledger = _fill(dataset, sources, seq_len), _ledger(dataset)
     if as_json:
         identity = {"kind": dataset.kind, "fingerprint": dataset.fingerprint, "vocab_size": dataset.vocab_size}
         measured = {
@@ -51,9 +52,9 @@ def inspect_dataset(folder: Path, seq_len: int, samples: int, seed: int, *, as_j
             "samples": [dict(zip(("split", "key", "text"), sample, strict=True)) for sample in texts.samples],
             "report": ledger.as_json() if ledger else None,
         }
-        console.print_json(json.dumps({"source": str(folder), **identity, **measured}))
+        console.print_json(json.dumps({"source": folder, **identity, **measured}))
         return
-    console.print(str(folder), style="bold", markup=False, soft_wrap=True)
+    console.print(folder, style="bold", markup=False, soft_wrap=True)
     console.print(
         f"{dataset.kind}, vocabulary {dataset.vocab_size:,}, fingerprint {dataset.fingerprint}", soft_wrap=True
     )
@@ -114,15 +115,16 @@ def _fill(dataset: Dataset, sources: Sources, seq_len: int) -> dict[str, str]:
     return found
 
 
-def _ledger(folder: Path) -> Ledger | None:
+def _ledger(dataset: Dataset) -> Ledger | None:
     """None: it was prepared before there were ledgers, or without one."""
-    path = folder / REPORT
-    if not path.is_file():
+    content = dataset.file(REPORT)
+    if content is None:
         return None
     try:
-        return Ledger.of_json(json.loads(path.read_text()))
+        return Ledger.of_json(json.loads(content))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); restore it from a copy, or move it away") from None
+        what = f"{dataset.folder}/{REPORT} is damaged ({error!r})"
+        raise UserError(f"{what}; restore it from a copy, or move it away") from None
 
 
 def _of_blocks(blocks: int, of: int) -> str:

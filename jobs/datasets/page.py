@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from moray.data.preparation.ledger import KEPT, READ, STAGES, Ledger
+from moray.data.preparation.ledger import KEPT, READ, STAGES, Ledger, Sample
 from moray.jobs.datasets.table import share, size, what_of
 
 PAGE = "report.html"
 CUTTING = "paragraphs"
 """The one step, of those that take bytes away from documents that stay, that is a stage of its own."""
+COLUMNS = {"document": "key", "measured": "value", "stays for it": "kept", "begins": "excerpt"}
+"""Of the samples."""
 
 
 class Left(NamedTuple):
@@ -50,7 +52,7 @@ def render(ledger: Ledger, settings: Mapping[str, Any]) -> str:
             if count
         ],
         samples=[
-            (what_of(stage, reason), sorted(ledger.samples[stage, reason]))
+            (what_of(stage, reason), _columns(ledger.samples[stage, reason]), sorted(ledger.samples[stage, reason]))
             for stage, reason, _, _ in ledger.dropped()
             if ledger.samples.get((stage, reason))
         ],
@@ -93,5 +95,12 @@ def _facts(ledger: Ledger) -> list[tuple[str, str, str]]:
     ]
 
 
+def _columns(samples: list[Sample]) -> list[tuple[str, str]]:
+    """Heading and field of what some of the samples have."""
+    return [(name, field) for name, field in COLUMNS.items() if any(getattr(one, field) for one in samples)]
+
+
 def _said(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
     return ", ".join(map(_said, value)) or "none" if isinstance(value, list | tuple) else str(value)

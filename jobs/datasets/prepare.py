@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import numpy as np
 from rich.console import Console
@@ -26,17 +25,16 @@ from moray.data.preparation.profile import Profile
 from moray.data.preparation.tasks import Done
 from moray.data.preparation.winners import name_winners
 from moray.data.reading.account import Account
-from moray.data.reading.documents import tried
-from moray.data.reading.rules import Rules
+from moray.data.reading.documents import found_kind, tried
 from moray.data.reading.sources import find
-from moray.data.tokenizer import check_vocab_size, load_tokenizer, tokenizer_digest
+from moray.data.tokenizer import load_tokenizer
 from moray.jobs.datasets.assembly import Assembly
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.curation import curation_of, selection_of, settings_of, versions
 from moray.jobs.datasets.drops import check_drops, write_drops
 from moray.jobs.datasets.engine import Doer, Engine, most_tasks, processes_for
 from moray.jobs.datasets.plan import PLAN, SCRATCH, planned_folder
 from moray.jobs.datasets.progress import stage_bars
-from moray.jobs.datasets.recipe import Recipe
 from moray.jobs.datasets.report import lines_of, reasons_of, write_reports
 from moray.jobs.datasets.stages import Stages
 from moray.jobs.datasets.upload import Goal
@@ -44,11 +42,6 @@ from moray.jobs.datasets.upload import Goal
 WORTH_PROCESSES = 32 << 20
 """Bytes of sources below which processes take longer to start than they save."""
 
-VERSION = 1
-"""Of what is done to documents: what another one has begun is not gone on with."""
-
-Dedup = Literal["auto", "exact", "none"]
-EngineName = Literal["local", "ray"]
 NAMES: Mapping[Kind, str] = {
     "text": "documents",
     "chat": "dialogues",
@@ -97,92 +90,62 @@ class Summary:
         return "\n".join(lines)
 
 
-def prepare(
-    sources: Sequence[str | Path],
-    out: str | Path,
-    *,
-    vocab_size: int = 6400,
-    tokenizer: str | Path | None = None,
-    validation: float = 0.01,
-    seed: int = 0,
-    overwrite: bool = False,
-    reading: Rules | None = None,
-    dedup: Dedup = "auto",
-    recipe: Recipe | None = None,
-    workers: int | None = None,
-    memory_mb: int | None = None,
-    drops: str | Path | None = None,
-    engine: EngineName = "local",
-    scratch: Path | None = None,
-    console: Console | None = None,
-) -> Summary:
+def prepare(config: PrepareConfig, console: Console | None = None) -> Summary:
     """Prepares the sources (see `data.reading`) as a dataset in the folder `out`, or at a URL: then, in `scratch`.
 
-    A tokenizer of `vocab_size` entries is trained on the training split, or taken from the folder `tokenizer`.
-    `validation` is the share of documents held out, by hash of their key and text; of dialogues, by hash of the first
-    thing that a user says. `dedup`: equal documents are kept once (exact) or all (none); auto: once, of text alone.
-    `recipe`: what else is done to texts; nothing by default.
-    `workers` processes do it: as many as there are cores, and half of the free memory has room for, or `memory_mb`;
-    with `engine` ray, those of a Ray's nodes, as many as fit there.
-    `drops`: a .parquet file for a list of all documents that are dropped.
-    The same documents, seed and settings give the same bytes, whoever reads them in whatever order, and after any kill.
+    The same documents and settings give the same bytes, whoever reads them in whatever order, and after any kill.
     Memory, whatever the sources: see docs/datasets.md; disk: twice the text.
     Raises UserError for a bad setting, source or folder, a damaged source, an interrupted preparation with other
     settings, a full disk, and a node that is not fit; WorkerError where a Ray is lost.
     """
     started = time.monotonic()
-    for name, value, known in (("dedup", dedup, get_args(Dedup)), ("engine", engine, get_args(EngineName))):
-        if value not in known:
-            raise UserError(f"{name}={value!r} must be one of {', '.join(known)}")
-    if not 0 < validation < 1:
-        raise UserError(f"validation={validation} must lie between 0 and 1, for example 0.01")
-    own = None if tokenizer is None else Path(tokenizer).absolute()
     # What can be wrong is found out before the reading, not after it.
-    reading, recipe = reading or Rules(), recipe or Recipe()
-    recipe.check_kind(reading.kind)
+    if not config.out:
+        raise UserError("out is missing: the folder to make, or its fsspec URL; for example --out data")
+    kind = found_kind(config.sources, config.reading) if config.kind == "auto" else config.kind
+    config = config.model_copy(update={"kind": kind})
+    config.check_kind()
+    drops, own = config.drops, config.tokenizer and config.tokenizer.absolute()
     if drops is not None:
-        check_drops(Path(drops), Path(out), overwrite=overwrite)
+        check_drops(drops, Path(config.out), overwrite=config.overwrite)
     if own:
-        _ = chat_template_of(own) if reading.kind != "text" else load_tokenizer(own)
-    else:
-        check_vocab_size(vocab_size)
-    most_tasks(workers, memory_mb)
-    goal = Goal.of(out, scratch)
-    goal.check(overwrite=overwrite)
+        _ = chat_template_of(own) if kind != "text" else load_tokenizer(own)
+    most_tasks(config.workers, config.memory_mb)
+    goal = Goal.of(config.out, config.scratch)
+    goal.check(overwrite=config.overwrite)
     console = console or Console(stderr=True)
-    account = Account(reading)
-    found = [tried(source, account) for source in find(sources)]
-    if drops is not None and str(Path(drops).resolve()) in {str(file.path) for each in found for file in each.files}:
+    account = Account(config.reading)
+    found = [tried(source, account) for source in find(config.sources)]
+    if drops is not None and str(drops.resolve()) in {str(file.path) for each in found for file in each.files}:
         raise UserError(f"drops={drops} is one of the sources; choose another name")
-    settings = _settings(reading, dedup, seed, validation, vocab_size if own is None else own, recipe)
-    keep_equal = dedup == "none" or (dedup == "auto" and reading.kind != "text")
+    settings = settings_of(config)
     # What tasks list is theirs alone, and no matter of the dataset.
     plan = {**settings, "drops": drops is not None, "made with": versions()}
-    with planned_folder(goal.folder, plan, overwrite=overwrite) as folder:
+    with planned_folder(goal.folder, plan, overwrite=config.overwrite) as folder:
         _clear_all_but_scratch(folder)
-        curation = curation_of(recipe, folder / SCRATCH)
+        curation = curation_of(config, folder / SCRATCH)
         size = sum(file.size for source in found for file in source.files)
-        with _engine(engine, folder / SCRATCH, workers, memory_mb, size) as doer, stage_bars(console) as bars:
+        with _engine(config, folder / SCRATCH, size) as doer, stage_bars(console) as bars:
             story = Stages(folder / SCRATCH, doer, bars, found, account, drops is not None)
-            read, scores = story.read(seed, curation, keep_equal)
+            read, scores = story.read(config.seed, curation, config.keeps_equal)
             runs = read
-            buckets = story.sort(runs, selection_of(recipe.quality, scores), keep_equal)
-            if recipe.duplicates.paragraphs:
+            buckets = story.sort(runs, selection_of(config.quality, scores), config.keeps_equal)
+            if config.duplicates.paragraphs:
                 buckets, runs = story.cut_repeats(buckets, runs)
-            limit = story.limit(buckets, validation)
-            made = story.make_tokenizer(buckets, runs, limit, vocab_size, own)
+            limit = story.limit(buckets, config.validation)
+            made = story.make_tokenizer(buckets, runs, limit, config.vocab_size, own)
             shards = story.encode(buckets, runs, limit, made.folder)
-        _assemble(folder, story, made, shards)
+        _assemble(folder, story, made, shards, own)
         story.ledger.check()
         name_winners(story.ledger, read)
         write_reports(folder, story.ledger, settings, account)
         if drops is not None:
-            write_drops(Path(drops), story.folders)
+            write_drops(drops, story.folders)
         goal.put()
     if goal.url:
         shutil.rmtree(goal.folder)
     n_bytes = story.ledger.total("kept")[1]
-    profile = None if reading.kind in ("text", "prompts") else story.profile
+    profile = None if kind in ("text", "prompts") else story.profile
     seconds = time.monotonic() - started
     counted = made.found["vocab_size"], story.ledger, account, n_bytes
     summary = Summary(Dataset.open(goal.url or goal.folder), *counted, seconds, profile)
@@ -190,48 +153,36 @@ def prepare(
     return summary
 
 
-def _settings(
-    reading: Rules, dedup: Dedup, seed: int, validation: float, tokenizer: int | Path, recipe: Recipe
-) -> dict[str, Any]:
-    """All that decides about the dataset beside its sources, flat. tokenizer: entries of a new one, or a folder."""
-    return {
-        "version": VERSION,
-        "kind": reading.kind,
-        "answers": reading.answers,
-        "text_field": reading.text_field,
-        "max_document_bytes": reading.max_document_bytes,
-        "long_documents": reading.long_documents,
-        "dedup": dedup,
-        "seed": seed,
-        "validation": validation,
-        "vocab_size": tokenizer if isinstance(tokenizer, int) else None,
-        "tokenizer": None if isinstance(tokenizer, int) else tokenizer_digest(tokenizer),
-        **settings_of(recipe),
-    }
+def _assemble(folder: Path, story: Stages, made: Done, shards: Sequence[Done], own: Path | None) -> None:
+    """Puts the dataset together in its folder. Raises UserError where a split has no document.
 
-
-def _assemble(folder: Path, story: Stages, made: Done, shards: Sequence[Done]) -> None:
-    """Puts the dataset together in its folder. Raises UserError where a split has no document."""
+    own: the folder of a tokenizer that was given.
+    """
     kind = story.account.rules.kind
     index = Assembly(folder, kind, made)
     splits = index.splits(shards)
     if empty := [name for name, split in splits.items() if not len(split)]:
         why = "; ".join([reasons_of(story.ledger), *story.account.lines()])
+        for (stage, _), samples in story.ledger.samples.items():
+            if stage == "template":
+                refused = f"{samples[0].key}: {samples[0].value}"
+                why += f"; the chat template of tokenizer={own} refuses {refused}; use another"
         raise UserError(f"no {NAMES[kind]} are left for the {empty[0]} split: {why}")
     index.write(splits, max(shard.found["highest_id"] for shard in shards))
 
 
 @contextmanager
-def _engine(name: EngineName, scratch: Path, workers: int | None, memory_mb: int | None, size: int) -> Iterator[Doer]:
+def _engine(config: PrepareConfig, scratch: Path, size: int) -> Iterator[Doer]:
     """size: bytes of the sources."""
-    if name == "ray":
+    limits = config.workers, config.memory_mb
+    if config.engine == "ray":
         from moray.jobs.datasets.ray_engine import ray_engine  # importing Ray takes long
 
-        with ray_engine(scratch, most_tasks(workers, memory_mb)) as doer:
+        with ray_engine(scratch, most_tasks(*limits)) as doer:
             yield doer
     else:
-        is_worth_it = workers or size > WORTH_PROCESSES
-        with Engine(processes_for(workers, memory_mb) if is_worth_it else 1) as doer:
+        is_worth_it = config.workers or size > WORTH_PROCESSES
+        with Engine(processes_for(*limits) if is_worth_it else 1) as doer:
             yield doer
 
 

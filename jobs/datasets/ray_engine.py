@@ -19,7 +19,7 @@ from moray.cluster.ray.connection import Connection, RayLostError, connected
 from moray.cluster.worker import WorkerError
 from moray.data.preparation.tasks import Done, Task
 from moray.jobs.datasets.engine import POLL_S, WORKER_MB
-from moray.jobs.datasets.ray_task import Home, home_in, perform_at
+from moray.jobs.datasets.ray_task import Home, heard, home_in, perform_at
 
 AHEAD = 2
 """Tasks under way for each slot: the next one is there when one ends."""
@@ -46,11 +46,11 @@ class RayEngine:
         self._remote = ray.remote(num_cpus=1, memory=WORKER_MB << 20, max_retries=0)(perform_at)
 
     def do(self, tasks: Sequence[Task], on_tick: Callable[[int], None]) -> Iterator[tuple[int, Done]]:
-        """As `Engine.do`, but that on_tick hears nothing: how far a task is, its node alone knows.
+        """As `Engine.do`; on_tick hears what tasks tell each second.
 
         Raises UserError where a node is not fit or a task was lost too often, and WorkerError where Ray itself is lost.
         """
-        waiting, losses = deque(range(len(tasks))), Counter[int]()
+        waiting, losses, told = deque(range(len(tasks))), Counter[int](), dict[str, int]()
         running: dict[ray.ObjectRef, int] = {}
         slots = self._slots()
         most = self._most or AHEAD * slots
@@ -61,6 +61,7 @@ class RayEngine:
                     running[self._remote.remote(self._home, tasks[number])] = number
                 done, _ = ray.wait(list(running), timeout=POLL_S)
                 self._connection.check()
+                on_tick(heard(self._home.token, told))
                 for ref in done:
                     number = running.pop(ref)
                     try:

@@ -1,16 +1,13 @@
-"""What is done to text on its way into a dataset, as a person may set it: `--recipe NAME` and `--section.key value`."""
+"""What is done to text between reading and tokenizing, as a person may set it: `--section.key value`."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from moray import UserError, nearest
+from moray import UserError
 from moray.data.curation.minhash import banding
 from moray.data.curation.rules import Rule, rules_named
-from moray.jobs.config.load import flatten, read_recipe, settings
 from moray.jobs.config.sections import AnyPath, Section
-from moray.model.config.mistakes import in_one_line
 
 
 class CleanSection(Section):
@@ -106,41 +103,6 @@ class BenchmarksSection(Section):
         return _listed(value)
 
 
-class Recipe(Section):
-    """All that is done to text between reading and tokenizing."""
-
-    clean: CleanSection = CleanSection()
-    rules: RulesSection = RulesSection()
-    duplicates: DuplicatesSection = DuplicatesSection()
-    quality: QualitySection = QualitySection()
-    benchmarks: BenchmarksSection = BenchmarksSection()
-
-    def check_kind(self, kind: str) -> None:
-        """Raises UserError where what is meant for text is asked of dialogues."""
-        if kind != "text" and self != Recipe():
-            names = [name for name, value in flatten(self.model_dump()) if value != _DEFAULTS[name]]
-            raise UserError(f"{names[0]} is for text, and this is of kind {kind}; leave it out, or use --recipe chat")
-
-
-def load_recipe(name: str, overrides: Mapping[str, str]) -> Recipe:
-    """The recipe of that name, or of a .toml file, with `section.key` -> value pairs that override it.
-
-    Raises UserError of one line that names the setting, its value and what would be right.
-    """
-    stated = dict(flatten(read_recipe(name, "moray.jobs.datasets.recipes")))
-    sections: dict[str, Any] = {}
-    for setting, value in {**stated, **overrides}.items():
-        if setting not in _DEFAULTS:
-            raise UserError(f"{setting} is not a setting of a preparation; {nearest(setting, list(_DEFAULTS))}")
-        section, _, key = setting.partition(".")
-        none = isinstance(value, str) and value.lower() == "none"
-        sections.setdefault(section, {})[key] = None if none else value
-    try:
-        return Recipe.model_validate(sections)
-    except ValidationError as error:
-        raise UserError(in_one_line(error, Recipe)) from None
-
-
 def _listed(value: Any) -> Any:
     return () if value in (None, "") else tuple(value.split(",")) if isinstance(value, str) else value
 
@@ -150,6 +112,3 @@ def _bound(text: str) -> tuple[str, str]:
     if not equals:
         raise UserError(f"rules.bounds={text} must be NAME=LOW..HIGH, for example gopher_n_words=20..100000")
     return name, bound
-
-
-_DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field in settings(Recipe)}

@@ -1,9 +1,9 @@
 """The stages of a preparation: which tasks there are, out of what the stage before has found."""
 
-import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from moray.data.preparation.tasks import Done, Task
 from moray.data.preparation.vocabulary import MakeTokenizer
 from moray.data.reading.account import Account
 from moray.data.reading.documents import check_any
-from moray.data.reading.sources import Source
+from moray.data.reading.sources import Source, SourceFile
 from moray.jobs.datasets.assembly import SPLITS
 from moray.jobs.datasets.engine import Doer, Engine
 from moray.jobs.datasets.plan import name_of
@@ -54,12 +54,12 @@ class Stages:
 
     def read(self, seed: int, curation: Curation, keep_equal: bool) -> tuple[tuple[Run, ...], np.ndarray]:
         """The runs, and how many documents have each score."""
-        tasks, numbers = [], []
+        tasks, numbers, digest = [], [], cache(SourceFile.digest)
         for number, source in enumerate(self.sources):
             for pieces in parts_of(source):
-                # What a file holds is taken to be the same while its size and time, or its tag, are.
-                # Where nothing tells versions apart, nothing is taken for the same; and what bears damage reads more.
-                unknown = [secrets.token_hex(8) for piece in pieces if not piece.file.version]
+                # What a file holds is taken to be the same while its size and time, or its tag, are; where a storage
+                # says neither, its digest is. And what bears damage reads more.
+                unknown = [digest(piece.file) for piece in pieces if not piece.file.version]
                 out = self.scratch / "parts" / name_of(pieces, source.label, self.account.rules.on_damage, unknown)
                 how = self.account.rules, curation, seed, RUN_BYTES, self.keep_drops, keep_equal
                 tasks.append(ReadPart(out, pieces, source.label, *how))
@@ -77,7 +77,7 @@ class Stages:
         if not any(part.found["n_documents"] for part in done):
             counts = self.account.counts.items()
             left_out = [f"{count:,} {reason}: {self.account.named[reason][0]}" for reason, count in counts]
-            why = ", ".join(left_out) or reasons_of(self.ledger)
+            why = "; ".join([*left_out, reasons_of(self.ledger)])
             raise UserError(f"the sources hold no usable document; left out: {why}")
         scores = np.zeros(SCORES, np.int64)
         for part in done if curation.classifier else ():

@@ -14,7 +14,7 @@ from moray import UserError
 from moray.data.dataset import Dataset
 from moray.data.sources import Sources
 from moray.data.special_tokens import copy_stops
-from moray.data.tokenizer import copy_tokenizer
+from moray.data.tokenizer import copy_tokenizer, tokenizer_in
 from moray.jobs.config.alignment import ALIGNMENT
 from moray.jobs.config.load import flatten
 from moray.jobs.config.recipe_file import to_toml
@@ -215,22 +215,23 @@ def _check_space(config: RunConfig, folder: Path) -> None:
 
 def _put_tokenizer(dataset: Dataset, folder: Path, *, is_bound: bool) -> None:
     """Copies the data's tokenizer, whole or not at all; once something is committed, the one there must be the same."""
-    data = Path(dataset.folder)
-    if folder.exists():
-        if _tokenizer_bytes(folder) == _tokenizer_bytes(data):
-            return
-        if is_bound:
-            raise UserError(f"{folder} is not the tokenizer of {dataset.called}={data}, the run's data; move it away")
-        shutil.rmtree(folder)
-    partial = partial_path(folder)
-    partial.mkdir()
-    copy_tokenizer(data, partial)
-    try:
-        partial.rename(folder)
-    except OSError:  # where files cannot be locked, another attempt may just have done the same
-        shutil.rmtree(partial)
-        if _tokenizer_bytes(folder) != _tokenizer_bytes(data):
-            raise
+    with tokenizer_in(dataset.folder) as data:
+        if folder.exists():
+            if _tokenizer_bytes(folder) == _tokenizer_bytes(data):
+                return
+            if is_bound:
+                said = f"{dataset.called}={dataset.folder}"
+                raise UserError(f"{folder} is not the tokenizer of {said}, the run's data; move it away")
+            shutil.rmtree(folder)
+        partial = partial_path(folder)
+        partial.mkdir()
+        copy_tokenizer(data, partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # where files cannot be locked, another attempt may just have done the same
+            shutil.rmtree(partial)
+            if _tokenizer_bytes(folder) != _tokenizer_bytes(data):
+                raise
 
 
 def _remove_partials(folder: Path) -> None:

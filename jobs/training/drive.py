@@ -16,11 +16,10 @@ from moray.cluster.launchers import own_rank
 from moray.cluster.worker import WorkerError
 from moray.data.blocks import CACHE_BYTES
 from moray.data.chat.jinja_template import CHAT_TEMPLATE
-from moray.data.dataset import Dataset
 from moray.data.prompts import Prompts
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.sources import Sources
-from moray.data.tokenizer import same_vocabulary
+from moray.data.tokenizer import same_vocabulary, tokenizer_in
 from moray.jobs.alignment.judge import check_rewards
 from moray.jobs.config.alignment import KINDS, VERB_OF
 from moray.jobs.config.load import flatten
@@ -83,7 +82,7 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
         check_there(Path(config.weights_from))
     models = {"model.from": config.weights_from} if config.weights_from else {}
     for setting, folder in {**models, **dict(config.frozen.values())}.items():
-        check_tokenizer(Path(folder), Path(sources.first.folder), config.model.vocab_size, tell, setting)
+        check_tokenizer(Path(folder), sources.first.folder, config.model.vocab_size, tell, setting)
     for setting, folder in config.frozen.values():
         check_beside(config, Path(folder), setting)
     sources.check_vocabulary(config.model.vocab_size)
@@ -108,7 +107,7 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
             f"{config.train.objective} wants kind {' or '.join(wanted)}"
         )
     for other in sources.datasets.values():
-        if dataset.kind != "text" and _template(other) != _template(dataset):
+        if dataset.kind != "text" and other.file(CHAT_TEMPLATE) != dataset.file(CHAT_TEMPLATE):
             raise UserError(
                 f"{dataset.called}={dataset.folder} and {other.called}={other.folder} write dialogues by different "
                 "templates; prepare one of them with `--tokenizer` and the folder of the other"
@@ -133,11 +132,6 @@ def check_kind(sources: Sources, config: RunConfig, tell: Callable[[str], None])
             tell(line)
     if dataset.kind != "text" and config.learnt.moe and not config.adapters:  # which freeze routers
         tell(balance_kept(config.learnt.moe))
-
-
-def _template(dataset: Dataset) -> bytes | None:
-    path = Path(dataset.folder, CHAT_TEMPLATE)
-    return path.read_bytes() if path.is_file() else None
 
 
 def epochs(sequences: Mapping[str, int], drawn: Sequence[int]) -> Iterator[str]:
@@ -184,7 +178,7 @@ def check_beside(config: RunConfig, folder: Path, setting: str) -> None:
 
 
 def check_tokenizer(
-    source: Path, data: Path, vocab_size: int, tell: Callable[[str], None], setting: str = "model.from"
+    source: Path, data: str, vocab_size: int, tell: Callable[[str], None], setting: str = "model.from"
 ) -> None:
     """Raises UserError if the data's tokens mean others than those, below `vocab_size`, that the weights know.
 
@@ -196,11 +190,13 @@ def check_tokenizer(
         return
     if not (tokenizer / "tokenizer.json").is_file():
         tell(f"{source} has no tokenizer.json: nothing tells whether data.path has the tokens it was trained on")
-    elif not same_vocabulary(tokenizer, data, vocab_size):
-        raise UserError(
-            f"data.path={data} has other tokens than {setting}={source} was trained on; "
-            f"make the data with `moray prepare … --tokenizer {tokenizer}`"
-        )
+        return
+    with tokenizer_in(data) as folder:
+        if not same_vocabulary(tokenizer, folder, vocab_size):
+            raise UserError(
+                f"data.path={data} has other tokens than {setting}={source} was trained on; "
+                f"make the data with `moray prepare … --tokenizer {tokenizer}`"
+            )
 
 
 def _launch(config: RunConfig, console: Console, listener: Listener, trackers: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from moray.data.passages import Passage, passages
 from moray.data.rows import IGNORE
 from moray.data.sources import Sources
 from moray.data.stream import Found, Stream
-from moray.data.tokenizer import Tokenizer, load_tokenizer
+from moray.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_in
 from moray.jobs.config.load import read_recipe
 from moray.jobs.config.sections import DataSection, Section, TrainSection
 from moray.jobs.datasets.visible import line_of, named, visible
@@ -78,7 +78,8 @@ class Lookup:
             long_dialogues=data.long_dialogues,
         )
         self._readers = [BlockReader(dataset, "train", CACHE_BYTES) for dataset in datasets]
-        self._tokenizer = load_tokenizer(self.sources.first.folder)
+        with tokenizer_in(self.sources.first.folder) as folder:
+            self._tokenizer = load_tokenizer(folder)
 
     def find(self, position: int) -> tuple[Found, str, Dataset, list[Part]]:
         """The sequence at a position, the name of its source, its dataset, and the documents in it, in order."""

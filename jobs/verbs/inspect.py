@@ -31,9 +31,9 @@ def inspect(
     """Show a model before it is built, a dataset, or the text of a run's steps.
 
     Args:
-        source: A preset, a run or a Hugging Face folder: architecture, parameters, FLOPs and memory. A dataset: splits,
-            sources, lengths, bytes a token, how full rows are, samples. A run with --step or --position: texts, with
-            their documents, files and lines.
+        source: A preset, a run or a Hugging Face folder: architecture, parameters, FLOPs and memory. A dataset
+            (or its fsspec URL): splits, sources, lengths, bytes a token, how full rows are, samples. A run with --step
+            or --position: texts, with their documents, files and lines.
         seq_len: Tokens of a sequence; by default 4096, or the model's longest.
         workers: Of a model: workers that train it, of each of which the memory is shown.
         dp_replicate: Copies of the model that they hold.
@@ -57,13 +57,11 @@ def inspect(
         return 0
     _refuse(asked & {"lane", "limit"}, source, "it is of a run with --step")
     console = Console(highlight=False)
-    if (Path(source) / "index.json").is_file():
+    if "://" in source or (Path(source) / "index.json").is_file():
         from moray.jobs.datasets.inspect_dataset import inspect_dataset
 
         _refuse(asked - {"source", "json", "seq_len", "samples", "seed"}, source, "a dataset has no such")
-        inspect_dataset(
-            Path(source), 4096 if seq_len is None else seq_len, samples, seed, as_json=json, console=console
-        )
+        inspect_dataset(source, 4096 if seq_len is None else seq_len, samples, seed, as_json=json, console=console)
         return 0
     from moray.jobs.models.inspect_model import inspect_model
     from moray.jobs.models.worker_memory import TrainingPlan

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import tokenizers
@@ -14,7 +15,14 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from moray.data import pieces, tokenizer
-from moray.data.tokenizer import SPECIAL_TOKENS, Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
+from moray.data.tokenizer import (
+    SPECIAL_TOKENS,
+    Tokenizer,
+    copy_tokenizer,
+    load_tokenizer,
+    tokenizer_in,
+    train_tokenizer,
+)
 
 TEXTS = [Path(__file__).read_text(), Path(os.__file__).read_text(), Path(json.__file__).read_text()]
 STRANGE = "naïve Ünïcödé 三月 🙂\t\x00\r\n  indent\n\n<|im_start|>user\nhi<|im_end|> <|eos|> "
@@ -160,6 +168,20 @@ def test_an_imported_tokenizer(tmp_path: Path) -> None:
     assert next(ours.encode_documents([text])).tolist() == [256, *ours.encode(text), 300]
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (256, 300, 300, 301)
     assert AutoTokenizer.from_pretrained(tmp_path / "ours").bos_token_id == 256
+
+
+def test_the_tokenizer_of_a_dataset_at_a_url(trained: tuple[Path, Tokenizer]) -> None:
+    folder, tokenizer = trained
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/at-a-url", recursive=True)
+    try:
+        for place in (folder, f"file://{folder}", "memory://at-a-url"):
+            with tokenizer_in(place) as here:
+                assert load_tokenizer(here).encode("def f(x): é") == tokenizer.encode("def f(x): é"), place
+    finally:
+        memory.rm("/at-a-url", recursive=True)
+    assert not here.exists(), "what was fetched is not kept"
+    assert folder.exists()
 
 
 def test_ids_beyond_16_bits_are_stored_in_32(tmp_path: Path) -> None:

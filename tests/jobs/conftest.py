@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from moray.jobs import cli
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -54,5 +55,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stdlib = Path(sysconfig.get_path("stdlib"))
     folder = tmp_path_factory.mktemp("data") / "stdlib"
     quiet = Console(file=io.StringIO())
-    prepare([stdlib / "json", stdlib / "wsgiref"], folder, vocab_size=400, validation=0.1, console=quiet)
+    sources = stdlib / "json", stdlib / "wsgiref"
+    prepare(PrepareConfig(sources=sources, out=folder, vocab_size=400, validation=0.1), quiet)
     return folder

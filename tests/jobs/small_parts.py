@@ -19,8 +19,8 @@ from rich.console import Console
 from moray.data.preparation import bucket, near, read
 from moray.data.reading import pieces
 from moray.jobs.datasets import stages
-from moray.jobs.datasets.prepare import EngineName, Summary, prepare
-from moray.jobs.datasets.recipe import DuplicatesSection, Recipe, RulesSection
+from moray.jobs.datasets.config import load_preparation
+from moray.jobs.datasets.prepare import Summary, prepare
 
 SIZES = [
     (pieces, "PIECE_BYTES", 1 << 14),
@@ -30,19 +30,23 @@ SIZES = [
     (bucket, "BUCKET_BYTES", 1 << 15),
     (stages, "FILTER_HASHES", 1 << 7),
 ]
-RECIPE = Recipe(
-    rules=RulesSection(sets=("gopher-quality",), bounds=("gopher_n_words=40..100000",)),
-    duplicates=DuplicatesSection(near=0.72, paragraphs=True),
-)
+SETTINGS = {
+    "rules.sets": "gopher-quality",
+    "rules.bounds": "gopher_n_words=40..100000",
+    "duplicates.near": 0.72,
+    "duplicates.paragraphs": True,
+    "vocab_size": 400,
+    "validation": 0.3,
+    "kind": "text",
+}
 
 
-def prepared(out: Path, engine: EngineName, workers: int | None, *sources: str | Path) -> Summary:
+def prepared(out: Path, engine: str, workers: int | None, *sources: str | Path) -> Summary:
     with pytest.MonkeyPatch.context() as patch:
         for where, name, size in SIZES:
             patch.setattr(where, name, size)
-        quiet = Console(file=io.StringIO())
-        settings = {"vocab_size": 400, "validation": 0.3, "recipe": RECIPE, "console": quiet}
-        return prepare(sources, out, engine=engine, workers=workers, **settings)  # type: ignore[arg-type]
+        how = {"sources": sources, "out": out, "engine": engine, "workers": workers}
+        return prepare(load_preparation("none", SETTINGS | how), Console(file=io.StringIO()))
 
 
 def make_corpus(folder: Path) -> list[Path]:
@@ -93,4 +97,4 @@ def _paragraph(chance: random.Random, words: list[str]) -> str:
 
 def main() -> None:
     out, engine, workers, *sources = sys.argv[1:]
-    prepared(Path(out), engine, int(workers), *sources)  # type: ignore[arg-type]
+    prepared(Path(out), engine, int(workers), *sources)

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ class DieTelling(Touch):
         listen(lambda n_bytes: os.kill(os.getpid(), signal.SIGKILL))
         tick(1)
         return {}
+
+
+@dataclass(frozen=True)
+class Count(Touch):
+    """Goes through 100 bytes, and tells."""
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        for _ in range(10):
+            time.sleep(0.15)
+            tick(10)
+        return {"number": int(self.out.name)}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("moray pretrain --model.preset deepseek-v2", ["deepseek-v2-lite", "deepseek-v2"]),
         ("moray pretrain --model.tied_embeddings ", ["true", "false"]),
         ("moray submit --fol", ["--follow"]),
+        ("moray prepare --max", ["--max-document-bytes", "--max-bad"]),
+        ("moray prepare --dedup ", ["auto", "exact", "none"]),
+        ("moray prepare --clean.li", ["--clean.lines"]),
     ],
 )
 def test_bash_completes(script: Path, line: str, offered: list[str]) -> None:

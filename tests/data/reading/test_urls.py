@@ -1,7 +1,9 @@
 """Sources behind URLs: the same documents as on this machine, and a storage that fails is no damaged file."""
 
 import gzip
+import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -136,3 +138,10 @@ def test_what_a_file_is_known_by_changes_with_it(in_memory: str, corpus: Path) -
 def test_no_format_is_known_of_it(in_memory: str) -> None:
     with pytest.raises(ValueError, match=r"'memory://bucket/corpus/picture.png' has no known format"):
         find([f"{in_memory}/picture.png"])
+
+
+def test_a_server_that_says_when_a_file_changed_is_believed(server: str, corpus: Path) -> None:
+    os.utime(corpus / "deep" / "page.md", (0, 0))
+    (file,) = find([f"{server}/deep/page.md"])[0].files
+    assert file.version == "Last-Modified=Thu, 01 Jan 1970 00:00:00 GMT"
+    assert file.digest() == hashlib.sha256(b"a page").hexdigest()

@@ -15,10 +15,9 @@ from moray import UserError
 from moray.data.curation.masking import masked
 from moray.data.preparation.ledger import KEPT, READ, Ledger, Sample
 from moray.data.preparation.runs import digest_of
-from moray.data.reading.rules import Rules
+from moray.jobs.datasets.config import PrepareConfig, load_preparation
 from moray.jobs.datasets.page import render
 from moray.jobs.datasets.prepare import Summary, prepare
-from moray.jobs.datasets.recipe import load_recipe
 from moray.jobs.datasets.table import MOST_REASONS, table_of
 
 ITEM = "which of these seven painted birds had flown over the northern sea before winter came"
@@ -118,17 +117,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def prepared(corpus: Corpus, out: Path, **settings: object) -> Summary:
-    recipe = load_recipe(
+    config = load_preparation(
         "web",
         {
             "rules.sets": "gopher-quality,gopher-repetition,c4,chinese",
             "benchmarks.tasks": str(corpus.items),
             "clean.mask": "email",
+            "max_document_bytes": 30_000,
+            "long_documents": "drop",
+            "vocab_size": 400,
+            "validation": 0.1,
+            "sources": (corpus.pages, corpus.texts),
+            "out": out,
+            **settings,
         },
     )
-    reading = Rules(max_document_bytes=30_000, long_documents="drop")
-    given = {"vocab_size": 400, "validation": 0.1, "console": QUIET, "reading": reading, "recipe": recipe, **settings}
-    return prepare([corpus.pages, corpus.texts], out, **given)  # type: ignore[arg-type]
+    return prepare(config, QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -279,12 +283,13 @@ def test_what_a_template_refuses_is_listed_too(tmp_path: Path) -> None:
     rows = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n)}] for n in range(30)]
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    first = prepare([chats], tmp_path / "plain", vocab_size=300, reading=Rules(kind="chat"), console=QUIET)
+    first = prepare(PrepareConfig(sources=(chats,), out=tmp_path / "plain", vocab_size=300, kind="chat"), QUIET)
     template = tmp_path / "plain" / "chat_template.jinja"
     refusal = "{% if messages[0].content == 'say 7' %}{{ raise_exception('not 7') }}{% endif %}"
     template.write_text(refusal + template.read_text())
-    drops, given = tmp_path / "drops.parquet", {"tokenizer": first.dataset.folder, "reading": Rules(kind="chat")}
-    made = prepare([chats], tmp_path / "out", console=QUIET, drops=drops, **given)  # type: ignore[arg-type]
+    drops = tmp_path / "drops.parquet"
+    given = {"sources": (chats,), "kind": "chat", "tokenizer": first.dataset.folder}
+    made = prepare(PrepareConfig(out=tmp_path / "out", drops=drops, **given), QUIET)  # type: ignore[arg-type]
     (row,) = pyarrow.parquet.read_table(drops).to_pylist()
     assert (row["stage"], row["key"], row["bytes"]) == ("template", "chats.jsonl:8", made.ledger.total("template")[1])
     assert "not 7" in row["value"]

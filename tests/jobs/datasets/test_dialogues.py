@@ -15,10 +15,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from moray import UserError
+from moray.data.blocks import BlockReader
 from moray.data.dataset import Dataset
+from moray.data.preparation import bucket
 from moray.data.reading.documents import found_kind
 from moray.data.reading.rules import Rules
 from moray.data.shards import TRAINED, USER_TURN, SplitWriter
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import Summary, prepare
 
 QUIET = Console(file=io.StringIO())
@@ -30,9 +33,8 @@ def written(path: Path, records: list[Any]) -> Path:
 
 
 def prepared(out: Path, *sources: Path, kind: Any = "chat", **settings: Any) -> Summary:
-    rules = {name: settings.pop(name) for name in ("max_bad", "answers") if name in settings}
-    reading = Rules(kind=kind, **rules)
-    return prepare(sources, out, vocab_size=400, reading=reading, console=QUIET, **{"validation": 0.2, **settings})
+    given = {"vocab_size": 400, "validation": 0.2, **settings}
+    return prepare(PrepareConfig(sources=sources, out=out, kind=kind, **given), QUIET)
 
 
 def samples(dataset: Dataset, split: str) -> list[dict[str, Any]]:
@@ -180,6 +182,36 @@ def test_nothing_to_learn_from(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"3 empty: .*line 1: an answer is empty"):
         prepared(tmp_path / "out", source)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_that_the_template_refuses_whole_is_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "BUCKET_BYTES", 1 << 14)
+    source = written(tmp_path / "x.jsonl", [{"instruction": f"say {n}", "output": f"{n} " * 200} for n in range(200)])
+    whole = prepared(tmp_path / "whole", source).dataset
+    assert len(whole.splits["train"]) >= 3
+    blocks = BlockReader(whole, "train")
+    refused = [key for block in range(len(whole.splits["train"][1].records)) for key in blocks.documents(1, block)[0]]
+    lines = [int(key.rpartition(":")[2]) - 1 for key in refused]
+    template = tmp_path / "whole" / "chat_template.jinja"
+    stated = template.read_text()
+
+    def refusing(said: str) -> None:
+        template.write_text(f"{{% if {said} %}}{{{{ raise_exception('no, never') }}}}{{% endif %}}{stated}")
+
+    refusing(f"messages[0].content in {[f'say {n}' for n in lines]}")
+    made = prepared(tmp_path / "out", source, tokenizer=tmp_path / "whole")
+    assert len(made.dataset.splits["train"]) == len(whole.splits["train"]) - 1
+    kept = {sample["key"] for split in ("train", "validation") for sample in samples(made.dataset, split)}
+    assert kept == {f"x.jsonl:{n + 1}" for n in range(200)} - {*refused}
+    made.dataset.verify()
+    dropped = [(stage, reason, n) for stage, reason, n, _ in made.ledger.dropped()]
+    assert dropped == [("template", "not written by the chat template", len(refused))]
+    assert "template: not written by the chat template" in str(made)
+    refusing("true")
+    with pytest.raises(UserError, match=r"no dialogues are left.* template of tokenizer=.*whole refuses .*no, never"):
+        prepared(tmp_path / "none", source, tokenizer=tmp_path / "whole")
 
 
 def test_repeated_answers_are_told(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import small_tasks
-from small_tasks import Die, DieTelling, FindsNothing, Race, Touch
+from small_tasks import Count, Die, DieTelling, FindsNothing, Race, Touch
 
+from moray.data.preparation.progress import tick
 from moray.data.preparation.tasks import Task, clear_partials, perform
 from moray.jobs.datasets import ray_task
 from moray.jobs.datasets.engine import Engine, most_tasks, processes_for
-from moray.jobs.datasets.ray_task import home_in, perform_at
+from moray.jobs.datasets.ray_task import heard, home_in, perform_at, telling
 
 
 @contextmanager
@@ -93,6 +94,29 @@ def test_on_ray_errors_are_the_tasks_own_and_whoever_dies_each_time_is_given_up(
             done_by(engine, [FindsNothing(tmp_path / "s" / "20")])
         with pytest.raises(ValueError, match="a process of the preparation was lost 4 times over s/21, perhaps"):
             done_by(engine, [Die(tmp_path / "s" / "21")])
+
+
+def test_on_ray_it_is_told_how_many_bytes_tasks_have_gone_through(tmp_path: Path, two_nodes: Any) -> None:
+    told: list[int] = []
+    with on_ray(tmp_path) as engine:
+        ticks = engine.do([Count(tmp_path / "s" / f"{n}") for n in range(2)], told.append)
+        assert {number for number, _ in ticks} == {0, 1}
+    assert sum(told) in range(60, 201), "of each most, but for the last second"
+    assert not list(tmp_path.glob("seen-*"))
+
+
+def test_a_task_tells_what_it_goes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_task, "TELL_EVERY_S", 0.0)
+    before: dict[str, int] = {}
+    with telling(tmp_path), telling(tmp_path):
+        for total in (0, 30, 50):
+            for _ in range(total // 10):
+                tick(5)
+            assert heard(tmp_path, before) == total
+    assert heard(tmp_path, before) == 0
+    assert not list(tmp_path.iterdir())
+    with telling(tmp_path / "gone"):
+        tick(5)
 
 
 def test_a_ray_on_which_no_task_fits(tmp_path: Path, two_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import webdataset as wds
@@ -113,6 +114,23 @@ def make_blocks(folder: Path, tokenizer: Path, n: int) -> Dataset:
         splits[split] = writer.finish()
     write_index(folder, 400, 0, splits)
     return Dataset.open(folder)
+
+
+def test_at_a_url_it_is_what_it_is_in_a_folder(moray: Moray, dataset: Path) -> None:
+    memory, url = fsspec.filesystem("memory"), "memory://bucket/data"
+    memory.put(str(dataset), "/bucket/data", recursive=True)
+    try:
+        here = shown(moray, dataset)
+        for place in (url, f"file://{dataset}"):
+            assert shown(moray, place) == {**here, "source": place}
+        memory.rm("/bucket/data/tokenizer.json")
+        assert "tokenizer.json" in moray("inspect", url).err
+    finally:
+        memory.rm("/bucket", recursive=True)
+    assert moray("inspect", url).err.startswith(f"moray: source={url} does not exist; make it with `moray prepare")
+    unknown = moray("inspect", "nothing://bucket/data")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert unknown.err.startswith("moray: nothing://bucket/data is no URL that can be used here")
 
 
 def test_of_a_large_dataset_a_sample_is_measured_and_says_so(

@@ -21,19 +21,19 @@ from transformers import AutoTokenizer
 from moray.data.dataset import Dataset
 from moray.data.preparation.encode import EncodeShard
 from moray.data.preparation.read import ReadPart
-from moray.data.reading.rules import Rules
 from moray.data.tokenizer import load_tokenizer
+from moray.jobs.cli import dispatch
+from moray.jobs.datasets.config import load_preparation
 from moray.jobs.datasets.prepare import Summary, prepare
-from moray.jobs.datasets.recipe import load_recipe
-from moray.jobs.verbs.prepare import prepare as verb
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SOURCES = [STDLIB / "json", STDLIB / "asyncio", STDLIB / "email"]
 QUIET = Console(file=io.StringIO())
 
 
-def prepared(out: Path, *sources: Path, **settings: object) -> Summary:
-    return prepare(sources or SOURCES, out, **{"vocab_size": 400, "console": QUIET, **settings})  # type: ignore[arg-type]
+def prepared(out: Path, *sources: Path, console: Console = QUIET, **settings: object) -> Summary:
+    named = {"sources": sources or SOURCES, "out": out, "vocab_size": 400, "kind": "text", **settings}
+    return prepare(load_preparation("none", named), console)
 
 
 def documents_of(dataset: Dataset, split: str) -> dict[str, list[int]]:
@@ -113,8 +113,18 @@ def test_a_folder_as_people_have_them(tmp_path: Path, capsys: pytest.CaptureFixt
     (folder / "data" / "crashed.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode())[:40])
     (folder / "long.txt").write_text(" ".join(f"word{n}" for n in range(600)))
     out = tmp_path / "out"
-    settings = {"text_field": "content", "max_document_bytes": 2048, "max_bad": 2, "on_damage": "skip"}
-    assert verb((str(folder),), out=out, vocab_size=300, validation=0.2, **settings) == 0
+    words = [
+        "--text-field",
+        "content",
+        "--max-document-bytes=2048",
+        "--max_bad",
+        "2",
+        "--on-damage",
+        "skip",
+        "--vocab-size",
+        "300",
+    ]
+    assert dispatch(["prepare", "--validation", "0.2", *words, "--overwrite", str(folder), f"--out={out}"]) == 0
     documents = [documents_of(Dataset.open(out), split) for split in ("train", "validation")]
     assert {f"corpus/long.txt#{n}" for n in (1, 2, 3)} <= documents[0].keys() | documents[1].keys()
     assert sum(split.n_documents for split in Dataset.open(out).splits.values()) == 40 + 1 + 3
@@ -154,7 +164,7 @@ def test_a_finished_dataset_is_not_overwritten_unasked(tmp_path: Path) -> None:
 
 def test_a_failure_keeps_what_was_there_and_what_was_read(tmp_path: Path) -> None:
     first = prepared(tmp_path / "out")
-    rows, again = tmp_path / "rows.jsonl", {"overwrite": True, "reading": Rules(max_bad=0)}
+    rows, again = tmp_path / "rows.jsonl", {"overwrite": True, "max_bad": 0}
     rows.write_text('{"text": "fine"}\n{"body": "not"}\n')
     with pytest.raises(ValueError, match="line 2: no field 'text'"):
         prepared(tmp_path / "out", rows, *SOURCES, **again)
@@ -192,8 +202,8 @@ def test_an_interrupted_preparation_with_other_settings_is_not_mixed_with(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"validation": 0.0}, "validation=0.0 must lie between 0 and 1"),
-        ({"validation": 1.5}, "validation=1.5"),
+        ({"validation": 0.0}, "validation=0.0 must be more than 0"),
+        ({"validation": 1.5}, "validation=1.5 must be less than 1"),
         ({"vocab_size": 100}, "vocab_size=100 must be at least 261"),
         ({"tokenizer": Path("nowhere")}, "nowhere.* must be a folder that holds a tokenizer.json"),
     ],
@@ -233,8 +243,9 @@ def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 COMMAND = """
 import sys
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
-prepare(sys.argv[2:], sys.argv[1], vocab_size=400)
+prepare(PrepareConfig(sources=tuple(sys.argv[2:]), out=sys.argv[1], vocab_size=400, kind="text"))
 """
 
 
@@ -308,7 +319,7 @@ def test_what_was_read_with_damage_is_not_taken_for_whole(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("moray.jobs.datasets.stages.Stages.encode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            prepared(tmp_path / "out", tmp_path / "rows.jsonl.gz", reading=Rules(on_damage="skip"))
+            prepared(tmp_path / "out", tmp_path / "rows.jsonl.gz", on_damage="skip")
     with pytest.raises(ValueError, match=r"damaged or unreadable after .* documents"):
         prepared(tmp_path / "out", tmp_path / "rows.jsonl.gz")
 
@@ -331,9 +342,9 @@ def test_two_preparations_in_one_process_have_benchmarks_of_their_own(tmp_path: 
     for number in (3, 4):
         query = (tmp_path / f"{number}.txt").read_text()
         (tmp_path / f"task{number}.jsonl").write_text(json.dumps({"text": query}) + "\n")
-        recipe = load_recipe("none", {"benchmarks.tasks": str(tmp_path / f"task{number}.jsonl")})
+        task = {"benchmarks.tasks": str(tmp_path / f"task{number}.jsonl")}
         sources = [tmp_path / f"{n}.txt" for n in range(20)]
-        summary = prepared(tmp_path / "out", *sources, recipe=recipe, overwrite=True)
+        summary = prepared(tmp_path / "out", *sources, overwrite=True, **task)
         ((_, samples),) = summary.ledger.samples.items()
         dropped += [sample.key for sample in samples]
     assert dropped == ["3.txt", "4.txt"]
@@ -342,7 +353,7 @@ def test_two_preparations_in_one_process_have_benchmarks_of_their_own(tmp_path: 
 def test_where_all_is_dropped_it_is_said_why(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match=r"no usable document; left out: read 1 documents.*gopher_n_words"):
-        prepared(tmp_path / "out", tmp_path / "short.txt", recipe=load_recipe("none", {"rules.sets": "gopher_n_words"}))
+        prepared(tmp_path / "out", tmp_path / "short.txt", **{"rules.sets": "gopher_n_words"})
 
 
 def test_a_list_of_drops_replaces_nothing(tmp_path: Path) -> None:

@@ -9,27 +9,27 @@ import pytest
 from moray import UserError
 from moray.data.curation.classifier import probability_of
 from moray.data.preparation.selection import SCORES, Selection, by_pareto, cut_for
-from moray.data.reading.rules import Rules
 from moray.jobs.cli import dispatch
+from moray.jobs.datasets.config import PrepareConfig, load_preparation
 from moray.jobs.datasets.curation import selection_of
 from moray.jobs.datasets.prepare import prepare
-from moray.jobs.datasets.recipe import QualitySection, Recipe, load_recipe
+from moray.jobs.datasets.recipe import QualitySection
 
 
 def test_every_named_recipe_is_one() -> None:
-    web = load_recipe("web", {})
+    web = load_preparation("web", {})
     assert web.clean.lines
     assert web.duplicates.bands == (14, 8), "FineWeb's"
     assert {rule.name.partition("_")[0] for rule in web.rules.rules} == {"gopher", "c4", "fineweb", "chinese"}
-    assert load_recipe("books", {}).clean.characters
-    assert load_recipe("none", {}) == load_recipe("chat", {}) == Recipe()
+    assert load_preparation("books", {}).clean.characters
+    assert load_preparation("none", {}) == load_preparation("chat", {}) == PrepareConfig()
 
 
 def test_the_command_wins_over_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(
         '[clean]\nmask = ["email"]\n[duplicates]\nnear = 0.8\n[rules]\nsets = ["c4"]\nbounds = ["c4_n_sentences=3.."]\n'
     )
-    own = load_recipe(str(tmp_path / "own.toml"), {"duplicates.near": "none", "clean.mask": "ip,card"})
+    own = load_preparation(str(tmp_path / "own.toml"), {"duplicates.near": "none", "clean.mask": "ip,card"})
     assert (own.duplicates.near, own.clean.mask) == (None, ("ip", "card"))
     assert {rule.name: (rule.low, rule.high) for rule in own.rules.rules}["c4_n_sentences"] == (3, None)
 
@@ -57,15 +57,15 @@ def test_the_command_wins_over_the_recipe(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be(settings: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_recipe("none", settings)
+        load_preparation("none", settings)
 
 
 def test_recipes_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--recipe wbe is not known; did you mean web\?"):
-        load_recipe("wbe", {})
+        load_preparation("wbe", {})
     (tmp_path / "bad.toml").write_text("[clean\n")
     with pytest.raises(UserError, match=r"bad\.toml is not TOML"):
-        load_recipe(str(tmp_path / "bad.toml"), {})
+        load_preparation(str(tmp_path / "bad.toml"), {})
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,13 @@ def test_recipes_that_are_none(tmp_path: Path) -> None:
 )
 def test_files_that_are_not_there(tmp_path: Path, settings: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        prepare(["stdlib"], tmp_path / "out", recipe=load_recipe("none", settings))
+        prepare(load_preparation("none", {"out": tmp_path / "out", **settings}))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_for_text_is_not_done_to_dialogues(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"clean\.characters is for text, and this is of kind chat"):
-        prepare(["stdlib"], tmp_path / "out", reading=Rules(kind="chat"), recipe=load_recipe("web", {}))
+        prepare(load_preparation("web", {"out": tmp_path / "out", "kind": "chat"}))
 
 
 def test_settings_are_words_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

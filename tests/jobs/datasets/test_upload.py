@@ -11,7 +11,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 
 from moray.data.dataset import Dataset
+from moray.data.preparation.read import ReadPart
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import Summary, prepare
+from moray.jobs.datasets.stages import Stages
 
 URL = "memory://bucket/data"
 FS = fsspec.filesystem("memory")
@@ -32,7 +35,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def prepared(source: Path, out: str | Path, **settings: Any) -> Summary:
-    return prepare([source], out, **{"vocab_size": 300, "console": Console(file=io.StringIO()), **settings})
+    return prepare(PrepareConfig(sources=(source,), out=out, vocab_size=300, **settings), Console(file=io.StringIO()))
 
 
 def test_it_is_that_of_a_folder_and_nothing_is_left(source: Path, tmp_path: Path) -> None:
@@ -70,6 +73,32 @@ def test_what_breaks_off_is_no_dataset_and_the_same_command_goes_on(
     assert found.fingerprint == prepared(source, tmp_path / "out").dataset.fingerprint
     found.verify()
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_of_a_source_without_time_or_tag_the_content_says_whether_it_is_read_anew(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moray.data.reading.urls.VERSIONS", ())
+    read: list[str] = []
+    run = ReadPart.run
+    monkeypatch.setattr(ReadPart, "run", lambda task, folder: (read.append(task.label), run(task, folder))[1])
+    for name in ("a.jsonl", "b.jsonl"):
+        FS.pipe(f"/bucket/{name}", source.read_bytes().replace(b"row", name[:1].encode()))
+    config = PrepareConfig(sources=("memory://bucket/a.jsonl", "memory://bucket/b.jsonl"), out=tmp_path / "out")
+
+    def interrupted() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Stages, "encode", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                prepare(config, Console(file=io.StringIO()))
+
+    interrupted()
+    assert read == ["a.jsonl", "b.jsonl"]
+    interrupted()
+    assert read == ["a.jsonl", "b.jsonl"], "what is the same stays read"
+    FS.pipe("/bucket/b.jsonl", FS.cat_file("/bucket/b.jsonl").replace(b"b 7 of", b"b 7 to"))
+    prepare(config, Console(file=io.StringIO()))
+    assert read == ["a.jsonl", "b.jsonl", "b.jsonl"]
 
 
 def test_what_is_there_is_not_replaced_unasked(source: Path, tmp_path: Path) -> None:

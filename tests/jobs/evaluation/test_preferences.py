@@ -10,8 +10,8 @@ import torch
 from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moray.data.reading.rules import Rules
 from moray.jobs.cli import dispatch
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 
 Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - of conftest.py
@@ -101,7 +101,8 @@ def test_items_that_share_words_with_the_data(moray: Moray, run: Path, tmp_path:
     """Runs of 13 words, or of all of 8 to 12; fewer tell nothing. Case and punctuation do not count."""
     documents = [{"text": f"{number} other words. {SENTENCE.title()}!"} for number in range(3)]
     documents += [{"text": f"Nothing of it {number}"} for number in range(20)]
-    prepare([lines(tmp_path / "x.jsonl", documents)], tmp_path / "data", vocab_size=300, validation=0.05)
+    source = lines(tmp_path / "x.jsonl", documents)
+    prepare(PrepareConfig(sources=(source,), out=tmp_path / "data", vocab_size=300, validation=0.05))
     items = [
         {"query": "the quick, brown fox jumps over the lazy dog and then it", "choices": ["eats", "sleeps"], "gold": 1},
         {"query": "the quick, brown fox jumps over the lazy dog and then it", "choices": ["eats", "sleeps"], "gold": 0},
@@ -120,7 +121,10 @@ def test_dialogues_that_were_learnt_from_are_found(moray: Moray, run: Path, tmp_
         *({"instruction": f"q {n}", "output": "a"} for n in range(9)),
     ]
     source = lines(tmp_path / "x.jsonl", records)
-    prepare([source], tmp_path / "data", vocab_size=300, validation=0.2, reading=Rules(kind="chat"), seed=1)
+    config = PrepareConfig(
+        sources=(source,), out=tmp_path / "data", vocab_size=300, validation=0.2, kind="chat", seed=1
+    )
+    prepare(config)
     task = lines(tmp_path / "t.jsonl", [{"query": SENTENCE, "choices": ["yes", "no"], "gold": 0}])
     outcome = moray("evaluate", run, "--tasks", task, "--overlap", tmp_path / "data")
     assert "1 of 1 items that are long enough share" in outcome.out

@@ -1,11 +1,14 @@
 """The page in a real browser, where there is one: it runs, asks nobody for anything, and reads out."""
 
+import json
 import re
 import shutil
 import socket
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +123,49 @@ def test_the_pointer_reads_out(browse: Callable[..., Any], run: Path, tmp_path: 
     where, what = of_map.splitlines()
     assert where == f"expert 0, step {STEPS}"
     assert float(what.split()[1]) == pytest.approx(load[0] / (sum(load) / len(load)), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of two sources, of which one of equal texts, short ones, menus and bad records do not stay."""
+    folder = tmp_path_factory.mktemp("prepared")
+    words = [f"Number {n} of the <b>pages</b> somebody has written should be read with patience." for n in range(60)]
+    pages = [" ".join(words[n : n + 12]) for n in range(40)] + [" ".join(words[:12]), words[0], "Menu | Home"]
+    (folder / "pages.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pages) + "{\n")
+    (folder / "other.md").write_text(f"Home\n{' '.join(words[40:])}\n")
+    given = ["--vocab-size", "300", "--recipe", "web", "--duplicates.near", "none", "--rules.sets", "gopher-quality"]
+    sources = [str(folder / name) for name in ("pages.jsonl", "other.md")]
+    assert dispatch(["prepare", *sources, "--out", str(folder / "out"), *given]) == 0
+    return folder / "out"
+
+
+def test_the_report_of_a_preparation_shows_what_its_json_has(browse: Callable[..., Any], prepared: Path) -> None:
+    document, complaints, asked = browse(prepared / "report.html")
+    assert complaints == asked == []
+    report = json.loads((prepared / "report.json").read_text())
+    documents, n_bytes = Counter[str](), Counter[str]()
+    for _, stage, reason, n, size in report["documents"]:
+        if stage not in ("read", "kept"):
+            name = stage if stage.endswith("duplicates") else f"{stage}: {reason}"
+            documents[name] += n
+            n_bytes[name] += size
+    tables = [rows_of(table) for table in re.findall("<table.*?</table>", document, re.DOTALL)]
+    reasons = next(rows for rows in tables if rows[0][0] == "dropped for")[1:]
+    assert {name: (n, size) for name, n, size, _ in reasons} == {
+        name: (f"{n:,}", f"{n_bytes[name]:,}") for name, n in documents.items() if n
+    }
+    assert {"exact duplicates", "reading: bad records", "rules: gopher_n_words"} <= {row[0] for row in reasons}
+    cleaned = next(rows for rows in tables if rows[0][1] == "step")[1:]
+    assert [row[:3] for row in cleaned] == [[*of, f"{n:,}"] for *of, n in report["cleaned"] if n]
+    funnels = [rows for rows in tables if rows[0][0] == "stage"]
+    kept = sum(n for _, stage, _, n, _ in report["documents"] if stage == "kept")
+    assert funnels[0][-1][:2] == ["kept", f"{kept:,}"]
+    assert len(funnels) == 3, "of all, and of each source"
+    shown = sum(len(samples) for *_, samples in report["samples"])
+    assert sum(len(rows) - 1 for rows in tables if rows[0][0] == "document") == shown
+    assert ["tokenizer", "none"] in tables[-1]
+
+
+def rows_of(table: str) -> list[list[str]]:
+    rows = re.findall("<tr>(.*?)</tr>", table, re.DOTALL)
+    return [[unescape(re.sub("<.*?>", "", cell)) for cell in re.findall("<t[dh].*?</t[dh]>", row)] for row in rows]

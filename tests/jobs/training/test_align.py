@@ -18,8 +18,8 @@ import torch
 from tiny import tiny, tiny_from
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from moray.data.reading.rules import Rules
 from moray.jobs.cli import dispatch
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
@@ -39,9 +39,8 @@ def pairs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             asked = f"{number}: {' or '.join(draw.sample([colour, kind], 2))}" + "?" * draw.randint(1, 9)
             answers = {"chosen": colour, "rejected": " ".join([kind] * draw.randint(1, 3))}
             file.write(json.dumps({"prompt": asked, **answers}) + "\n")
-    prepare(
-        [folder / "pairs.jsonl"], folder / "data", tokenizer=dataset, validation=0.2, reading=Rules(kind="preference")
-    )
+    sources = (folder / "pairs.jsonl",)
+    prepare(PrepareConfig(sources=sources, out=folder / "data", tokenizer=dataset, validation=0.2, kind="preference"))
     return folder / "data"
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moray import UserError
 from moray.data.blocks import FIRST, BlockReader
 from moray.data.dataset import Dataset
-from moray.data.reading.rules import Rules
 from moray.data.rows import rows_of
 from moray.data.tokenizer import load_tokenizer
 from moray.jobs.cli import dispatch
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
 from moray.jobs.config.starting import STARTS
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.metrics import read_metrics
 
@@ -55,7 +56,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chat(source: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat") / "data"
-    prepare([source], folder, tokenizer=dataset, validation=0.1, reading=Rules(kind="chat"))
+    prepare(PrepareConfig(sources=(source,), out=folder, tokenizer=dataset, validation=0.1, kind="chat"))
     return folder
 
 
@@ -189,6 +190,13 @@ def test_dialogues_are_mixed_as_text_is(dataset: Path, base: Path, chat: Path, t
     (copy / "chat_template.jinja").write_text("another")
     with pytest.raises(UserError, match=rf"one={chat} and data.mix: two={copy} write dialogues by different templates"):
         dispatch(asked("other", f"one=3:{chat},two=1:{copy}"))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(copy), "/two", recursive=True)
+    try:
+        with pytest.raises(UserError, match=r"data\.mix: two=memory://two write dialogues by different templates"):
+            dispatch(asked("other", f"one=3:{chat},two=1:memory://two"))
+    finally:
+        memory.rm("/two", recursive=True)
 
 
 def told(rows: list[dict[str, Any]]) -> list[Any]:
@@ -246,7 +254,8 @@ def test_a_base_that_ends_at_documents_alone_learns_to_end_turns(
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": document_end}))
     assert load_tokenizer(tmp_path / "hf").stop_ids == (document_end,)
     (tmp_path / "hf" / "chat_template.jinja").unlink()
-    prepare([source], tmp_path / "data", tokenizer=tmp_path / "hf", validation=0.1, reading=Rules(kind="chat"))
+    given = {"tokenizer": tmp_path / "hf", "validation": 0.1}
+    prepare(PrepareConfig(sources=(source,), out=tmp_path / "data", kind="chat", **given))  # type: ignore[arg-type]
     once = {"train__steps": 1, "train__eval_every": 0, "optimizer__warmup_steps": 1}
     assert moray(*words(tmp_path / "hf", tmp_path / "data", tmp_path / "run", **once)).code == 0
     assert moray("export", tmp_path / "run", "--out", tmp_path / "tuned").code == 0

@@ -16,8 +16,8 @@ import pytest
 import torch
 from tiny import tiny, tiny_from
 
-from moray.data.reading.rules import Rules
 from moray.jobs.cli import dispatch
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
@@ -34,9 +34,8 @@ def prompts(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             word = draw.choice(WORDS)
             asked = f"Say {word}" + "!" * draw.randint(0, 3) + " or not, and then again" * 9 * (number % 40 == 7)
             file.write(json.dumps({"prompt": f"{asked} {number}", "reference": word}) + "\n")
-    prepare(
-        [folder / "prompts.jsonl"], folder / "data", tokenizer=dataset, validation=0.2, reading=Rules(kind="prompts")
-    )
+    sources = (folder / "prompts.jsonl",)
+    prepare(PrepareConfig(sources=sources, out=folder / "data", tokenizer=dataset, validation=0.2, kind="prompts"))
     return folder / "data"
 
 
@@ -49,7 +48,8 @@ def base(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             asked = {"role": "user", "content": f"Say {draw.choice(WORDS)} {number}"}
             said = {"role": "assistant", "content": draw.choice(WORDS)}
             file.write(json.dumps({"messages": [asked, said]}) + "\n")
-    prepare([folder / "said.jsonl"], folder / "said", tokenizer=dataset, validation=0.1, reading=Rules(kind="chat"))
+    sources = (folder / "said.jsonl",)
+    prepare(PrepareConfig(sources=sources, out=folder / "said", tokenizer=dataset, validation=0.1, kind="chat"))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         assert dispatch(["pretrain", *tiny(dataset, folder / "first", train__steps=2, train__eval_every=0)]) == 0

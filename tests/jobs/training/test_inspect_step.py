@@ -26,6 +26,7 @@ from moray.data.tokenizer import load_tokenizer
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
 from moray.jobs.config.run import RunConfig
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.training.batches import stream_of
 from moray.jobs.training.drive import drive
@@ -207,8 +208,8 @@ def test_a_mixture_names_the_source_of_each_sequence(moray: Moray, dataset: Path
     other, quiet = tmp_path / "other", Console(file=io.StringIO())
     (tmp_path / "notes.txt").write_text("Nothing but notes. " * 300)
     (tmp_path / "more.txt").write_text("And some more. " * 300)
-    sources = [tmp_path / "notes.txt", tmp_path / "more.txt"]
-    prepare(sources, other, tokenizer=dataset, validation=0.5, console=quiet)
+    sources = tmp_path / "notes.txt", tmp_path / "more.txt"
+    prepare(PrepareConfig(sources=sources, out=other, tokenizer=dataset, validation=0.5), quiet)
     mix = f"code=1:{dataset},notes=1:{other}"
     config = config_of(Path(), tmp_path / "run", data__path="", data__mix=mix, train__steps=2)
     assert drive(config, Console(quiet=True)) == 0
@@ -259,8 +260,8 @@ def test_other_data_in_the_same_place_are_refused(moray: Moray, dataset: Path, t
     before = Dataset.open(data).fingerprint
     (tmp_path / "text.txt").write_text("Something else. " * 200)
     (tmp_path / "text-2.txt").write_text("And another. " * 200)
-    sources = [tmp_path / "text.txt", tmp_path / "text-2.txt"]
-    prepare(sources, other, tokenizer=dataset, validation=0.5, console=Console(quiet=True))
+    sources = tmp_path / "text.txt", tmp_path / "text-2.txt"
+    prepare(PrepareConfig(sources=sources, out=other, tokenizer=dataset, validation=0.5), Console(quiet=True))
     shutil.rmtree(data)
     gone = moray("inspect", config.run.dir, "--step", 1)
     assert gone.code == 2

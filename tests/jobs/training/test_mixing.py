@@ -27,6 +27,7 @@ from moray.data.stream import evaluation_batches
 from moray.jobs.cli import dispatch
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.generation.generate import load_run
 from moray.jobs.report.report import render
@@ -51,7 +52,8 @@ def mail(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Other text, with the tokenizer of `dataset`."""
     folder = tmp_path_factory.mktemp("mixed") / "mail"
     source = Path(sysconfig.get_path("stdlib")) / "email"
-    prepare([source], folder, tokenizer=dataset, validation=0.1, console=Console(file=io.StringIO()))
+    config = PrepareConfig(sources=(source,), out=folder, tokenizer=dataset, validation=0.1)
+    prepare(config, Console(file=io.StringIO()))
     return folder
 
 
