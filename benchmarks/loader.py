@@ -5,8 +5,9 @@
 
 DATA is what `moray prepare` made of a text. The peers get the same sequences as samples of int64 tokens, in their own
 shards, and make batches of int64 tokens and targets of them in one process, shuffled; moray's hold positions and
-documents as well. Contenders take turns; the figures are of this process's CPU time, with the files in the page cache.
-A peer that is not installed is left out.
+documents as well, and a copy of these four tensors is what memory allows. Contenders take turns; the figures are of
+this process's CPU time, with the files in the page cache and malloc as moray's workers set it. A peer that is not
+installed is left out.
 """
 
 import argparse
@@ -21,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moray.cluster.host_memory import keep_freed_memory
 from moray.data.dataset import Dataset
 from moray.data.stream import Stream, evaluation_batches
 
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+Batches = Iterator[tuple[torch.Tensor, ...]]  # int64 [B, T]: tokens and targets first
 
 
 def sequences(data: Dataset, seq_len: int) -> Iterator[np.ndarray]:
@@ -39,7 +41,14 @@ def moray(data: Dataset, seq_len: int, size: int) -> Batches:
     stream = Stream(data, "train", seq_len=seq_len, global_batch=size, seed=0, lanes=range(size))
     for number in itertools.count():
         batch = stream.batch(number)
-        yield batch.tokens_BT, batch.targets_BT
+        yield batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT
+
+
+def copied(batches: Batches) -> Batches:
+    """One of the batches, again and again."""
+    whole = torch.stack(next(batches))
+    while True:
+        yield whole.clone().unbind()
 
 
 def mosaic(folder: Path, samples: Iterator[np.ndarray], seq_len: int, size: int) -> Batches:
@@ -78,9 +87,9 @@ def speed(batches: Batches, seconds: float) -> float:
     next(batches)
     n, began = 0, time.process_time()
     while (taken := time.process_time() - began) < seconds:
-        tokens_BT, targets_BT = next(batches)
-        assert tokens_BT.dtype == targets_BT.dtype == torch.int64
-        n += tokens_BT.numel()
+        batch = next(batches)
+        assert {tensor.dtype for tensor in batch} == {torch.int64}
+        n += batch[0].numel()
     return n / taken
 
 
@@ -93,6 +102,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     data, length, size = Dataset.open(options.data), options.seq_len, options.batch
     with tempfile.TemporaryDirectory() as name:
         folders = {peer: Path(name, peer) for peer in ("mosaic", "web")}
@@ -100,6 +110,7 @@ def main() -> None:
             folder.mkdir()
         makers: dict[str, Callable[[], Batches]] = {
             "moray": lambda: moray(data, length, size),
+            "a copy of its four tensors": lambda: copied(moray(data, length, size)),
             "MosaicML Streaming": lambda: mosaic(folders["mosaic"], sequences(data, length), length, size),
             "webdataset": lambda: web(folders["web"], sequences(data, length), size),
         }

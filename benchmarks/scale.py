@@ -91,7 +91,7 @@ def opened_row(folder: Path, row: str) -> str:
     positions = np.arange(20) * stream.sequences_per_epoch + 12345
     for position in positions:
         places = stream._sources[0].order.locate(np.array([position]))
-        shard = stream._reader._split[int(places.shards[0])]
+        shard = stream._sources[0].rows._reader._split[int(places.shards[0])]
         number = int(np.searchsorted(shard.starts, int(places.sequences[0]) * 4096, side="right")) - 1
         shard.sample(number)
     found, grown = time.perf_counter(), own_mib() - memory

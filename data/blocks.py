@@ -5,6 +5,7 @@ import json
 import threading
 import time
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
@@ -50,25 +51,34 @@ class BlockReader:
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._cache: OrderedDict[tuple[int, int], Block] = OrderedDict()
         self._lock = threading.Lock()
-        # Of more shards than a window of the order has.
-        self._starts = lru_cache(maxsize=8)(lambda shard: self._split[shard].starts)
+        # Of more shards than a window of the order has; lists, as numpy takes longer to find one number in few.
+        self._starts = lru_cache(maxsize=8)(lambda shard: self._split[shard].starts.tolist())
 
     def read(self, shard: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) of a shard, cut at its end, and their flags; int64 and uint8.
+        """Tokens [start, stop) of a shard, cut at its end, and their flags; int64 and uint8. Raises as `rows` does."""
+        tokens, flags, [length] = self.rows([shard], [start], stop - start)
+        return tokens[0, :length].astype(np.int64), flags[0, :length]
 
+    def rows(self, shards: list[int], begins: list[int], width: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """So many tokens of each of these shards from there on, their flags, and how many there are before its end.
+
+        Shapes: uint32 and uint8 [rows, width]; behind a shard's end stands anything.
         Raises UserError naming shard, sample and byte where the file is not what the index says.
         """
-        starts = self._starts(shard)
-        stop = min(stop, int(starts[-1]))
-        first_block = int(np.searchsorted(starts, start, side="right")) - 1
-        last_block = int(np.searchsorted(starts, stop, side="left")) - 1
-        tokens, flags = [], []
-        for number in range(first_block, last_block + 1):
-            block = self._block(shard, number)
-            part = slice(max(start - int(starts[number]), 0), stop - int(starts[number]))
-            tokens.append(block.tokens[part])
-            flags.append(block.flags[part])
-        return np.concatenate(tokens).astype(np.int64), np.concatenate(flags)
+        tokens, flags = np.empty(len(shards) * width, np.uint32), np.empty(len(shards) * width, np.uint8)
+        lengths = []
+        with self._lock:
+            for row, (shard, begin) in enumerate(zip(shards, begins, strict=True)):
+                starts = self._starts(shard)
+                number, at, left = bisect_right(starts, begin) - 1, row * width, min(width, starts[-1] - begin)
+                lengths.append(left)
+                while left > 0:
+                    block, offset = self._block(shard, number), begin - starts[number]
+                    part = block.tokens[offset : offset + left]
+                    end = at + len(part)
+                    tokens[at:end], flags[at:end] = part, block.flags[offset : offset + left]
+                    begin, left, number, at = begin + end - at, left + at - end, number + 1, end
+        return tokens.reshape(-1, width), flags.reshape(-1, width), lengths
 
     def documents(self, shard: int, number: int) -> tuple[list[str], np.ndarray]:
         """The keys of a block's documents, and where each ends within it, int64 [documents]; its tokens are not read.
@@ -103,16 +113,16 @@ class BlockReader:
         return named
 
     def _block(self, shard: int, number: int) -> Block:
-        with self._lock:
-            if (block := self._cache.get((shard, number))) is None:
-                found = self._split[shard]
-                block = self._load_patiently(found, found.sample(number))
-                self._cache[shard, number] = block
-                self._cached_bytes += block.nbytes
-                while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-                    self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-            self._cache.move_to_end((shard, number))
-            return block
+        """With the lock held."""
+        if (block := self._cache.get((shard, number))) is None:
+            found = self._split[shard]
+            block = self._load_patiently(found, found.sample(number))
+            self._cache[shard, number] = block
+            self._cached_bytes += block.nbytes
+            while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        self._cache.move_to_end((shard, number))
+        return block
 
     def _load_patiently(self, shard: Shard, sample: Sample) -> Block:
         try:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from moray import UserError
-from moray.data.blocks import FIRST, BlockReader
+from moray.data.blocks import BlockReader
 from moray.data.dataset import Dataset
 from moray.data.order import sequence_counts
 from moray.data.packing import Packing, pack
@@ -54,30 +54,39 @@ class TextRows:
         self._seq_len, self._reader = seq_len, reader
 
     def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Rows are only read one by one: what is done with their tokens is done once, for a batch of them."""
+        """Rows are only found one by one: what is done with their tokens is done once, for a batch of them."""
         n, width = len(shards), self._seq_len
-        read, first, lengths = np.zeros((n, width + 1), np.int64), np.zeros((n, width + 1), bool), np.empty(n, np.int64)
-        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
-            tokens, flags = self._reader.read(shard, number * width, (number + 1) * width + 1)
-            lengths[row] = len(tokens)
-            read[row, : len(tokens)] = tokens
-            np.not_equal(flags & FIRST, 0, out=first[row, : len(tokens)])
-        begins = first[:, :-1].copy()
-        begins[:, 0] = False  # the row's first document is number 0, whether or not it begins here
-        offsets = np.arange(width)
+        read, flags, lengths = self._reader.rows(shards.tolist(), (numbers * width).tolist(), width + 1)
+        first = flags != 0  # of text, nothing else is marked
         rows = np.empty((4, n, width), np.int64)
-        rows[0] = read[:, :-1]
-        rows[1] = np.where(first[:, 1:], IGNORE, read[:, 1:])
-        rows[2] = offsets - np.maximum.accumulate(np.where(begins, offsets, 0), axis=1)
-        np.cumsum(begins, axis=1, out=rows[3])
+        rows[0], rows[1] = read[:, :-1], read[:, 1:]
+        rows[1][first[:, 1:]] = IGNORE
+        rows[2], rows[3] = np.arange(width), 0
+        first[:, 0] = first[:, -1] = False  # the row's first document is number 0, whether or not it begins here
+        several = np.flatnonzero(first.any(axis=1))
+        if len(several):
+            rows[2:, several] = _within(first[several, :-1])
         # The last token of a shard is nobody's to predict from; behind it, rows are padded.
-        for row in np.flatnonzero(lengths <= width).tolist():
-            rows[:, row, lengths[row] - 1 :] = self.empty[:, lengths[row] - 1 :]
+        for row, length in enumerate(lengths):
+            if length <= width:
+                rows[:, row, length - 1 :] = self.empty[:, length - 1 :]
         return rows
 
     def spans(self, shard: int, number: int) -> list[tuple[int, int]]:
         # A shard's last token is only a target.
         return [(number * self._seq_len, min((number + 1) * self._seq_len, int(self._n_tokens[shard]) - 1))]
+
+
+def _within(begins: np.ndarray) -> np.ndarray:
+    """Positions and documents of rows, from where documents begin behind each row's first: bool [N, T] -> [2, N, T]."""
+    n, width = begins.shape
+    begins[:, 0] = True
+    in_row, at = np.divmod(np.flatnonzero(begins), width)
+    documents = np.arange(len(at)) - np.searchsorted(in_row, in_row)
+    n_tokens = np.diff(in_row * width + at, append=n * width)
+    both = np.repeat([at, documents], n_tokens, axis=1).reshape(2, n, width)
+    np.subtract(np.arange(width), both[0], out=both[0])
+    return both
 
 
 @dataclass(frozen=True)

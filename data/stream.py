@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from moray.data.dataset import Dataset
 from moray.data.mixture import CYCLE, Mixture, Phase
 from moray.data.order import Order
 from moray.data.rows import LongDialogues, Rows, rows_of
+
+AT_ONCE = 64
+"""Batches whose places are found together, where an epoch has so many: alone, one's would take longer than its rows."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,15 @@ class Source:
     def __init__(
         self, dataset: Dataset, split: str, seq_len: int, seed: int, cache_bytes: int, long_dialogues: LongDialogues
     ) -> None:
-        self._rows = rows_of(dataset, split, seq_len, cache_bytes, long_dialogues)
-        self.order, self.empty = Order(self._rows.counts, seed), self._rows.empty
-
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """int64 [N] -> [4, N, T]."""
-        places = self.order.locate(indices)
-        return self._rows.rows(places.shards, places.sequences)
+        self.rows = rows_of(dataset, split, seq_len, cache_bytes, long_dialogues)
+        self.order = Order(self.rows.counts, seed)
 
     def find(self, source: int, index: int) -> Found:
         """The sequence of that index; `source` is this one's own number."""
         places = self.order.locate(np.array([index]))
         (epoch,), (shard,), (number,) = (x.tolist() for x in (places.epochs, places.shards, places.sequences))
-        row = self._rows.rows(places.shards, places.sequences)[:, 0]
-        return Found(source, epoch, shard, number, self._rows.spans(shard, number), row)
+        row = self.rows.rows(places.shards, places.sequences)[:, 0]
+        return Found(source, epoch, shard, number, self.rows.spans(shard, number), row)
 
 
 class Stream:
@@ -108,6 +107,9 @@ class Stream:
         self._prefetch = prefetch
         self._mixture = mixture or Mixture([Phase(0, (CYCLE,))], seed)
         self._sources = [Source(dataset, split, seq_len, seed, cache_bytes, long_dialogues) for dataset in datasets]
+        epoch_length = min(source.order.epoch_length for source in self._sources)
+        self._at_once = max(1, min(AT_ONCE, epoch_length // global_batch))
+        self._places = lru_cache(maxsize=2)(self._places_of)
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -118,13 +120,26 @@ class Stream:
     def batch(self, n: int) -> Batch:
         """This rank's lanes of global batch n: a pure function of n."""
         first = n * self.global_batch
-        sources, indices = self._mixture.place(first + self._lanes)
+        group, number = divmod(n, self._at_once)
+        sources, shards, numbers = self._places(group)[:, number]
         if (sources == sources[0]).all():
-            return _batch(self._sources[sources[0]].rows(indices), first, n)
-        rows = np.repeat(self._sources[0].empty[:, None], len(indices), axis=1)
+            return _batch(self._sources[sources[0]].rows.rows(shards, numbers), first, n)
+        rows = np.repeat(self._sources[0].rows.empty[:, None], len(sources), axis=1)
         for source in np.unique(sources).tolist():
-            rows[:, sources == source] = self._sources[source].rows(indices[sources == source])
+            here = sources == source
+            rows[:, here] = self._sources[source].rows.rows(shards[here], numbers[here])
         return _batch(rows, first, n)
+
+    def _places_of(self, group: int) -> np.ndarray:
+        """Where the lanes of that group of batches lie: source, shard and number in it, int64 [3, batches, B]."""
+        batches = np.arange(group * self._at_once, (group + 1) * self._at_once)
+        sources, indices = self._mixture.place((batches[:, None] * self.global_batch + self._lanes).flatten())
+        places = np.stack([sources, np.empty_like(sources), np.empty_like(sources)])
+        for source in np.unique(sources).tolist():
+            here = sources == source
+            found = self._sources[source].order.locate(indices[here])
+            places[1, here], places[2, here] = found.shards, found.sequences
+        return places.reshape(3, len(batches), -1)
 
     def find(self, position: int) -> Found:
         """The sequence at a position of the stream, whichever lane reads it."""

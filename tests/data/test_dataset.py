@@ -141,7 +141,7 @@ def test_opening_does_not_grow_with_the_data(make_dataset: MakeDataset) -> None:
     before = own_memory()
     stream = Stream(Dataset.open(folder), "train", seq_len=4096, global_batch=64, seed=0, lanes=range(64))
     assert stream.sequences_per_epoch == 100_000 * 4096
-    assert len(stream._sources[0]._rows._reader._split[99_999].starts) == 257
+    assert len(stream._sources[0].rows._reader._split[99_999].starts) == 257
     for n in range(0, stream.sequences_per_epoch // 64, 1 << 16):
         stream._sources[0].order.locate(np.arange(64 * n, 64 * (n + 1)))
     assert own_memory() - before < 100e6
