@@ -114,7 +114,7 @@ class StepDisplay:
 def numbers(row: dict[str, Any]) -> list[str]:
     """A step's row of metrics.jsonl for the eye: a line that fits 80 columns, and one of the experts' balance."""
     parts = [
-        f"loss {row['loss']:.3f}",
+        f"reward {row['reward']:.3f}" if "reward" in row else f"loss {row['loss']:.3f}",
         f"{_short(row['tokens_per_second'])} of {_short(row['processed_tokens_per_second'])} tokens/s",
         f"MFU {row['mfu']:.0%}",
         f"norm {row['grad_norm']:.2f}",
