@@ -3,7 +3,8 @@
 import math
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -17,6 +18,7 @@ from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
 from moray.data.prompts import Prompts
 from moray.data.rows import rows_of
+from moray.jobs.alignment.rewards import Reward, parse_rewards
 from moray.jobs.config.run import DEFAULT_PRESET, RunConfig
 from moray.jobs.config.sections import absolute
 from moray.jobs.models.weights import check_changes, config_of, locate
@@ -52,10 +54,7 @@ def load_config(
     sections["model"] = merge(fields, model)
     if source:
         sections["weights_from"] = str(source[0])
-    for name in ("reference", "teacher"):
-        if named := sections.get("align", {}).get(name):
-            run = sections.get("run", {}).get("dir", "")
-            sections["align"][name] = str(_pinned(f"align.{name}", named, run))
+    _pin_others(sections)
     config = _validated(sections)
     if source:
         check_changes(source[1], config.model)
@@ -123,7 +122,7 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
         raise UserError(
             f"model.preset={model['preset']} and model.from={named} are two models to start from; leave one out"
         )
-    path = _pinned("model.from", named, run)
+    path = _pinned("model.from", named, [there.get("weights_from") for there in _recorded(run)])
     # Once it has committed, a run does without what it started from.
     for there in _recorded(run):
         if there.get("weights_from") == str(path):
@@ -134,16 +133,36 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
         raise UserError(f"model.from={named}: {error}") from None
 
 
-def _pinned(setting: str, named: str, run: str) -> Path:
-    """The Hugging Face folder or commit that a setting names: of a run, the one that was the newest at the start.
+def _pin_others(sections: dict[str, Any]) -> None:
+    """Puts commits in the place of the runs that a config's other models are named by."""
+    recorded = _recorded(sections.get("run", {}).get("dir", ""))
+    for part, name in (("align", "reference"), ("align", "teacher")):
+        if named := sections.get(part, {}).get(name):
+            known = [there.get(part, {}).get(name) for there in recorded]
+            sections[part][name] = str(_pinned(f"{part}.{name}", named, known))
+    if entries := sections.get("rl", {}).get("rewards"):
+        known = [reward.argument for there in recorded for reward in _by_models(there.get("rl", {}).get("rewards"))]
+        pinned = {
+            reward: replace(reward, name=f"model:{_pinned(f'rl.rewards={reward}', reward.argument, known)}")
+            for reward in _by_models(entries)
+        }
+        sections["rl"]["rewards"] = [str(pinned.get(reward, reward)) for reward in parse_rewards(entries)]
+
+
+def _by_models(entries: Any) -> list[Reward]:
+    return [reward for reward in parse_rewards(entries) if reward.kind == "model"] if entries else []
+
+
+def _pinned(setting: str, named: str, recorded: Sequence[str | None]) -> Path:
+    """The Hugging Face folder or commit that a setting names: of a run, the one that was the newest at the start, which
+    is `recorded` where there is a commit.
 
     Raises UserError where nothing is there.
     """
     folder = Path(absolute(str(named)))
-    for there in _recorded(run):
-        recorded = there.get("weights_from") if setting == "model.from" else dict(flatten(there)).get(setting)
-        if recorded and Path(recorded).is_relative_to(folder):
-            return Path(recorded)
+    for known in recorded:
+        if known and Path(known).is_relative_to(folder):
+            return Path(known)
     try:
         return locate(folder)
     except UserError as error:

@@ -83,8 +83,8 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
     models = {"model.from": config.weights_from} if config.weights_from else {}
     for setting, folder in {**models, **dict(config.frozen.values())}.items():
         check_tokenizer(Path(folder), sources.first.folder, config.model.vocab_size, tell, setting)
-    for setting, folder in config.frozen.values():
-        check_beside(config, Path(folder), setting)
+    for name, (setting, folder) in config.frozen.items():
+        check_beside(config, Path(folder), setting, scores=name.startswith("model:"))
     sources.check_vocabulary(config.model.vocab_size)
     if config.is_reinforcement:
         check_rewards(config.rl.parsed, config.rl.folder)
@@ -155,12 +155,15 @@ def balance_kept(moe: MoEConfig) -> str:
     return f"routers are balanced as before: {kept}; 0 turns one off" if kept else "nothing balances the routers"
 
 
-def check_beside(config: RunConfig, folder: Path, setting: str) -> None:
-    """Raises UserError where a model beside the one that learns is not there, knows other tokens or shorter texts, or
-    cannot be spread in the same way.
+def check_beside(config: RunConfig, folder: Path, setting: str, *, scores: bool) -> None:
+    """Raises UserError where a model beside the one that learns is not there, knows other tokens or shorter texts,
+    cannot be spread in the same way, or is no reward model where one `scores`.
     """
     check_there(folder, setting)
     theirs, ours, seq_len = config_of(folder), config.model, config.train.seq_len
+    if scores != (theirs.head == "scalar"):
+        needed = "a reward model, as `moray align --method reward` makes them" if scores else "a model of tokens"
+        raise UserError(f"{setting}: {folder} has model.head={theirs.head}; it must be {needed}")
     if theirs.vocab_size != ours.vocab_size:
         raise UserError(
             f"{setting}={folder} has a vocabulary of {theirs.vocab_size} tokens, but model.vocab_size="

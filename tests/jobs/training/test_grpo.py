@@ -176,3 +176,28 @@ def test_what_it_refuses(moray: Moray, base: Path, prompts: Path, dataset: Path,
         assert outcome.code == 2, (arguments, outcome.err)
         assert message in outcome.err
     assert not run.exists()
+
+
+def test_a_reward_model_judges(
+    moray: Moray, base: Path, prompts: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a relative path, beside a function; a resume takes the commit that it began with, though the run went on."""
+    pairs = [{"prompt": f"Say {w} {n}", "chosen": "blue", "rejected": w} for n in range(40) for w in ("red", "list")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    given = {"tokenizer": dataset, "validation": 0.1, "kind": "preference"}
+    prepare(PrepareConfig(sources=(tmp_path / "pairs.jsonl",), out=tmp_path / "pairs", **given))  # type: ignore[arg-type]
+    judge = ["align", *tiny_from(base, tmp_path / "pairs", tmp_path / "judge", method="reward", optimizer__lr=0.01)]
+    assert moray(*judge, "--train.steps", "20", "--train.eval_every", "0").code == 0
+    monkeypatch.chdir(tmp_path)
+    changes = {"rl__rewards": "model:judge=1,exact=0", "train__steps": 3}
+    assert moray(*words(base, prompts, tmp_path / "run", **changes)).code == 0
+    (commit,) = list_commits(tmp_path / "judge" / "checkpoints")
+    rows = read_metrics(tmp_path / "run")
+    assert all(row["reward"] == pytest.approx(row[f"reward/model:{commit.path}"]) for row in rows)
+    assert len({row["reward"] for row in rows}) == 3
+    assert moray(*judge, "--train.steps", "21", "--train.eval_every", "0").code == 0
+    outcome = moray(*words(base, prompts, tmp_path / "run", **(changes | {"train__steps": 4})))
+    assert outcome.code == 0, outcome.err
+    outcome = moray(*words(base, prompts, tmp_path / "other", **(changes | {"rl__rewards": f"model:{base}=1"})))
+    assert outcome.code == 2
+    assert "must be a reward model" in outcome.err
