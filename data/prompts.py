@@ -17,6 +17,8 @@ from moray.data.blocks import CACHE_BYTES, BlockReader
 from moray.data.dataset import Dataset
 from moray.data.mixture import CYCLE, Mixture, Phase
 from moray.data.order import Order
+from moray.data.rows import padding
+from moray.data.stream import Found
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,14 @@ class Prompts:
                 f"(what train.seq_len leaves beside rl.max_new_tokens); the shortest has {shortest}"
             )
 
-    def read(self, shard: int, number: int, position: int) -> Prompt:
-        """The number-th of those of a shard that are short enough. Raises UserError where the shard is damaged."""
+    def span(self, shard: int, number: int) -> tuple[int, int]:
+        """Which of a shard's tokens the number-th prompt is, of those that are short enough."""
         document = int(self._fitting[shard][number])
-        end = int(self._ends[shard][document])
-        start = int(self._ends[shard][document - 1]) if document else 0
+        return int(self._ends[shard][document - 1]) if document else 0, int(self._ends[shard][document])
+
+    def read(self, shard: int, number: int, position: int) -> Prompt:
+        """That prompt. Raises UserError where the shard is damaged."""
+        document, (start, end) = int(self._fitting[shard][number]), self.span(shard, number)
         firsts = self._firsts(shard)
         block = int(np.searchsorted(firsts, document, side="right")) - 1
         key, reference = self._block(shard, block)[document - int(firsts[block])]
@@ -104,9 +109,24 @@ class PromptStream:
         sources, indices = self._mixture.place(positions)
         found = []
         for position, source, index in zip(positions.tolist(), sources.tolist(), indices.tolist(), strict=True):
-            places = self._orders[source].locate(np.array([index]))
-            found.append(self._sources[source].read(int(places.shards[0]), int(places.sequences[0]), position))
+            _, shard, number = self._locate(source, index)
+            found.append(self._sources[source].read(shard, number, position))
         return PromptBatch(found, first, n)
+
+    def find(self, position: int) -> Found:
+        """The prompt at a position, as if it were a sequence that holds nothing else."""
+        (source,), (index,) = (found.tolist() for found in self._mixture.place(np.array([position])))
+        epoch, shard, number = self._locate(source, index)
+        prompts = self._sources[source]
+        tokens = prompts.read(shard, number, position).tokens
+        row = padding(len(tokens), 0)
+        row[0], row[2], row[3] = tokens, np.arange(len(tokens)), 0
+        return Found(source, epoch, shard, number, [prompts.span(shard, number)], row)
+
+    def _locate(self, source: int, index: int) -> tuple[int, int, int]:
+        """Epoch, shard, and number among those of it that are short enough."""
+        places = self._orders[source].locate(np.array([index]))
+        return int(places.epochs[0]), int(places.shards[0]), int(places.sequences[0])
 
     def batches(self, start: int) -> Generator[PromptBatch, None, None]:
         """Those of steps start, start + 1, …"""

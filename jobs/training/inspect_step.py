@@ -15,10 +15,12 @@ from moray.data.blocks import BlockReader
 from moray.data.dataset import Dataset
 from moray.data.mixture import Mixture
 from moray.data.passages import Passage, passages
+from moray.data.prompts import PromptStream
 from moray.data.rows import IGNORE
 from moray.data.sources import Sources
 from moray.data.stream import Found, Stream
 from moray.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_in
+from moray.jobs.config.alignment import RLSection
 from moray.jobs.config.load import read_recipe
 from moray.jobs.config.sections import DataSection, Section, TrainSection
 from moray.jobs.datasets.visible import line_of, named, visible
@@ -35,6 +37,7 @@ class _Read(Section):
 
     data: DataSection
     train: TrainSection
+    rl: RLSection = RLSection()
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,21 @@ class Lookup:
     """
 
     def __init__(self, run: Path) -> None:
-        data, train, self.is_checked = _settings(run)
+        data, train, rl, self.is_checked = _settings(run)
         self.sources = Sources.open(data.folders)
         for commit in list_commits(run / "checkpoints")[-1:]:
             self.sources.check_fingerprint(commit.manifest.metadata["data"]["fingerprint"])
         self.history = History.read(run, train.steps, train.global_batch)
         datasets = [*self.sources.datasets.values()]
-        self._stream = Stream(
-            datasets,
-            "train",
-            seq_len=train.seq_len,
-            global_batch=train.global_batch,
-            seed=train.seed,
-            lanes=range(1),
-            mixture=Mixture(data.mixed.phases_of(train.global_batch), train.seed) if data.mixed else None,
-            cache_bytes=CACHE_BYTES,
-            long_dialogues=data.long_dialogues,
-        )
+        mixture = Mixture(data.mixed.phases_of(train.global_batch), train.seed) if data.mixed else None
+        of_all: dict[str, Any] = {"global_batch": train.global_batch, "seed": train.seed, "lanes": range(1)}
+        of_all |= {"mixture": mixture, "cache_bytes": CACHE_BYTES}
+        self._stream: Stream | PromptStream
+        if self.sources.kind == "prompts":
+            self._stream = PromptStream(datasets, most_tokens=train.seq_len - rl.max_new_tokens, **of_all)
+        else:
+            long = data.long_dialogues
+            self._stream = Stream(datasets, "train", seq_len=train.seq_len, long_dialogues=long, **of_all)
         self._readers = [BlockReader(dataset, "train", CACHE_BYTES) for dataset in datasets]
         with tokenizer_in(self.sources.first.folder) as folder:
             self._tokenizer = load_tokenizer(folder)
@@ -86,13 +87,16 @@ class Lookup:
         found = self._stream.find(position)
         name, dataset = [*self.sources.datasets.items()][found.source]
         shard, reader = dataset.splits["train"][found.shard], self._readers[found.source]
-        is_marked, at, parts = dataset.kind != "text", 0, []
-        trained = np.concatenate([[False], found.row[1, :-1] != IGNORE])
+        is_marked, at, parts = dataset.kind in ("chat", "preference"), 0, []
+        rows = found.row.reshape(4, -1, found.row.shape[-1])  # two of pairs
+        is_held = rows[3] >= 0
+        is_target = np.pad(rows[1, :, :-1] != IGNORE, ((0, 0), (1, 0)))
+        tokens, trained = rows[0][is_held], is_target[is_held]
         for start, stop in found.spans:
             for passage in passages(reader, shard, found.shard, start, stop):
                 here = slice(at, at := at + passage.stop - passage.start)
                 marks = trained[here] if is_marked else np.zeros(here.stop - here.start, bool)
-                parts.append(Part(passage, _runs(self._tokenizer, found.row[0, here], marks)))
+                parts.append(Part(passage, _runs(self._tokenizer, tokens[here], marks)))
         return found, name, dataset, parts
 
 
@@ -130,7 +134,7 @@ def show_position(run: Path, position: int, *, as_json: bool, tell: Callable[[st
 def _tell_of_data(lookup: Lookup, tell: Callable[[str], None]) -> None:
     if not lookup.is_checked:
         tell("nothing is committed, so that nothing says whether the data are still those of the run")
-    if lookup.sources.kind == "chat":
+    if lookup.sources.kind in ("chat", "preference"):
         tell(f"{TRAINED_BEGINS}…{TRAINED_ENDS} is trained on")
 
 
@@ -173,7 +177,7 @@ def _runs(tokenizer: Tokenizer, tokens: np.ndarray, trained: np.ndarray) -> list
     return [(tokenizer.decode(tokens[start:stop].tolist()), bool(trained[start])) for start, stop in pairwise(cuts)]
 
 
-def _settings(run: Path) -> tuple[DataSection, TrainSection, bool]:
+def _settings(run: Path) -> tuple[DataSection, TrainSection, RLSection, bool]:
     """What a run reads, and whether anything of it is committed.
 
     Up to its newest commit a mixture is as that one says, whatever was asked for since.
@@ -194,7 +198,7 @@ def _settings(run: Path) -> tuple[DataSection, TrainSection, bool]:
             raise UserError(f"{run} holds weights alone, which no steps of its own made")
         batch = metadata["data"]["position"] // train.global_batch
         data = data.going_on_from(metadata["config"].get("data", {}), batch)
-    return data, train, bool(commits)
+    return data, train, read.rl, bool(commits)
 
 
 def _stated(section: Mapping[str, Any]) -> dict[str, Any]:

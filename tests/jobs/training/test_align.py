@@ -243,3 +243,18 @@ def test_it_is_another_run_with_another_method(moray: Moray, aligned: Path, base
     outcome = moray(*words(base, pairs, aligned, train__steps=70, align__beta=0.5, method="ipo"))
     assert outcome.code == 2
     assert "train.objective=ipo (there: dpo)" in outcome.err
+
+
+def test_a_step_is_shown_as_the_pairs_that_it_was_taken_on(moray: Moray, aligned: Path) -> None:
+    """Both answers of each, and what of them is learnt."""
+    outcome = moray("inspect", aligned, "--step", "3", "--lane", "1")
+    assert outcome.code == 0, outcome.err
+    told = json.loads(moray("inspect", aligned, "--step", "3", "--lane", "1", "--json").out)
+    documents = told["documents"]
+    assert len(documents) % 2 == 0
+    half = len(documents) // 2
+    for chosen, rejected in zip(documents[:half], documents[half:], strict=True):
+        assert chosen["key"] == rejected["key"]
+        answers = [[text for text, is_trained in side["runs"] if is_trained] for side in (chosen, rejected)]
+        assert answers[0][0].removesuffix("<|im_end|>") in COLOURS
+        assert answers[1][0].split()[0].removesuffix("<|im_end|>") in TYPES

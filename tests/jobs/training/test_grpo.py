@@ -201,3 +201,15 @@ def test_a_reward_model_judges(
     outcome = moray(*words(base, prompts, tmp_path / "other", **(changes | {"rl__rewards": f"model:{base}=1"})))
     assert outcome.code == 2
     assert "must be a reward model" in outcome.err
+
+
+def test_a_step_is_shown_as_its_prompts(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
+    assert moray(*words(base, prompts, tmp_path / "run", train__steps=2)).code == 0
+    outcome = moray("inspect", tmp_path / "run", "--step", "2", "--json")
+    assert outcome.code == 0, outcome.err
+    lanes = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [lane["position"] for lane in lanes] == [4, 5, 6, 7]
+    for lane in lanes:
+        (document,) = lane["documents"]
+        assert "Say " in document["text"]
+        assert document["text"].endswith("<|im_start|>assistant\n")
