@@ -52,10 +52,10 @@ def load_config(
     sections["model"] = merge(fields, model)
     if source:
         sections["weights_from"] = str(source[0])
-    for name in ("reference", "teacher"):
-        if named := sections.get("align", {}).get(name):
+    for section, name in (("align", "reference"), ("align", "teacher"), ("rl", "critic")):
+        if named := sections.get(section, {}).get(name):
             run = sections.get("run", {}).get("dir", "")
-            sections["align"][name] = str(_pinned(f"align.{name}", named, run))
+            sections[section][name] = str(_pinned(f"{section}.{name}", named, run))
     config = _validated(sections)
     if source:
         check_changes(source[1], config.model)

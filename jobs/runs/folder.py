@@ -15,6 +15,7 @@ from moray.data.dataset import Dataset
 from moray.data.sources import Sources
 from moray.data.special_tokens import copy_stops
 from moray.data.tokenizer import copy_tokenizer
+from moray.jobs.alignment.critic import critic_model
 from moray.jobs.config.alignment import ALIGNMENT
 from moray.jobs.config.load import flatten
 from moray.jobs.config.recipe_file import to_toml
@@ -30,7 +31,7 @@ from moray.parallel.layout import Layout
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
 _FIXED = ("seed", "global_batch", "seq_len")
 _FIXED_OF_DATA = {"train.objective": "pretrain", "data.long_dialogues": "cut"}
-_FREE = ("folder", "reward_timeout_s", "validation_prompts")
+_FREE = ("folder", "reward_timeout_s", "validation_prompts", "critic_lr")
 _FIXED_OF_OPTIMIZER = {"kind": "adamw", "moments": "float32"}
 """And what they were before there was a choice."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -203,8 +204,10 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[bool]:
 
 
 def _check_space(config: RunConfig, folder: Path) -> None:
-    state = training_state_bytes(config.model, config.adapters)
-    needed = state.weights + state.optimizer
+    states = [training_state_bytes(config.model, config.adapters)]
+    if critic := critic_model(config):
+        states.append(training_state_bytes(critic))
+    needed = sum(state.weights + state.optimizer for state in states)
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise UserError(

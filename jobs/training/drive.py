@@ -21,6 +21,7 @@ from moray.data.prompts import Prompts
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.sources import Sources
 from moray.data.tokenizer import same_vocabulary
+from moray.jobs.alignment.critic import critic_model
 from moray.jobs.alignment.judge import check_rewards
 from moray.jobs.config.alignment import KINDS, VERB_OF
 from moray.jobs.config.load import flatten
@@ -82,10 +83,12 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
     if config.adapters:
         check_there(Path(config.weights_from))
     models = {"model.from": config.weights_from} if config.weights_from else {}
-    for setting, folder in {**models, **dict(config.frozen.values())}.items():
+    beside = [*config.frozen.values(), *([config.critic] if config.rl.critic and config.critic else [])]
+    for setting, folder in {**models, **dict(beside)}.items():
         check_tokenizer(Path(folder), Path(sources.first.folder), config.model.vocab_size, tell, setting)
-    for setting, folder in config.frozen.values():
+    for setting, folder in beside:
         check_beside(config, Path(folder), setting)
+    critic_model(config)
     sources.check_vocabulary(config.model.vocab_size)
     if config.is_reinforcement:
         check_rewards(config.rl.parsed, config.rl.folder)
