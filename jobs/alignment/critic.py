@@ -11,6 +11,7 @@ from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import config_of, fill_shards
 from moray.jobs.training.optimizer import build_optimizer, training_state
 from moray.model import Decoder, ModelConfig
+from moray.model.accounting.cost import training_state_bytes
 from moray.model.accounting.work import Work
 from moray.model.alignment.value import Value
 from moray.model.lora import without_balancing
@@ -59,6 +60,13 @@ def critic_model(config: RunConfig) -> ModelConfig | None:
             "time; choose another model"
         )
     return without_balancing(model).but(head="scalar")
+
+
+def committed_bytes(config: RunConfig) -> float:
+    """What a commit takes at least: weights and moments of all that learns."""
+    states, critic = [training_state_bytes(config.model, config.adapters)], critic_model(config)
+    states += [training_state_bytes(critic)] if critic else []
+    return sum(state.weights + state.optimizer for state in states)
 
 
 def build_critic(config: RunConfig, meshes: Meshes, compute_dtype: torch.dtype, stage: Stage) -> Critic | None:

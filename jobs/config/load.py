@@ -52,10 +52,10 @@ def load_config(
     sections["model"] = merge(fields, model)
     if source:
         sections["weights_from"] = str(source[0])
-    for section, name in (("align", "reference"), ("align", "teacher"), ("rl", "critic")):
-        if named := sections.get(section, {}).get(name):
+    for part, name in (("align", "reference"), ("align", "teacher"), ("rl", "critic")):
+        if named := sections.get(part, {}).get(name):
             run = sections.get("run", {}).get("dir", "")
-            sections[section][name] = str(_pinned(f"{section}.{name}", named, run))
+            sections[part][name] = str(_pinned(f"{part}.{name}", named, run))
     config = _validated(sections)
     if source:
         check_changes(source[1], config.model)

@@ -15,7 +15,7 @@ from moray.data.dataset import Dataset
 from moray.data.sources import Sources
 from moray.data.special_tokens import copy_stops
 from moray.data.tokenizer import copy_tokenizer
-from moray.jobs.alignment.critic import critic_model
+from moray.jobs.alignment.critic import committed_bytes
 from moray.jobs.config.alignment import ALIGNMENT
 from moray.jobs.config.load import flatten
 from moray.jobs.config.recipe_file import to_toml
@@ -23,7 +23,6 @@ from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import adapted_in, tokenizer_of
 from moray.jobs.runs.files import partial_path, replace_file
 from moray.model import ModelConfig
-from moray.model.accounting.cost import training_state_bytes
 from moray.model.lora import LoRA
 from moray.parallel.checkpoint.commits import Commit, list_commits, verify
 from moray.parallel.layout import Layout
@@ -204,10 +203,7 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[bool]:
 
 
 def _check_space(config: RunConfig, folder: Path) -> None:
-    states = [training_state_bytes(config.model, config.adapters)]
-    if critic := critic_model(config):
-        states.append(training_state_bytes(critic))
-    needed = sum(state.weights + state.optimizer for state in states)
+    needed = committed_bytes(config)
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise UserError(
