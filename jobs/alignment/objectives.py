@@ -18,8 +18,8 @@ def objective_of(config: RunConfig, frozen: Mapping[str, Frozen]) -> Objective[A
         return Preference(frozen["reference"].decoder, kind, align.beta, align.label_smoothing, align.length_normalised)
     if kind == "reward":
         return RewardModel(align.centring, align.margin)
-    if kind == "grpo":
-        return config.rl.policy()
+    if config.is_reinforcement:
+        return config.rl.policy(config.rl.kl_coefficient if kind == "grpo" else 0.0)  # PPO has its KL in the rewards
     plain = NextToken.of(config.learnt)
     if kind == "distill":
         teacher = frozen["teacher"].decoder

@@ -1,8 +1,9 @@
 """A step of reinforcement learning, as one worker runs it: read it from top to bottom as its story.
 
-Prompts of this rank's lanes -> answers -> rewards -> all of them on every rank -> advantages -> updates. The answers
-lie in rows that are the same on every rank, whatever the layout, of which each learns from its share: a step that was
-killed is done again alike, and nothing of it needs to be kept.
+Prompts of this rank's lanes -> answers -> rewards -> all of them on every rank -> what each token is worth -> updates.
+The answers lie in rows that are the same on every rank, whatever the layout, of which each learns from its share: a
+step that was killed is done again alike, and nothing of it needs to be kept. GRPO and PPO differ in one of the arrows
+(`worth.py`), and in that PPO's critic learns, too.
 """
 
 # Shapes: P prompts, G answers to each, S = P * G samples in the order of their numbers.
@@ -16,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moray.data.prompts import Prompt, PromptBatch, evaluation_prompts
 from moray.jobs.alignment.answers import Written, judged, of_all_ranks
-from moray.jobs.alignment.lessons import Minibatch, Mismatch, lesson, minibatch, plain
+from moray.jobs.alignment.lessons import Lesson, lesson
+from moray.jobs.alignment.observed import Minibatch, Mismatch, minibatch, observe, plain
 from moray.jobs.alignment.reinforcement import Reinforcement
 from moray.jobs.alignment.scores import Scores, combine
+from moray.jobs.alignment.worth import WORTH
 from moray.jobs.training.bad_steps import STEADIER
 from moray.jobs.training.begin import Training
 from moray.jobs.training.metrics import expert_metrics
@@ -30,8 +32,9 @@ from moray.jobs.training.optimizer import set_learning_rate
 from moray.jobs.training.placing import note_load
 from moray.jobs.training.schedule import learning_rate
 from moray.model import Decoder
-from moray.model.alignment.advantages import group_advantages
+from moray.model.objective import Objective, Piece
 from moray.parallel.gradients import accumulate_gradients, clip_gradients, forget_counts, update_routing_bias
+from moray.parallel.reduction import Reduction
 from moray.parallel.rollout import Sampling, rollout
 
 VALIDATION = -1
@@ -48,31 +51,32 @@ def learn_from(training: Training, rl: Reinforcement, batch: PromptBatch) -> dic
     size = len(everyone) // settings.minibatches  # of whole groups
     parts = [minibatch(training, everyone, range(at, at + size)) for at in range(0, len(everyone), size)]
     scores = _scored(training, rl, everyone, parts)
-    rewards_PG = torch.from_numpy(scores.totals_S).view(-1, settings.group_size)
-    deviation = None if settings.variant == "dr_grpo" else settings.deviation
-    advantages_PG, n_dead = group_advantages(rewards_PG, deviation, settings.deviation_epsilon)
     has_ended = [written.answer.has_ended for written in everyone]
     is_valid_S = torch.tensor(has_ended) | (not settings.mask_overlong)
-    rate = learning_rate(training.step, config.train.steps, config.optimizer)
-    set_learning_rate(training.optimizer, rate)
-    started, teaches = time.perf_counter(), n_dead < len(advantages_PG) or settings.kl_coefficient > 0
+    lengths_S = torch.tensor([len(written.answer.tokens) for written in everyone])
+    started = time.perf_counter()
+    training.decoder.train()
+    seen = [(part, observe(training, part, everyone)) for part in parts]
+    find = WORTH[config.train.objective]
+    worth = find(settings, torch.from_numpy(scores.totals_S), lengths_S, is_valid_S, seen, rl.ranks)
+    rate = _set_learning_rates(training)
     told: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0, "flops": 0.0, "updates": 0}
-    if teaches and is_valid_S.any():
-        told = _updates(training, rl, everyone, parts, advantages_PG.flatten(), is_valid_S)
+    if worth.teaches and is_valid_S.any():
+        told = _updates(training, [lesson(training, *each, worth, lengths_S, is_valid_S) for each in seen])
     seconds["update_seconds"] = time.perf_counter() - started
     load = update_routing_bias(training.decoder)
     note_load(training, load)
     training.note_applied(told["loss"], told["grad_norm"], batch.first + config.train.global_batch)
-    lengths = [len(written.answer.tokens) for written in everyone]
     return {
         "step": training.step,
         **told,
+        **worth.told,
+        **_of_all(rl, [one.mismatch for _, pieces in seen for one in pieces]),
         "reward": float(scores.totals_S.mean()),
         **{f"reward/{name}": mean for name, mean in scores.means.items()},
-        "dead_groups": n_dead,
-        "answer_tokens": float(np.mean(lengths)),
+        "answer_tokens": float(lengths_S.double().mean()),
         "ended": float(np.mean(has_ended)),
-        "tokens": sum(lengths),
+        "tokens": int(lengths_S.sum()),
         "positions": [batch.first, training.position],
         "lr": rate,
         **expert_metrics(load, config.model.moe, sampled=False),
@@ -152,34 +156,50 @@ def _by_model(training: Training, rl: Reinforcement, scorer: Decoder, parts: Seq
     return np.array([found[sample] for sample in sorted(found)])
 
 
-def _updates(
-    training: Training,
-    rl: Reinforcement,
-    everyone: Sequence[Written],
-    parts: Sequence[Minibatch],
-    advantages_S: Tensor,
-    is_valid_S: Tensor,
-) -> dict[str, float]:
+def _set_learning_rates(training: Training) -> float:
+    """The policy's rate, which the critic's goes along with."""
+    settings = training.config.optimizer
+    rate = learning_rate(training.step, training.config.train.steps, settings)
+    set_learning_rate(training.optimizer, rate)
+    if training.critic:
+        set_learning_rate(training.critic.optimizer, rate * training.config.rl.critic_lr / settings.lr)
+    return rate
+
+
+def _updates(training: Training, lessons: Sequence[Lesson]) -> dict[str, float]:
     """Learns from all minibatches, epoch after epoch. Returns what the updates told, on average."""
-    config, decoder = training.config, training.decoder
-    decoder.train()
-    lessons = [lesson(training, part, everyone, advantages_S, is_valid_S) for part in parts]
-    mismatch = [each for _, of_part in lessons for each in of_part]
-    told = []
-    for pieces, _ in lessons * config.rl.epochs:
-        losses = accumulate_gradients(decoder, pieces, training.reduction, objective=training.objective)
-        norm = clip_gradients(decoder.parameters(), config.optimizer.clip_norm)
-        if not (math.isfinite(losses.loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {training.step + 1}: loss {losses.loss}, gradient norm {norm}; nothing of it is committed. "
-                f"{STEADIER}"
-            )
-        training.optimizer.step()
-        training.optimizer.zero_grad()
-        training.pulse.again()
-        told.append({**losses.values, "grad_norm": norm, "flops": losses.flops * len(lessons) * config.rl.epochs})
+    told, critic = [], training.critic
+    for of in [*lessons] * training.config.rl.epochs:
+        row = _update(training, training.decoder, training.optimizer, training.reduction, training.objective, of.policy)
+        if critic:
+            found = _update(training, critic.decoder, critic.optimizer, critic.reduction, critic.objective, of.values)
+            row["flops"] += found.pop("flops")
+            row |= {name if name in ("value", "return") else f"value_{name}": value for name, value in found.items()}
+            forget_counts(critic.decoder)
+        told.append(row)
     means = {name: math.fsum(update[name] for update in told) / len(told) for name in told[0]}
-    return {**means, "updates": len(told), **_of_all(rl, mismatch)}
+    return {**means, "flops": means["flops"] * len(told), "updates": len(told)}
+
+
+def _update(
+    training: Training,
+    decoder: Decoder,
+    optimizer: torch.optim.Optimizer,
+    reduction: Reduction,
+    objective: Objective[Any],
+    pieces: Sequence[Piece],
+) -> dict[str, float]:
+    losses = accumulate_gradients(decoder, pieces, reduction, objective=objective)
+    norm = clip_gradients(decoder.parameters(), training.config.optimizer.clip_norm)
+    if not (math.isfinite(losses.loss) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"step {training.step + 1}: {type(objective).__name__.lower()} loss {losses.loss}, gradient norm {norm}; "
+            f"nothing of it is committed. {STEADIER}"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    training.pulse.again()
+    return {**losses.values, "grad_norm": norm, "flops": losses.flops}
 
 
 def _of_all(rl: Reinforcement, own: Sequence[Mismatch]) -> dict[str, float]:

@@ -12,7 +12,12 @@ from moray.jobs.config.sections import AnyPath, Section
 from moray.model.alignment.policy import Policy
 
 PREFERENCES = ("dpo", "ipo", "reward")
-REINFORCEMENT = ("grpo",)
+RL_METHODS: Mapping[str, tuple[str, ...]] = {
+    "grpo": ("variant", "deviation", "deviation_epsilon", "kl_estimator", "kl_correction"),
+    "ppo": ("critic", "critic_lr", "discount", "gae_decay", "whiten", "value_clip"),
+}
+"""The methods that learn from answers of the model's own, and the settings of RLSection that are only theirs."""
+REINFORCEMENT = tuple(RL_METHODS)
 ALIGNMENT = (*PREFERENCES, "distill", *REINFORCEMENT)
 """The objectives of `moray align`."""
 KINDS: Mapping[str, tuple[Kind, ...]] = {
@@ -55,7 +60,7 @@ class AlignSection(Section):
 
 
 class RLSection(Section):
-    """What `moray align --method grpo` learns by: answers that the model writes itself, and what they are worth.
+    """What `moray align --method grpo|ppo` learns by: answers that the model writes itself, and what they are worth.
 
     A step takes train.global_batch prompts; answers are learnt from in rows of train.seq_len tokens.
     """
@@ -68,7 +73,7 @@ class RLSection(Section):
     reward_timeout_s: float = Field(10.0, gt=0)
     """Most seconds that a reward of one answer may take, before the run stops."""
     group_size: int = Field(8, ge=1)
-    """Answers to each prompt, which are compared with each other."""
+    """Answers to each prompt; GRPO compares them with each other."""
     groups_per_batch: int = Field(4, ge=1)
     """Prompts whose answers are written at the same time. It decides on memory and speed, and on no layout's account on
     what is written."""
@@ -77,9 +82,9 @@ class RLSection(Section):
     temperature: float = Field(1.0, gt=0)
     """Of what is drawn, and of all probabilities that are learnt from."""
     variant: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"
-    """How the tokens' losses are added up. dapo: the mean over all tokens; grpo: over answers of means over tokens;
-    dr_grpo: the sum by max_new_tokens, and advantages that are divided by no deviation; cispo: as dapo, with clipped
-    weights in place of clipped ratios, so that no token loses its gradient."""
+    """GRPO: how the tokens' losses are added up (PPO: as dapo). dapo: the mean over all tokens; grpo: over answers of
+    means over tokens; dr_grpo: the sum by max_new_tokens, and advantages that are divided by no deviation; cispo: as
+    dapo, with clipped weights in place of clipped ratios, so that no token loses its gradient."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """How far a token's probability may fall, by what it was when the answer was written, before it learns no more."""
     clip_high: float | None = Field(None, gt=0)
@@ -87,15 +92,31 @@ class RLSection(Section):
     mask_overlong: bool = False
     """Answers that were cut at max_new_tokens are not learnt from."""
     deviation: Literal["sample", "population"] = "sample"
-    """What an answer's advantage over the mean of its group is divided by: n - 1 under the root (TRL, verl), or n."""
+    """GRPO: what an answer's advantage over the mean of its group is divided by: n - 1 under the root (as TRL and verl
+    have it), or n."""
     deviation_epsilon: float = Field(1e-4, gt=0)
     """Added to it; verl has 1e-6."""
     kl_coefficient: float = Field(0.0, ge=0)
-    """Factor of the KL divergence from align.reference in the loss; 0: there is no reference."""
+    """Factor of the KL divergence from align.reference: with GRPO in the loss, with PPO (0.05 where it is not set) in
+    the rewards of tokens; 0: there is no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """By which it is estimated (Schulman, 2020)."""
+    """GRPO: by which it is estimated (Schulman, 2020); PPO takes k1."""
     kl_correction: bool = True
-    """false: the estimator as GRPO was published with it, whose gradient is not that of the divergence."""
+    """GRPO; false: the estimator as it was published with it, whose gradient is not that of the divergence."""
+    critic: AnyPath = ""
+    """PPO: the model that the critic begins as, a run, a commit or a Hugging Face folder of the same vocabulary, with a
+    new head if it has no scalar one; each start reads its architecture there. Where it is not set, the reward model of
+    rl.rewards, if that is one, else the policy's own weights."""
+    critic_lr: float = Field(1e-5, gt=0)
+    """PPO: the critic's highest learning rate; its schedule is the policy's."""
+    discount: float = Field(1.0, gt=0, le=1)
+    """PPO: what a reward is worth a token before it (gamma)."""
+    gae_decay: float = Field(0.95, ge=0, le=1)
+    """PPO: the decay of what advantages know of later tokens (lambda): 1 trusts rewards alone, 0 the critic."""
+    whiten: bool = True
+    """PPO: the advantages of a step's tokens get mean 0 and variance 1."""
+    value_clip: float = Field(0.2, gt=0)
+    """PPO: how far a token's value may move from what it was when the answer was written, before it learns no more."""
     epochs: int = Field(1, ge=1)
     """How often a step's answers are learnt from."""
     minibatches: int = Field(1, ge=1)
@@ -120,13 +141,13 @@ class RLSection(Section):
         """How far a token's probability may rise."""
         return self.clip_high or (4.0 if self.variant == "cispo" else self.clip_low)
 
-    def policy(self) -> Policy:
+    def policy(self, kl_coefficient: float) -> Policy:
         return Policy(
             temperature=self.temperature,
             surrogate="cispo" if self.variant == "cispo" else "clip",
             clip_low=self.clip_low,
             clip_high=self.highest,
-            kl_coefficient=self.kl_coefficient,
+            kl_coefficient=kl_coefficient,
             kl_estimator=self.kl_estimator,
             kl_correction=self.kl_correction,
         )

@@ -136,7 +136,7 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
 def _pin_others(sections: dict[str, Any]) -> None:
     """Puts commits in the place of the runs that a config's other models are named by."""
     recorded = _recorded(sections.get("run", {}).get("dir", ""))
-    for part, name in (("align", "reference"), ("align", "teacher")):
+    for part, name in (("align", "reference"), ("align", "teacher"), ("rl", "critic")):
         if named := sections.get(part, {}).get(name):
             known = [there.get(part, {}).get(name) for there in recorded]
             sections[part][name] = str(_pinned(f"{part}.{name}", named, known))

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_va
 from moray import UserError
 from moray.cluster.group import Group
 from moray.data.mixture import Mixture
-from moray.jobs.config.alignment import ALIGNMENT, REINFORCEMENT, AlignSection, RLSection
+from moray.jobs.config.alignment import ALIGNMENT, REINFORCEMENT, RL_METHODS, AlignSection, RLSection
 from moray.jobs.config.sections import (
     AnyPath,
     CheckpointSection,
@@ -221,7 +221,15 @@ class RunConfig(Section):
         train, rl = self.train, self.rl
         if not rl.rewards:
             raise UserError("rl.rewards is missing: what judges the answers, as in rl.rewards=gsm8k=1")
-        if rl.group_size < 2:
+        for method, names in RL_METHODS.items():
+            for name in names if method != train.objective else ():
+                value, default = getattr(rl, name), RLSection.model_fields[name].default
+                if value != default:
+                    raise UserError(
+                        f"rl.{name}={value} is of --method {method}, and says nothing to train.objective="
+                        f"{train.objective}; leave it out"
+                    )
+        if train.objective == "grpo" and rl.group_size < 2:
             raise UserError(f"rl.group_size={rl.group_size}: answers are compared with others; it must be at least 2")
         if rl.max_new_tokens >= train.seq_len:
             raise UserError(
@@ -360,9 +368,22 @@ class RunConfig(Section):
         of = {"dpo": beside, "ipo": beside, "distill": {"teacher": ("align.teacher", self.align.teacher)}}
         if not self.is_reinforcement:
             return of.get(self.train.objective, {})
+        return self._reward_models | (beside if self.rl.kl_coefficient else {})
+
+    @property
+    def _reward_models(self) -> dict[str, tuple[str, str]]:
         judges = [reward for reward in self.rl.parsed if reward.kind == "model"]
-        models = {reward.name: (f"rl.rewards={reward.name}", absolute(reward.argument)) for reward in judges}
-        return models | (beside if self.rl.kl_coefficient else {})
+        return {reward.name: (f"rl.rewards={reward.name}", absolute(reward.argument)) for reward in judges}
+
+    @property
+    def critic(self) -> tuple[str, str] | None:
+        """What PPO's critic begins as: the setting that names it, and its folder."""
+        if self.train.objective != "ppo":
+            return None
+        if self.rl.critic:
+            return "rl.critic", self.rl.critic
+        judges = [*self._reward_models.values()]
+        return judges[0] if len(judges) == 1 else ("model.from", self.weights_from)
 
     @property
     def mixture(self) -> Mixture | None:

@@ -92,7 +92,7 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    objective: Literal["pretrain", "sft", "dpo", "ipo", "reward", "distill", "grpo"] = "pretrain"
+    objective: Literal["pretrain", "sft", "dpo", "ipo", "reward", "distill", "grpo", "ppo"] = "pretrain"
     """What is learnt. pretrain: the next token of texts; sft: the answers in dialogues (`moray finetune`); the rest are
     the methods of `moray align`."""
     steps: int = Field(1000, ge=1)

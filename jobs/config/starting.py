@@ -19,6 +19,7 @@ STARTS: Mapping[str, Mapping[str, object]] = {
     "reward": {**_ONCE, "optimizer.lr": 1e-5, "model.head": "scalar"},
     "distill": {**_ONCE, "optimizer.lr": 2e-5},
     "grpo": {**_ONCE, "optimizer.lr": 1e-6},
+    "ppo": {**_ONCE, "optimizer.lr": 1e-6, "rl.kl_coefficient": 0.05},
 }
 """By the name of the verb, or of the method of `moray align`: what settings are where neither command line nor recipe
 says. Without `train.epochs` where the number of steps is said."""

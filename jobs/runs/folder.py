@@ -15,6 +15,7 @@ from moray.data.dataset import Dataset
 from moray.data.sources import Sources
 from moray.data.special_tokens import copy_stops
 from moray.data.tokenizer import copy_tokenizer, tokenizer_in
+from moray.jobs.alignment.critic import committed_bytes
 from moray.jobs.config.alignment import ALIGNMENT
 from moray.jobs.config.load import flatten
 from moray.jobs.config.recipe_file import to_toml
@@ -22,7 +23,6 @@ from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import adapted_in, tokenizer_of
 from moray.jobs.runs.files import partial_path, replace_file
 from moray.model import ModelConfig
-from moray.model.accounting.cost import training_state_bytes
 from moray.model.lora import LoRA
 from moray.parallel.checkpoint.commits import Commit, list_commits, verify
 from moray.parallel.layout import Layout
@@ -30,7 +30,7 @@ from moray.parallel.layout import Layout
 # What decides on weights, data order or their meaning: a run that changed one would be another run.
 _FIXED = ("seed", "global_batch", "seq_len")
 _FIXED_OF_DATA = {"train.objective": "pretrain", "data.long_dialogues": "cut"}
-_FREE = ("folder", "reward_timeout_s", "validation_prompts")
+_FREE = ("folder", "reward_timeout_s", "validation_prompts", "critic_lr")
 _FIXED_OF_OPTIMIZER = {"kind": "adamw", "moments": "float32"}
 """And what they were before there was a choice."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -203,8 +203,7 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[bool]:
 
 
 def _check_space(config: RunConfig, folder: Path) -> None:
-    state = training_state_bytes(config.model, config.adapters)
-    needed = state.weights + state.optimizer
+    needed = committed_bytes(config)
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise UserError(

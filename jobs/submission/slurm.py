@@ -13,9 +13,9 @@ from typing import Literal
 from moray import UserError
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from moray.cluster.slurm.script import BatchJob
+from moray.jobs.alignment.critic import committed_bytes
 from moray.jobs.runs.files import replace_file
 from moray.jobs.submission.target import RECIPE, Job, Target
-from moray.model.accounting.cost import training_state_bytes
 
 SCRIPT, LOG, TOKEN, ID = "slurm.sh", "slurm.log", ".token", "slurm.job"
 START_S = 120
@@ -168,8 +168,7 @@ class Slurm(Target):
 
 def _stop_s(job: Job) -> int:
     """How long before its end a job is to be told of it, so that a commit fits."""
-    state = training_state_bytes(job.config.model, job.config.adapters)
-    return min(STOP_S + round((state.weights + state.optimizer) / COMMIT_BYTES_PER_S), MOST_STOP_S)
+    return min(STOP_S + round(committed_bytes(job.config) / COMMIT_BYTES_PER_S), MOST_STOP_S)
 
 
 def _seconds(limit: str) -> int | None:

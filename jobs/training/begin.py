@@ -17,6 +17,7 @@ from moray.cluster.events import EventLog
 from moray.cluster.host_memory import keep_freed_memory
 from moray.cluster.worker import WorkerContext
 from moray.data.sources import Sources
+from moray.jobs.alignment.critic import Critic, build_critic
 from moray.jobs.alignment.frozen import Frozen, build_frozen, load_frozen
 from moray.jobs.alignment.objectives import objective_of
 from moray.jobs.alignment.reinforcement import Reinforcement
@@ -82,7 +83,7 @@ class Training:
     where they are placed by them.
 
     base: what adapters are trained beside, where they are what learns. frozen: other models that stay as they are, by
-    what they are; beside: which weights these have. rl: what learning from its own answers takes.
+    what they are; beside: which weights these have. rl: what learning from its own answers takes. critic: PPO's.
 
     step: optimizer steps done. position: of the stream, behind the batch of the last one. committed: the newest step
     that was. applied: loss and gradient norm of the newest steps. skipped: the positions passed over since, and why.
@@ -104,18 +105,27 @@ class Training:
     objective: Objective[Any]
     witness: Witness | None
     reduction: Reduction
-    snapshots: Snapshots | None
     on_event: Callable[[str, dict[str, Any]], None]
     base: Base | None = None
     frozen: Mapping[str, Frozen] = field(default_factory=dict)
     beside: Mapping[str, Base] = field(default_factory=dict)
     rl: Reinforcement | None = None
+    critic: Critic | None = None
+    snapshots: Snapshots | None = None
     step: int = 0
     position: int = 0
     committed: int = 0
     applied: list[tuple[float, float]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     expert_load: Tensor | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that commits and snapshots hold: once they are filled, `share_step` is to be called."""
+        return training_state(self.decoder, self.optimizer) | (self.critic.state if self.critic else {})
+
+    def share_step(self) -> None:
+        for optimizer in (self.optimizer, *([self.critic.optimizer] if self.critic else [])):
+            share_step(optimizer)
 
     def close(self) -> None:
         """Ends what it has started."""
@@ -212,11 +222,12 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
         objective=objective_of(config, frozen),
         frozen=frozen,
         rl=Reinforcement.of(config) if config.is_reinforcement else None,
+        critic=build_critic(config, meshes, compute_dtype, stage),
         witness=Witness(decoder) if config.train.audit_every else None,
         reduction=GradientTree(decoder, meshes) if config.train.exact else Reduction(decoder, meshes, stage),
-        snapshots=make_room(context, config, training_state(decoder, optimizer), on_event),
         on_event=on_event,
     )
+    training.snapshots = make_room(context, config, training.state(), on_event)
     context.enter("loading")
     resume(training, events)
     return training
@@ -268,6 +279,8 @@ def resume(training: Training, events: EventLog) -> None:
             fill_shards(training.decoder, Path(config.weights_from), config.train.seed)
         else:
             initialise_shards(training.decoder, config.train.seed)
+        if not commit and training.critic:
+            training.critic.begin(config)
         if commit and [*config.data.phases] != commit.manifest.metadata["config"]["data"].get("phases", []):
             training.note("mixture", step=training.step, position=training.position, phases=config.data.phases)
         if not commit and (told := what_learns(config)):
@@ -294,12 +307,11 @@ def load_snapshot(training: Training) -> str | None:
     if not training.snapshots:
         return None
     newest = training.checkpointer.go_on_from_newest()
-    state = training_state(training.decoder, training.optimizer)
-    record = training.snapshots.load(state, at_least=newest.step)
+    record = training.snapshots.load(training.state(), at_least=newest.step)
     if record is None:
         training.snapshots.clear()
         return None
-    share_step(training.optimizer)
+    training.share_step()
     training.committed = newest.step
     go_on_from(training, record.step, record.metadata)
     return newest.digest or ""
@@ -307,10 +319,9 @@ def load_snapshot(training: Training) -> str | None:
 
 def load_commit(training: Training, among: Callable[[int], bool] = lambda step: True) -> Commit | None:
     """Fills weights and optimizer from the newest whole commit of these steps, if there is one."""
-    state = training_state(training.decoder, training.optimizer)
-    commit = training.checkpointer.load(state, among, older_names(training.decoder))
+    commit = training.checkpointer.load(training.state(), among, older_names(training.decoder))
     training.committed = commit.step if commit else 0
-    share_step(training.optimizer)
+    training.share_step()
     return commit
 
 

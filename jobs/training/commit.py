@@ -9,7 +9,6 @@ from moray import UserError
 from moray.jobs.training.adapters import record_of
 from moray.jobs.training.begin import Training
 from moray.jobs.training.metrics import MetricsLog
-from moray.jobs.training.optimizer import training_state
 from moray.parallel.checkpoint.checkpointer import DiskFullError
 from moray.parallel.placement import placement_of
 
@@ -43,8 +42,8 @@ def commit(training: Training, row: dict[str, Any], log: MetricsLog | None) -> N
         **progress(training, row),
         "versions": versions(),
     }
-    training.committed, state = training.step, training_state(training.decoder, training.optimizer)
-    training.checkpointer.save(training.step, state, metadata, before=log.flush_to_disk if log else None)
+    training.committed = training.step
+    training.checkpointer.save(training.step, training.state(), metadata, before=log.flush_to_disk if log else None)
 
 
 def finish_commits(training: Training) -> None:

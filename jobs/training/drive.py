@@ -20,6 +20,7 @@ from moray.data.prompts import Prompts
 from moray.data.rows import DialogueRows, rows_of
 from moray.data.sources import Sources
 from moray.data.tokenizer import same_vocabulary, tokenizer_in
+from moray.jobs.alignment.critic import critic_model
 from moray.jobs.alignment.judge import check_rewards
 from moray.jobs.config.alignment import KINDS, VERB_OF
 from moray.jobs.config.load import flatten
@@ -81,10 +82,12 @@ def check(config: RunConfig, tell: Callable[[str], None]) -> Sources:
     if config.adapters:
         check_there(Path(config.weights_from))
     models = {"model.from": config.weights_from} if config.weights_from else {}
-    for setting, folder in {**models, **dict(config.frozen.values())}.items():
+    beside = [*config.frozen.values(), *([config.critic] if config.rl.critic and config.critic else [])]
+    for setting, folder in {**models, **dict(beside)}.items():
         check_tokenizer(Path(folder), sources.first.folder, config.model.vocab_size, tell, setting)
-    for name, (setting, folder) in config.frozen.items():
-        check_beside(config, Path(folder), setting, scores=name.startswith("model:"))
+    for setting, folder in beside:
+        check_beside(config, Path(folder), setting)
+    critic_model(config)
     sources.check_vocabulary(config.model.vocab_size)
     if config.is_reinforcement:
         check_rewards(config.rl.parsed, config.rl.folder)
@@ -155,13 +158,14 @@ def balance_kept(moe: MoEConfig) -> str:
     return f"routers are balanced as before: {kept}; 0 turns one off" if kept else "nothing balances the routers"
 
 
-def check_beside(config: RunConfig, folder: Path, setting: str, *, scores: bool) -> None:
+def check_beside(config: RunConfig, folder: Path, setting: str) -> None:
     """Raises UserError where a model beside the one that learns is not there, knows other tokens or shorter texts,
-    cannot be spread in the same way, or is no reward model where one `scores`.
+    cannot be spread in the same way, or has a head that makes no sense there: a critic may begin as either.
     """
     check_there(folder, setting)
     theirs, ours, seq_len = config_of(folder), config.model, config.train.seq_len
-    if scores != (theirs.head == "scalar"):
+    scores = setting.startswith("rl.rewards")
+    if scores != (theirs.head == "scalar") and setting != "rl.critic":
         needed = "a reward model, as `moray align --method reward` makes them" if scores else "a model of tokens"
         raise UserError(f"{setting}: {folder} has model.head={theirs.head}; it must be {needed}")
     if theirs.vocab_size != ours.vocab_size:

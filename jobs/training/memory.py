@@ -1,6 +1,7 @@
 """Whether a run's workers have the memory that it needs: found out before there is anything of a model."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from moray.cluster.host_memory import free_memory
 from moray.cluster.worker import WorkerContext
+from moray.jobs.alignment.critic import critic_model
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import config_of
 from moray.parallel.gradients import of_all_ranks
@@ -22,17 +24,22 @@ def needed(config: RunConfig, layout: Layout, dtype: str, stage: Stage) -> RankM
     frozen = sum(
         frozen_memory(config_of(Path(path)), layout, getattr(torch, dtype), stage) for _, path in config.frozen.values()
     )
-    found = rank_memory(
-        config.model,
-        layout,
+    learns = partial(
+        rank_memory,
+        layout=layout,
         seq_len=train.seq_len,
         micro_batch=train.micro_batch,
         dtype=getattr(torch, dtype),
         stage=stage,
         recompute=train.recompute,
         moments=getattr(torch, config.optimizer.moments),
-        lora=config.adapters,
     )
+    found = learns(config.model, lora=config.adapters)
+    if critic := critic_model(config):
+        # The two learn in turn: what a backward pass needs is there once, of the one that needs more.
+        other, held = learns(critic), ("weights", "gradients", "optimizer", "gathered")
+        both = zip(found._asdict().items(), other, strict=True)
+        found = RankMemory(*(one + more if name in held else max(one, more) for (name, one), more in both))
     return found._replace(weights=found.weights + frozen)
 
 

@@ -24,7 +24,7 @@ from moray.jobs.training.batches import batches_of, micro_batches
 from moray.jobs.training.begin import Training, checkpoints_of, set_up
 from moray.jobs.training.commit import commit, finish_commits, progress
 from moray.jobs.training.metrics import SAMPLES, MetricsLog, expert_metrics
-from moray.jobs.training.optimizer import set_learning_rate, training_state
+from moray.jobs.training.optimizer import set_learning_rate
 from moray.jobs.training.placing import note_load, place_experts
 from moray.jobs.training.recovery import forgotten_if_wrong
 from moray.jobs.training.schedule import learning_rate
@@ -89,8 +89,7 @@ def run_steps(training: Training) -> int:
             if not last and is_due(training.step, every):
                 place_experts(training)
             if training.snapshots and not (last or leaving) and training.snapshots.is_due(training.step):
-                state = training_state(training.decoder, training.optimizer)
-                training.snapshots.take(training.step, state, progress(training, row), row["seconds"])
+                training.snapshots.take(training.step, training.state(), progress(training, row), row["seconds"])
             # One that a fault cut off is made up for: a snapshot may be of a later step.
             if last or leaving or training.step // every > training.committed // every:
                 context.enter("commit")
