@@ -1,5 +1,6 @@
 """`moray align --method grpo`, end to end: what it learns, that a kill changes nothing, and what it refuses."""
 
+import json
 import os
 import re
 import signal
