@@ -26,6 +26,7 @@ STARTING_RAY = (
     "tests/jobs/submission/test_kubernetes_rayjob.py",
     "tests/jobs/submission/test_slurm_jobs.py",
     "tests/jobs/test_recovery.py",
+    "tests/jobs/training/test_ppo.py",
     "tests/jobs/training/test_stops.py",
 )
 

@@ -57,8 +57,8 @@ def learn_from(training: Training, rl: Reinforcement, batch: PromptBatch) -> dic
     started = time.perf_counter()
     training.decoder.train()
     seen = [(part, observe(training, part, everyone)) for part in parts]
-    find = WORTH[config.train.objective]
-    worth = find(settings, torch.from_numpy(scores.totals_S), lengths_S, is_valid_S, seen, rl.ranks)
+    find_worth, totals_S = WORTH[config.train.objective], torch.from_numpy(scores.totals_S)
+    worth = find_worth(settings, totals_S, lengths_S, is_valid_S, seen, rl.ranks)
     rate = _set_learning_rates(training)
     told: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0, "flops": 0.0, "updates": 0}
     if worth.teaches and is_valid_S.any():

@@ -1,6 +1,7 @@
 """`moray align --method ppo`, end to end: policy and critic learn, in one commit, on any layout; what it refuses."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
+from rich.console import Console
 from tiny import tiny, tiny_from
 from torch import Tensor
 
+from moray.cluster.events import read_events
 from moray.cluster.worker import WorkerContext
 from moray.jobs.cli import dispatch
 from moray.jobs.config.run import RunConfig
 from moray.jobs.config.starting import config_of
 from moray.jobs.runs.folder import claimed
+from moray.jobs.runs.watcher import Listener
 from moray.jobs.training import trainer
-from moray.jobs.training.drive import check
+from moray.jobs.training.drive import check, drive
 from moray.jobs.training.memory import needed
 from moray.jobs.training.metrics import read_metrics
 from moray.model.accounting.cost import count_parameters
@@ -55,6 +59,12 @@ def stored(run: Path) -> dict[str, Tensor]:
     commit = list_commits(run / "checkpoints")[-1]
     reader, tensors = ChunkReader(commit), commit.manifest.tensors
     return {name: reader.read(name, ((0,) * len(x.shape), x.shape)) for name, x in tensors.items()}
+
+
+def alike(one: Path, other: Path) -> bool:
+    """Bit for bit."""
+    ones, others = stored(one), stored(other)
+    return ones.keys() == others.keys() and all(torch.equal(ones[name], others[name]) for name in ones)
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +143,7 @@ def test_a_kill_changes_nothing(moray: Moray, base: Path, prompts: Path, tmp_pat
         assert outcome.code == 0, outcome.err
     assert 3 <= reached < 8
     assert told(tmp_path / "killed") == told(tmp_path / "whole")
-    one, other = stored(tmp_path / "killed"), stored(tmp_path / "whole")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert alike(tmp_path / "killed", tmp_path / "whole")
 
 
 NUMBERS = ("step", "loss", "reward", "grad_norm", "positions", "validation_reward", "rollout_dlogp", "entropy", "kl")
@@ -144,6 +152,10 @@ NUMBERS += ("value_loss", "value_clipped", "value_grad_norm", "explained_varianc
 
 def told(run: Path) -> list[dict[str, Any]]:
     return [{name: row.get(name) for name in NUMBERS} for row in read_metrics(run)]
+
+
+def asked(arguments: list[str]) -> RunConfig:
+    return config_of("align", arguments[1:])
 
 
 def train(arguments: list[str]) -> None:
@@ -155,35 +167,67 @@ def train(arguments: list[str]) -> None:
     trainer.run_steps(trainer.set_up(context, asked(arguments)))
 
 
-def asked(arguments: list[str]) -> RunConfig:
-    return config_of("align", arguments[1:])
+SHORT = {"train__steps": 4, "checkpoint__every": 100, "rl__kl_coefficient": 0.1}
+ON_TWO = {**SHORT, "cluster__workers": 2, "cluster__launcher": "ray"}
 
 
-def test_two_workers_learn_what_one_does(moray: Moray, base: Path, prompts: Path, tmp_path: Path, pool: Pool) -> None:
-    """Law 1: the same answers, and advantages whitened over those of both; policy and critic end alike."""
-    changes = {"rl__kl_coefficient": 0.1}
-    two = {**changes, "train__steps": 2, "cluster__workers": 2, "cluster__launcher": "ray"}
-    assert moray(*words(base, prompts, tmp_path / "one", **changes, train__steps=2)).code == 0
-    arguments = words(base, prompts, tmp_path / "two", **two)
+@pytest.fixture(scope="module")
+def on_two(base: Path, prompts: Path, pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("on_two") / "run"
+    arguments = words(base, prompts, run, **ON_TWO)
     config = asked(arguments)
     with claimed(config, check(config, print), print):
-        assert take_generation(tmp_path / "two" / "checkpoints") == 1
+        assert take_generation(run / "checkpoints") == 1
         pool.run(train, 2, arguments)
-    rows, others = told(tmp_path / "one"), told(tmp_path / "two")
-    assert len(rows) == len(others) == 2
+    return run
+
+
+def test_two_workers_learn_what_one_does(moray: Moray, base: Path, prompts: Path, on_two: Path, tmp_path: Path) -> None:
+    """Law 1: the same answers, and advantages whitened over those of both; policy and critic end alike."""
+    assert moray(*words(base, prompts, tmp_path / "one", **SHORT)).code == 0
+    rows, others = told(tmp_path / "one"), told(on_two)
+    assert len(rows) == len(others) == 4
     for row, other in zip(rows, others, strict=True):
         assert row["reward"] == other["reward"], "the answers are the same"
         numbers = {name: value for name, value in other.items() if isinstance(value, float)}
         assert {name: row[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
-    ones, twos = stored(tmp_path / "one"), stored(tmp_path / "two")
+    ones, twos = stored(tmp_path / "one"), stored(on_two)
     assert ones.keys() == twos.keys()
     for name, one in ones.items():
         assert (one - twos[name]).norm() <= 1e-5 * one.norm(), name
     # And any layout goes on from any commit.
+    shutil.copytree(on_two, tmp_path / "two")
     for name in ("one", "two"):
-        assert moray(*words(base, prompts, tmp_path / name, **changes, train__steps=3)).code == 0
-    row, other = told(tmp_path / "one")[2], told(tmp_path / "two")[2]
+        assert moray(*words(base, prompts, tmp_path / name, **SHORT | {"train__steps": 5})).code == 0
+    row, other = told(tmp_path / "one")[4], told(tmp_path / "two")[4]
     assert row["value_loss"] == pytest.approx(other["value_loss"], rel=1e-4)
+
+
+class KillOneWorker(Listener):
+    """Once, after two steps."""
+
+    def __init__(self) -> None:
+        self.pid: int | None = None
+        self.killed = False
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "start" and self.pid is None:
+            self.pid = next(entry["pid"] for entry in fields["ranks"] if entry["rank"] == 1)
+
+    def on_status(self, rank: int, step: int, status: dict[str, Any]) -> None:
+        if step >= 2 and self.pid and not self.killed:
+            self.killed = True
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def test_a_snapshot_holds_the_critic(ray_cluster: str, base: Path, prompts: Path, on_two: Path, tmp_path: Path) -> None:
+    """A worker is killed, and the others' memory is all there is to go on from: nothing changes."""
+    arguments = words(base, prompts, tmp_path / "run", **ON_TWO, recovery__snapshot_every=1)
+    assert drive(asked(arguments), Console(quiet=True), KillOneWorker()) == 0
+    (resume,) = (event for event in read_events(tmp_path / "run" / "events.jsonl") if event["kind"] == "resume")
+    assert resume["source"] == "memory"
+    assert told(tmp_path / "run") == told(on_two)
+    assert alike(tmp_path / "run", on_two)
 
 
 @pytest.mark.parametrize("kind", ["own", "named", "judge"])
