@@ -17,6 +17,7 @@ from tiny import tiny, tiny_from
 
 from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
+from moray.jobs.runs.ledger import ledger_problems
 from moray.jobs.training.metrics import read_metrics
 from moray.parallel.checkpoint.commits import list_commits
 
@@ -66,18 +67,19 @@ def told(run: Path) -> list[dict[str, Any]]:
     return [{name: row.get(name) for name in NUMBERS} for row in read_metrics(run)]
 
 
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "moray", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def test_a_kill_changes_nothing(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
     """TRL 3148, open-instruct 1523, verl 7401: in RL a resume lost or repeated data. Two updates of two minibatches a
     step, and a KL term: it is killed within a step, wherever that is.
     """
     changes = {"checkpoint__every": 2, "rl__epochs": 2, "rl__minibatches": 2, "rl__kl_coefficient": 0.1}
     changes |= {"train__eval_every": 3, "train__steps": 8}
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "moray", *words(base, prompts, tmp_path / "killed", **changes)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    killed = start(words(base, prompts, tmp_path / "killed", **changes))
     try:
         deadline = time.monotonic() + 50
         while len(read_metrics(tmp_path / "killed")) < 3 and time.monotonic() < deadline:
@@ -94,6 +96,51 @@ def test_a_kill_changes_nothing(moray: Moray, base: Path, prompts: Path, tmp_pat
     assert 3 <= reached < 8
     assert told(tmp_path / "killed") == told(tmp_path / "whole")
     assert any(row["kl"] > 0 for row in read_metrics(tmp_path / "whole"))
+
+
+def test_kills_at_marked_instants_change_nothing(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
+    """In a reward, while a commit is written, and between two updates of a step; each time the same command goes on."""
+    hold = tmp_path / "hold"
+    (tmp_path / "mine.py").write_text(
+        "import os, time\n"
+        "def slow(sample):\n"
+        f"    if os.path.exists({str(hold)!r}):\n"
+        f"        os.rename({str(hold)!r}, {str(hold)!r} + '.seen')\n"
+        "        time.sleep(60)\n"
+        "    return len(sample.answer) / 10\n"
+    )
+    changes = {"rl__rewards": "mine:slow=1", "rl__folder": tmp_path, "rl__reward_timeout_s": 90, "rl__epochs": 2}
+    changes |= {"checkpoint__every": 2, "train__steps": 8, "rl__kl_coefficient": 0.05}
+    run = tmp_path / "killed"
+
+    def in_a_reward() -> bool:
+        return Path(f"{hold}.seen").exists()
+
+    def in_a_commit() -> bool:
+        return any(run.glob("checkpoints/.generation-*/*"))
+
+    def within_a_step() -> bool:
+        """Half a step, by the clock, behind one that is done."""
+        rows = read_metrics(run)
+        return len(rows) > 4 and time.time() - (run / "metrics.jsonl").stat().st_mtime > rows[-1]["seconds"] * 0.7
+
+    for instant in (in_a_reward, in_a_commit, within_a_step):
+        if instant is in_a_reward:
+            hold.touch()
+        killed = start(words(base, prompts, run, **changes))
+        try:
+            deadline = time.monotonic() + 50
+            while not instant() and killed.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+        finally:
+            killed.send_signal(signal.SIGKILL)
+            killed.wait()
+    assert in_a_reward()
+    for name in ("killed", "whole"):
+        outcome = moray(*words(base, prompts, tmp_path / name, **changes))
+        assert outcome.code == 0, outcome.err
+    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert not ledger_problems(run)
 
 
 def test_groups_that_are_all_alike_teach_nothing(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
