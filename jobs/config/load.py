@@ -4,6 +4,7 @@ import math
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -17,6 +18,7 @@ from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
 from moray.data.prompts import Prompts
 from moray.data.rows import rows_of
+from moray.jobs.alignment.rewards import SETTING, Reward, parse_rewards
 from moray.jobs.config.run import DEFAULT_PRESET, RunConfig
 from moray.jobs.config.sections import absolute
 from moray.jobs.models.weights import check_changes, config_of, locate
@@ -52,10 +54,12 @@ def load_config(
     sections["model"] = merge(fields, model)
     if source:
         sections["weights_from"] = str(source[0])
+    run = sections.get("run", {}).get("dir", "")
     for part, name in (("align", "reference"), ("align", "teacher"), ("rl", "critic")):
         if named := sections.get(part, {}).get(name):
-            run = sections.get("run", {}).get("dir", "")
             sections[part][name] = str(_pinned(f"{part}.{name}", named, run))
+    if rewards := sections.get("rl", {}).get("rewards"):
+        sections["rl"]["rewards"] = [str(_pinned_reward(reward, run)) for reward in parse_rewards(rewards)]
     config = _validated(sections)
     if source:
         check_changes(source[1], config.model)
@@ -140,14 +144,25 @@ def _pinned(setting: str, named: str, run: str) -> Path:
     Raises UserError where nothing is there.
     """
     folder = Path(absolute(str(named)))
-    for there in _recorded(run):
-        recorded = there.get("weights_from") if setting == "model.from" else dict(flatten(there)).get(setting)
-        if recorded and Path(recorded).is_relative_to(folder):
+    for recorded in (path for there in _recorded(run) for path in _folders(setting, there)):
+        if Path(recorded).is_relative_to(folder):
             return Path(recorded)
     try:
         return locate(folder)
     except UserError as error:
         raise UserError(f"{setting}={folder}: {error}") from None
+
+
+def _pinned_reward(reward: Reward, run: str) -> Reward:
+    return replace(reward, name=f"model:{_pinned(SETTING, reward.argument, run)}") if reward.kind == "model" else reward
+
+
+def _folders(setting: str, recorded: dict[str, Any]) -> list[str]:
+    """What a run's record has for a setting that names models."""
+    found = recorded.get("weights_from") if setting == "model.from" else dict(flatten(recorded)).get(setting)
+    if setting == SETTING and found:
+        return [reward.argument for reward in parse_rewards(found) if reward.kind == "model"]
+    return [found] if found else []
 
 
 def _recorded(run: str) -> list[dict[str, Any]]:
