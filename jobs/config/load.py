@@ -3,7 +3,7 @@
 import math
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,7 @@ from moray.data.blocks import CACHE_BYTES
 from moray.data.dataset import Dataset
 from moray.data.prompts import Prompts
 from moray.data.rows import rows_of
-from moray.jobs.alignment.rewards import Reward, parse_rewards
+from moray.jobs.alignment.rewards import SETTING, Reward, parse_rewards
 from moray.jobs.config.run import DEFAULT_PRESET, RunConfig
 from moray.jobs.config.sections import absolute
 from moray.jobs.models.weights import check_changes, config_of, locate
@@ -54,7 +54,12 @@ def load_config(
     sections["model"] = merge(fields, model)
     if source:
         sections["weights_from"] = str(source[0])
-    _pin_others(sections)
+    run = sections.get("run", {}).get("dir", "")
+    for part, name in (("align", "reference"), ("align", "teacher"), ("rl", "critic")):
+        if named := sections.get(part, {}).get(name):
+            sections[part][name] = str(_pinned(f"{part}.{name}", named, run))
+    if rewards := sections.get("rl", {}).get("rewards"):
+        sections["rl"]["rewards"] = [str(_pinned_reward(reward, run)) for reward in parse_rewards(rewards)]
     config = _validated(sections)
     if source:
         check_changes(source[1], config.model)
@@ -122,7 +127,7 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
         raise UserError(
             f"model.preset={model['preset']} and model.from={named} are two models to start from; leave one out"
         )
-    path = _pinned("model.from", named, [there.get("weights_from") for there in _recorded(run)])
+    path = _pinned("model.from", named, run)
     # Once it has committed, a run does without what it started from.
     for there in _recorded(run):
         if there.get("weights_from") == str(path):
@@ -133,40 +138,31 @@ def _source(model: dict[str, Any], run: str) -> tuple[Path, ModelConfig] | None:
         raise UserError(f"model.from={named}: {error}") from None
 
 
-def _pin_others(sections: dict[str, Any]) -> None:
-    """Puts commits in the place of the runs that a config's other models are named by."""
-    recorded = _recorded(sections.get("run", {}).get("dir", ""))
-    for part, name in (("align", "reference"), ("align", "teacher"), ("rl", "critic")):
-        if named := sections.get(part, {}).get(name):
-            known = [there.get(part, {}).get(name) for there in recorded]
-            sections[part][name] = str(_pinned(f"{part}.{name}", named, known))
-    if entries := sections.get("rl", {}).get("rewards"):
-        known = [reward.argument for there in recorded for reward in _by_models(there.get("rl", {}).get("rewards"))]
-        pinned = {
-            reward: replace(reward, name=f"model:{_pinned(f'rl.rewards={reward}', reward.argument, known)}")
-            for reward in _by_models(entries)
-        }
-        sections["rl"]["rewards"] = [str(pinned.get(reward, reward)) for reward in parse_rewards(entries)]
-
-
-def _by_models(entries: Any) -> list[Reward]:
-    return [reward for reward in parse_rewards(entries) if reward.kind == "model"] if entries else []
-
-
-def _pinned(setting: str, named: str, recorded: Sequence[str | None]) -> Path:
-    """The Hugging Face folder or commit that a setting names: of a run, the one that was the newest at the start, which
-    is `recorded` where there is a commit.
+def _pinned(setting: str, named: str, run: str) -> Path:
+    """The Hugging Face folder or commit that a setting names: of a run, the one that was the newest at the start.
 
     Raises UserError where nothing is there.
     """
     folder = Path(absolute(str(named)))
-    for known in recorded:
-        if known and Path(known).is_relative_to(folder):
-            return Path(known)
+    for recorded in (path for there in _recorded(run) for path in _folders(setting, there)):
+        if Path(recorded).is_relative_to(folder):
+            return Path(recorded)
     try:
         return locate(folder)
     except UserError as error:
         raise UserError(f"{setting}={folder}: {error}") from None
+
+
+def _pinned_reward(reward: Reward, run: str) -> Reward:
+    return replace(reward, name=f"model:{_pinned(SETTING, reward.argument, run)}") if reward.kind == "model" else reward
+
+
+def _folders(setting: str, recorded: dict[str, Any]) -> list[str]:
+    """What a run's record has for a setting that names models."""
+    found = recorded.get("weights_from") if setting == "model.from" else dict(flatten(recorded)).get(setting)
+    if setting == SETTING and found:
+        return [reward.argument for reward in parse_rewards(found) if reward.kind == "model"]
+    return [found] if found else []
 
 
 def _recorded(run: str) -> list[dict[str, Any]]:

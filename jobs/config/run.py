@@ -21,7 +21,6 @@ from moray.jobs.config.sections import (
     RunSection,
     Section,
     TrainSection,
-    absolute,
 )
 from moray.model import ModelConfig
 from moray.model.config.moe import MoEConfig
@@ -373,7 +372,7 @@ class RunConfig(Section):
     @property
     def _reward_models(self) -> dict[str, tuple[str, str]]:
         judges = [reward for reward in self.rl.parsed if reward.kind == "model"]
-        return {reward.name: (f"rl.rewards={reward.name}", absolute(reward.argument)) for reward in judges}
+        return {reward.name: (f"rl.rewards={reward.name}", reward.argument) for reward in judges}
 
     @property
     def critic(self) -> tuple[str, str] | None:

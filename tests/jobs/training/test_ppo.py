@@ -236,7 +236,7 @@ def test_what_the_critic_begins_as(base: Path, prompts: Path, tmp_path: Path, ki
     changes, setting = {
         "own": ({}, "model.from"),
         "named": ({"rl__critic": base}, "rl.critic"),
-        "judge": ({"rl__rewards": f"exact=1,model:{newest.path}=1"}, f"rl.rewards=model:{newest.path}"),
+        "judge": ({"rl__rewards": f"exact=1,model:{base}=1"}, f"rl.rewards=model:{newest.path}"),
     }[kind]
     config = asked(words(base, prompts, tmp_path / "run", **changes))
     assert config.critic == (setting, str(newest.path))
