@@ -1,18 +1,14 @@
 """`moray align --method grpo`, end to end: what it learns, that a kill changes nothing, and what it refuses."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from killed import kill_when
 from tiny import tiny, tiny_from
 
 from moray.jobs.datasets.config import PrepareConfig
@@ -67,34 +63,19 @@ def told(run: Path) -> list[dict[str, Any]]:
     return [{name: row.get(name) for name in NUMBERS} for row in read_metrics(run)]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "moray", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 def test_a_kill_changes_nothing(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:
     """TRL 3148, open-instruct 1523, verl 7401: in RL a resume lost or repeated data. Two updates of two minibatches a
-    step, and a KL term: it is killed within a step, wherever that is.
+    step, and a KL term.
     """
     changes = {"checkpoint__every": 2, "rl__epochs": 2, "rl__minibatches": 2, "rl__kl_coefficient": 0.1}
-    changes |= {"train__eval_every": 3, "train__steps": 8}
-    killed = start(words(base, prompts, tmp_path / "killed", **changes))
-    try:
-        deadline = time.monotonic() + 50
-        while len(read_metrics(tmp_path / "killed")) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
-    finally:
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-    reached = len(read_metrics(tmp_path / "killed"))
-    assert list_commits(tmp_path / "killed" / "checkpoints")[-1].step in (2, 4, 6)
+    changes |= {"train__eval_every": 3, "train__steps": 12}
+    run = tmp_path / "killed"
+    kill_when(lambda: bool(list_commits(run / "checkpoints")), words(base, prompts, run, **changes))
+    assert 2 <= len(read_metrics(run)) < 12
     for name in ("killed", "whole"):
         outcome = moray(*words(base, prompts, tmp_path / name, **changes))
         assert outcome.code == 0, outcome.err
-    assert 3 <= reached < 8
-    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert told(run) == told(tmp_path / "whole")
     assert any(row["kl"] > 0 for row in read_metrics(tmp_path / "whole"))
 
 
@@ -127,14 +108,7 @@ def test_kills_at_marked_instants_change_nothing(moray: Moray, base: Path, promp
     for instant in (in_a_reward, in_a_commit, within_a_step):
         if instant is in_a_reward:
             hold.touch()
-        killed = start(words(base, prompts, run, **changes))
-        try:
-            deadline = time.monotonic() + 50
-            while not instant() and killed.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.002)
-        finally:
-            killed.send_signal(signal.SIGKILL)
-            killed.wait()
+        kill_when(instant, words(base, prompts, run, **changes))
     assert in_a_reward()
     for name in ("killed", "whole"):
         outcome = moray(*words(base, prompts, tmp_path / name, **changes))
