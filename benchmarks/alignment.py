@@ -51,6 +51,7 @@ from moray.parallel.checkpoint.commits import list_commits
 
 QUIET = Console(quiet=True)
 N_HELD_OUT = 1000
+GOOD_ENOUGH = 0.6
 LONGEST = 5  # tokens of an answer
 # A sum and its answer are 9 or 10 tokens in it, where ChatML would put as many around them.
 TEMPLATE = (
@@ -86,7 +87,7 @@ EVERY = {
     "run.trackers": "none",
 }
 ONE_STEP = {"train.steps": 1, "train.global_batch": 1, "optimizer.warmup_steps": 0}
-TUNED = {"train.steps": 600, "train.global_batch": 128, "optimizer.lr": 3e-3}
+TUNED = {"train.global_batch": 128, "optimizer.lr": 3e-3, "optimizer.min_lr_ratio": 1}
 REINFORCED = {
     "train.steps": 150,
     "train.global_batch": 32,
@@ -151,11 +152,15 @@ def accuracy(weights: Path, prompts: Path) -> float:
 
 
 def tuned(model: str, seed: int, data: dict[str, Path], folder: Path) -> Path:
-    """A model that adds, more often than not."""
+    """A model that adds, more often than not: every 50 steps it is asked whether it is good enough."""
     settings = MODELS[model] | {"data.path": data["text"], "train.seed": seed}
     first = run("pretrain", folder / f"{model}-{seed}-first", settings | ONE_STEP)
     begin = {"model.from": first, "data.path": data["chat"], "train.seed": seed}
-    return run("finetune", folder / f"{model}-{seed}-tuned", TUNED | begin)
+    for steps in range(200, 2001, 50):
+        done = run("finetune", folder / f"{model}-{seed}-tuned", TUNED | begin | {"train.steps": steps})
+        if accuracy(done, data["prompts"]) >= GOOD_ENOUGH:
+            break
+    return done
 
 
 @contextmanager
