@@ -4,8 +4,8 @@
         [--into docs/alignment.md --picture docs/alignment.png]
 
 Prompts are sums of two numbers of two digits, written as dialogues; one of eight is held out. A model is tuned on
-the others for a while, and then learns by rewards (exact=1) from answers of its own to the same ones. The control is
-the same run with rewards that are shuffled among the answers to a prompt, so that they say nothing. dpo prefers right
+the others until six of ten are right, and then learns by rewards (exact=1) from answers of its own to the same ones.
+The control is the same run with rewards shuffled among the answers to a prompt, so that they say nothing. dpo prefers right
 sums to wrong ones. --pairs: real pairs, on whose chosen answers a model is tuned before it learns to prefer them.
 
 FOLDER keeps runs and `results.json`: the same command goes on where it was stopped, and a part that is there is not
@@ -87,7 +87,7 @@ EVERY = {
     "run.trackers": "none",
 }
 ONE_STEP = {"train.steps": 1, "train.global_batch": 1, "optimizer.warmup_steps": 0}
-TUNED = {"train.global_batch": 128, "optimizer.lr": 3e-3, "optimizer.min_lr_ratio": 1}
+TUNED = {"train.steps": 600, "train.global_batch": 128, "optimizer.lr": 3e-3, "checkpoint.every": 50}
 REINFORCED = {
     "train.steps": 150,
     "train.global_batch": 32,
@@ -152,15 +152,13 @@ def accuracy(weights: Path, prompts: Path) -> float:
 
 
 def tuned(model: str, seed: int, data: dict[str, Path], folder: Path) -> Path:
-    """A model that adds, more often than not: every 50 steps it is asked whether it is good enough."""
+    """The first commit of a tuning that adds, more often than not: seeds take longer or shorter to find out how."""
     settings = MODELS[model] | {"data.path": data["text"], "train.seed": seed}
     first = run("pretrain", folder / f"{model}-{seed}-first", settings | ONE_STEP)
     begin = {"model.from": first, "data.path": data["chat"], "train.seed": seed}
-    for steps in range(200, 2001, 50):
-        done = run("finetune", folder / f"{model}-{seed}-tuned", TUNED | begin | {"train.steps": steps})
-        if accuracy(done, data["prompts"]) >= GOOD_ENOUGH:
-            break
-    return done
+    done = run("finetune", folder / f"{model}-{seed}-tuned", TUNED | begin)
+    commits = [commit.path for commit in list_commits(done / "checkpoints")]
+    return next((path for path in commits if accuracy(path, data["prompts"]) >= GOOD_ENOUGH), commits[-1])
 
 
 @contextmanager
