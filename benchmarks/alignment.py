@@ -5,8 +5,8 @@
 
 Prompts are sums of two numbers of two digits, written as dialogues; one of eight is held out. A model is tuned on
 the others until six of ten are right, and then learns by rewards (exact=1) from answers of its own to the same ones.
-The control is the same run with rewards shuffled among the answers to a prompt, so that they say nothing. dpo prefers right
-sums to wrong ones. --pairs: real pairs, on whose chosen answers a model is tuned before it learns to prefer them.
+The control is the same run with rewards shuffled among the answers to a prompt, so that they say nothing. dpo prefers
+right sums to wrong ones. --pairs: real pairs, on whose chosen answers a model is tuned before it learns to prefer them.
 
 FOLDER keeps runs and `results.json`: the same command goes on where it was stopped, and a part that is there is not
 done again.
