@@ -40,6 +40,7 @@ from moray.jobs.alignment import rl_step
 from moray.jobs.alignment.scores import Scores
 from moray.jobs.config.alignment import REINFORCEMENT
 from moray.jobs.config.starting import config_of
+from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
 from moray.jobs.evaluation.greedy import continue_greedily
 from moray.jobs.evaluation.scoring import Model
@@ -115,9 +116,13 @@ def run(verb: str, folder: Path, settings: dict[str, Any]) -> Path:
     return folder
 
 
-def lines(path: Path, records: Sequence[dict[str, Any]]) -> list[Path]:
+def lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return [path]
+    return path
+
+
+def prepared(source: Path, out: Path, **settings: Any) -> None:
+    prepare(PrepareConfig(sources=(source,), out=out, overwrite=True, **settings), QUIET)
 
 
 def sums(folder: Path) -> dict[str, Path]:
@@ -125,7 +130,7 @@ def sums(folder: Path) -> dict[str, Path]:
     found = {kind: folder / kind for kind in ("text", "chat", "prompts", "preference")}
     if not all(path.exists() for path in found.values()):
         corpus = lines(folder / "text.jsonl", [{"text": f"{n}{n + 1}+={n}"} for n in range(200)])
-        prepare(corpus, found["text"], vocab_size=MIN_VOCAB_SIZE, validation=0.2, console=QUIET, overwrite=True)
+        prepared(corpus, found["text"], vocab_size=MIN_VOCAB_SIZE, validation=0.2)
         (found["text"] / CHAT_TEMPLATE).write_text(TEMPLATE)
         draw, chat, prompts, pairs = random.Random(0), [], [], []
         for asked, right in ((f"{a}+{b}=", a + b) for a in range(10, 100) for b in range(10, 100)):
@@ -136,9 +141,7 @@ def sums(folder: Path) -> dict[str, Path]:
             pairs.append({"prompt": asked, "chosen": str(right), "rejected": str(wrong)})
         for kind, records in (("chat", chat), ("prompts", prompts), ("preference", pairs)):
             source = lines(folder / f"{kind}.jsonl", records)
-            reading = Rules(kind=kind)
-            settings = {"tokenizer": found["text"], "validation": 1 / 8, "reading": reading}
-            prepare(source, found[kind], **settings, console=QUIET, overwrite=True)
+            prepared(source, found[kind], tokenizer=found["text"], validation=1 / 8, kind=kind)
     return found
 
 
@@ -214,12 +217,11 @@ def preferred_for_real(file: Path, folder: Path) -> dict[str, Any]:
     whole = [example["turns"] + example["chosen"] for example in (json.loads(each.text) for each in read)]
     texts = [{"text": "\n".join(text for _, text in turns)} for turns in whole]
     chats = [{"messages": [{"role": role, "content": text} for role, text in turns]} for turns in whole]
-    same = {"validation": 0.2, "console": QUIET, "overwrite": True}
     text, chat, pairs = (folder / name for name in ("text", "chat", "pairs"))
     if not pairs.exists():
-        prepare(lines(folder / "text.jsonl", texts), text, vocab_size=2048, **same)
-        prepare(lines(folder / "chat.jsonl", chats), chat, tokenizer=text, reading=Rules(kind="chat"), **same)
-        prepare([file], pairs, tokenizer=text, reading=Rules(kind="preference"), **same)
+        prepared(lines(folder / "text.jsonl", texts), text, vocab_size=2048, validation=0.2)
+        prepared(lines(folder / "chat.jsonl", chats), chat, tokenizer=text, validation=0.2, kind="chat")
+        prepared(file, pairs, tokenizer=text, validation=0.2, kind="preference")
     first = run("pretrain", folder / "first", DENSE | LONG | ONE_STEP | {"data.path": text})
     begin = {"model.from": first, "data.path": chat, "train.epochs": 4, "optimizer.lr": 2e-3}
     base = run("finetune", folder / "tuned", LONG | begin)
