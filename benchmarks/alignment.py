@@ -92,7 +92,7 @@ TUNED = {"train.steps": 600, "train.global_batch": 128, "optimizer.lr": 3e-3, "c
 REINFORCED = {
     "train.steps": 150,
     "train.global_batch": 32,
-    "optimizer.lr": 5e-4,
+    "optimizer.lr": 1.5e-4,
     "rl.rewards": "exact=1",
     "rl.group_size": 8,
     "rl.groups_per_batch": 32,
