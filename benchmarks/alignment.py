@@ -106,7 +106,7 @@ LONG = {
     "train.global_batch": 8,
     "optimizer.warmup_steps": 5,
 }
-PREFERRED = {"train.steps": 80, "train.global_batch": 32, "optimizer.lr": 3e-4, "train.eval_every": 10}
+PREFERRED = {"train.steps": 400, "train.global_batch": 64, "optimizer.lr": 5e-4, "train.eval_every": 50}
 
 
 def run(verb: str, folder: Path, settings: dict[str, Any]) -> Path:

@@ -173,14 +173,14 @@ def test_more_nodes_answer_less_often(n_nodes: int, lease_s: float, pause_s: flo
 
 
 def test_steps_are_measured_once_one_has_been_seen_whole(tmp_path: Path) -> None:
-    with agent_for(count, Plan(str(tmp_path), 4, 0.5)) as agent:
+    with agent_for(count, Plan(str(tmp_path), 4, 1.5)) as agent:  # a step that a busy machine does not overlook
         agent.call("start", Assignment(1, (range(1),), 0, HOST, agent.call("bind"), LEASE_S, "cpu"))
         longest: dict[int | None, float | None] = {}
         while (state := agent.call("poll")[0]).exit_code is None:
             longest[state.step] = state.longest_silence_s
         assert longest[1] is None
         assert longest[2] is not None
-        assert 0.5 <= longest[2] < 5
+        assert 1.5 <= longest[2] < 10
 
 
 def test_workers_are_seen_from_outside_even_suspended(tmp_path: Path) -> None:
