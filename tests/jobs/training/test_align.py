@@ -218,6 +218,15 @@ def test_what_it_refuses(moray: Moray, base: Path, pairs: Path, dataset: Path, t
     assert not run.exists()
 
 
+def test_a_recipe_says_the_method(moray: Moray, aligned: Path) -> None:
+    """The command that `moray submit` gives to a job, of any target, is `moray VERB --recipe FILE`."""
+    outcome = moray("align", "--recipe", aligned / "config.toml")
+    assert outcome.code == 0, outcome.err
+    assert "has committed step 60 of train.steps=60: nothing to do" in outcome.err
+    outcome = moray("align", "--recipe", aligned / "config.toml", "--method", "ipo")
+    assert "train.objective=ipo (there: dpo)" in outcome.err
+
+
 def test_it_is_another_run_with_another_method(moray: Moray, aligned: Path, base: Path, pairs: Path) -> None:
     outcome = moray(*words(base, pairs, aligned, train__steps=70, align__beta=0.4))
     assert outcome.code == 2
