@@ -37,6 +37,8 @@ def first(sample):
     return float(sample.tokens[0] % 2)  # alike in some groups, which teach nothing
 def length(sample):
     return len(sample.tokens) / 10
+def early(sample):
+    return sum(sample.tokens) * (int(sample.key.split()[1]) < 4) / 100
 """
 
 
@@ -47,7 +49,7 @@ class Numbers:
         return " ".join(map(str, tokens))
 
 
-def config_of(name: str, folder: Path) -> RunConfig:
+def config_of(name: str, folder: Path, **changes: Any) -> RunConfig:
     rl = {
         "rewards": "mine:first=1,mine:length=0.02",
         "folder": str(folder),
@@ -59,6 +61,7 @@ def config_of(name: str, folder: Path) -> RunConfig:
         "epochs": 2,
         "minibatches": 2,
         "clip_high": 0.3,
+        **changes,
     }
     train = {"objective": "grpo", "global_batch": PROMPTS, "micro_batch": 1, "seq_len": SEQ_LEN, "steps": 10}
     return RunConfig.model_validate(
@@ -80,9 +83,9 @@ def prompts_of(step: int, lanes: range | list[int]) -> list[Prompt]:
     return [Prompt(step * PROMPTS + lane, f"prompt {lane}", every[lane], None) for lane in lanes]
 
 
-def steps(name: str, layout: Layout, folder: Path) -> dict[str, Any]:
+def steps(name: str, layout: Layout, folder: Path, **changes: Any) -> dict[str, Any]:
     """Two steps of a run, by what the trainer gives them; in fp64, which it does not."""
-    config, is_spread = config_of(name, folder), dist.is_initialized()
+    config, is_spread = config_of(name, folder, **changes), dist.is_initialized()
     meshes = layout.meshes("cpu") if is_spread else None
     decoders = []
     for seed in (3, 4):
@@ -221,3 +224,13 @@ def test_two_steps_are_those_of_the_equations_written_out(name: str, tmp_path: P
         assert {key: row[key] for key in truth} == pytest.approx(truth, rel=1e-10)
     for tensor, weight in policy.named_parameters():
         torch.testing.assert_close(found["weights"][tensor], weight.detach(), rtol=1e-10, atol=1e-10, msg=tensor)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_minibatch_that_teaches_nothing_is_no_update(tmp_path: Path, epochs: int) -> None:
+    """Momentum would go on moving the weights, as it does not behind a whole step of dead groups."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    changes = {"rewards": "mine:early=1", "kl_coefficient": 0, "epochs": epochs}
+    for row in steps("dense", Layout(dp_shard=1), tmp_path, **changes)["rows"]:
+        assert row["updates"] == epochs
+        assert row["dead_groups"] >= 4
