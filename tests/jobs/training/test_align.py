@@ -204,6 +204,14 @@ def test_what_it_refuses(moray: Moray, base: Path, pairs: Path, dataset: Path, t
         (words(base, pairs, run)[:-2], "--method is missing: dpo"),
         (["align", "--method", "dpo", "--data.path", pairs, "--run.dir", run], "model.from is missing"),
         (words(base, pairs, run, align__beta=0), "align.beta=0"),
+        (
+            words(base, pairs, run, align__length_normalised="true"),
+            "align.length_normalised=True is of train.objective=ipo",
+        ),
+        (
+            words(base, pairs, run, method="ipo", align__label_smoothing=0.1),
+            "align.label_smoothing=0.1 is of train.obj",
+        ),
         (words(base, pairs, run, align__label_smoothing=0.5), "align.label_smoothing=0.5"),
         (words(base, pairs, run, align__reference=tmp_path / "none"), f"align.reference={tmp_path / 'none'}"),
         (words(base, pairs, run, align__reference=wide), "has a vocabulary of 408 tokens, but model.vocab_size=400"),
