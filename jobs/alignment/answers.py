@@ -31,17 +31,16 @@ def judged(
     groups: Sequence[Sequence[Answer]],
     judge: Judge,
     tokenizer: Tokenizer,
-    on_group: Callable[[], None],
+    on_value: Callable[[], None],
 ) -> list[Written]:
     """A rank's own answers to its prompts. Raises UserError as `Judge.score` does."""
     found = []
     for prompt, group in zip(prompts, groups, strict=True):
         samples = [sample_of(prompt, answer, tokenizer) for answer in group]
-        values = judge.score(samples)
+        values = judge.score(samples, on_value)
         for place, (answer, sample) in enumerate(zip(group, samples, strict=True)):
             own = {name: float(of_all[place]) for name, of_all in values.items()}
             found.append(Written(prompt.position * len(group) + place, prompt.tokens, answer, sample, own))
-        on_group()
     return found
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Pipe
 from typing import Any
@@ -76,17 +76,17 @@ class Judge:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def score(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-        """By reward, in the order of the setting: fp64, [samples], in the samples' order.
+    def score(self, samples: Sequence[Sample], on_value: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+        """By reward, in the order of the setting: fp64, [samples], in the samples' order. on_value: called after each.
 
         The first time, the first samples are asked twice, in both orders. Raises UserError naming the reward and the
         sample where that differs; where a function raises, takes too long, or returns what is no finite number; and
         where the process is killed. It is closed then.
         """
         try:
-            scores = self._ask(samples)
+            scores = self._ask(samples, on_value)
             if self._is_new:
-                self._ask_again(samples[:N_ASKED_TWICE], scores)
+                self._ask_again(samples[:N_ASKED_TWICE], scores, on_value)
                 self._is_new = not samples
         except BaseException:
             self.close()
@@ -100,20 +100,21 @@ class Judge:
             if trouble := self._receive(what, f"{what}: importing it took more than {IMPORT_S:g} s", IMPORT_S):
                 raise UserError(f"{what}: {trouble}")
 
-    def _ask(self, samples: Sequence[Sample]) -> list[list[float]]:
+    def _ask(self, samples: Sequence[Sample], on_value: Callable[[], None]) -> list[list[float]]:
         self._send(samples)
-        return [[self._answer(reward, sample) for sample in samples] for reward in self._rewards]
+        return [[self._answer(reward, sample, on_value) for sample in samples] for reward in self._rewards]
 
-    def _answer(self, reward: Reward, sample: Sample) -> float:
+    def _answer(self, reward: Reward, sample: Sample, on_value: Callable[[], None]) -> float:
         what = f"{SETTING}: {reward.name} on {sample.told}"
         slow = f"{what}: took more than rl.reward_timeout_s={self._timeout_s:g}"
         value = self._receive(what, slow, self._timeout_s)
         if isinstance(value, str):
             raise UserError(f"{what}: {value}")
+        on_value()
         return value
 
-    def _ask_again(self, samples: Sequence[Sample], first: list[list[float]]) -> None:
-        again = self._ask(samples[::-1])
+    def _ask_again(self, samples: Sequence[Sample], first: list[list[float]], on_value: Callable[[], None]) -> None:
+        again = self._ask(samples[::-1], on_value)
         for reward, ones, others in zip(self._rewards, first, again, strict=True):
             for sample, one, other in zip(samples, ones, others[::-1], strict=False):
                 if one != other:

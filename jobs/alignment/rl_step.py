@@ -61,8 +61,10 @@ def learn_from(training: Training, rl: Reinforcement, batch: PromptBatch) -> dic
     worth = find_worth(settings, totals_S, lengths_S, is_valid_S, seen, rl.ranks)
     rate = _set_learning_rates(training)
     told: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0, "flops": 0.0, "updates": 0}
-    if worth.teaches and is_valid_S.any():
-        told = _updates(training, [lesson(training, *each, worth, lengths_S, is_valid_S) for each in seen])
+    is_learnt_S = worth.teaches_S & is_valid_S
+    # An update by nothing would still move the weights: by the momentum of those before.
+    if learnt := [each for each in seen if is_learnt_S[each[0].samples].any()]:
+        told = _updates(training, [lesson(training, *each, worth, lengths_S, is_valid_S) for each in learnt])
     seconds["update_seconds"] = time.perf_counter() - started
     load = update_routing_bias(training.decoder)
     note_load(training, load)

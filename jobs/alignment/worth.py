@@ -24,12 +24,12 @@ Seen = Sequence[tuple[Minibatch, Sequence[Observed]]]
 
 class Worth(NamedTuple):
     """Of each token of each answer (fp64, 0 behind an answer's end): its advantage and, for a critic, what its value
-    should have been. teaches: whether there is anything to learn. told: what the step's row says of it.
+    should have been. teaches_S (bool): from which there is anything to learn. told: what the step's row says of it.
     """
 
     advantages_ST: Tensor
     returns_ST: Tensor | None
-    teaches: bool
+    teaches_S: Tensor
     told: dict[str, float]
 
 
@@ -41,8 +41,8 @@ def by_comparison(
     rewards_PG = totals_S.view(-1, rl.group_size)
     advantages_PG, n_dead = group_advantages(rewards_PG, deviation, rl.deviation_epsilon)
     advantages_ST = advantages_PG.view(-1, 1) * _mask(lengths_S)
-    teaches = n_dead < len(rewards_PG) or rl.kl_coefficient > 0
-    return Worth(advantages_ST, None, teaches, {"dead_groups": n_dead})
+    teaches_S = advantages_ST.any(1) | (rl.kl_coefficient > 0)
+    return Worth(advantages_ST, None, teaches_S, {"dead_groups": n_dead})
 
 
 def by_critic(
@@ -61,7 +61,7 @@ def by_critic(
         "kl": float((logp_ST - reference_logp_ST)[mask_ST].mean()),
         "explained_variance": float(1 - unexplained / variance) if variance > 0 else 0.0,
     }
-    return Worth(advantages_ST, returns_ST, True, told)
+    return Worth(advantages_ST, returns_ST, torch.ones_like(is_valid_S), told)
 
 
 WORTH = {"grpo": by_comparison, "ppo": by_critic}

@@ -20,6 +20,16 @@ RL_METHODS: Mapping[str, tuple[str, ...]] = {
 REINFORCEMENT = tuple(RL_METHODS)
 ALIGNMENT = (*PREFERENCES, "distill", *REINFORCEMENT)
 """The objectives of `moray align`."""
+LEARNT_BY: Mapping[str, tuple[str, ...]] = {
+    "reference": ("dpo", "ipo", *REINFORCEMENT),
+    "beta": ("dpo", "ipo"),
+    "label_smoothing": ("dpo",),
+    "length_normalised": ("ipo",),
+    "margin": ("reward",),
+    "centring": ("reward",),
+    **dict.fromkeys(("teacher", "direction", "temperature", "mix"), ("distill",)),
+}
+"""Which objectives a setting of `align` means something to."""
 KINDS: Mapping[str, tuple[Kind, ...]] = {
     "pretrain": ("text",),
     "sft": ("chat",),

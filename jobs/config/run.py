@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_va
 from moray import UserError
 from moray.cluster.group import Group
 from moray.data.mixture import Mixture
-from moray.jobs.config.alignment import ALIGNMENT, REINFORCEMENT, RL_METHODS, AlignSection, RLSection
+from moray.jobs.config.alignment import ALIGNMENT, LEARNT_BY, REINFORCEMENT, RL_METHODS, AlignSection, RLSection
 from moray.jobs.config.sections import (
     AnyPath,
     CheckpointSection,
@@ -195,6 +195,12 @@ class RunConfig(Section):
                 if getattr(self, name).model_dump(exclude_defaults=True, exclude={"folder"}):
                     raise UserError(f"{name}.… settings are of `moray align`; train.objective={self.train.objective}")
             return
+        for name, value in self.align.model_dump(exclude_defaults=True).items():
+            if self.train.objective not in LEARNT_BY[name]:
+                raise UserError(
+                    f"align.{name}={value} is of train.objective={' or '.join(LEARNT_BY[name])}, and means nothing with "
+                    f"{self.train.objective}; leave it out"
+                )
         if not self.weights_from:
             raise UserError(
                 f"model.from is missing: train.objective={self.train.objective} starts with a model that was trained"

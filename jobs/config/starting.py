@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from moray import UserError, nearest
 from moray.jobs.config.alignment import ALIGNMENT
 from moray.jobs.config.arguments import parse_settings
-from moray.jobs.config.load import load_config
+from moray.jobs.config.load import load_config, read_recipe
 from moray.jobs.config.run import RunConfig
 
 TRAINING_VERBS = ("pretrain", "finetune", "align")
@@ -30,7 +30,8 @@ def config_of(verb: str, arguments: Sequence[str]) -> RunConfig:
     recipe, overrides = parse_settings([*arguments])
     if verb != "align":
         return load_config(recipe, overrides, STARTS[verb])
-    method = overrides.pop("method", overrides.get("train.objective"))
+    stated = read_recipe(recipe).get("train", {}) if recipe else {}
+    method = overrides.pop("method", overrides.get("train.objective", stated.get("objective")))
     if method not in ALIGNMENT:
         what = f"--method {method}: {nearest(method, ALIGNMENT)}" if method else f"--method is missing: {_listed()}"
         raise UserError(what)

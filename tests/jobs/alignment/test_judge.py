@@ -165,6 +165,16 @@ def test_what_is_no_reward_stops_the_run_and_names_the_sample(
     assert "\n" not in str(caught.value)
 
 
+def test_a_sign_of_life_comes_with_every_value(folder: str) -> None:
+    """A group of slow rewards is silent for minutes, and would count as hung; the first time, some are asked twice."""
+    samples = [Sample(f"k{i}", "Q", "answer", "x", True, (1,)) for i in range(4)]
+    beats: list[int] = []
+    with Judge(parse_rewards("my_rewards:length=1,exact=0"), folder, 20.0) as judge:
+        for expected in (16, 24):
+            judge.score(samples, lambda: beats.append(1))
+            assert len(beats) == expected
+
+
 def test_an_error_names_the_users_own_line(judge: Callable[..., dict[str, list[float]]]) -> None:
     line = FUNCTIONS.splitlines().index('    return re.compile("(")') + 1
     with pytest.raises(UserError, match=rf"raised .*error: missing \).* \(my_rewards.py:{line}\)"):

@@ -204,6 +204,14 @@ def test_what_it_refuses(moray: Moray, base: Path, pairs: Path, dataset: Path, t
         (words(base, pairs, run)[:-2], "--method is missing: dpo"),
         (["align", "--method", "dpo", "--data.path", pairs, "--run.dir", run], "model.from is missing"),
         (words(base, pairs, run, align__beta=0), "align.beta=0"),
+        (
+            words(base, pairs, run, align__length_normalised="true"),
+            "align.length_normalised=True is of train.objective=ipo",
+        ),
+        (
+            words(base, pairs, run, method="ipo", align__label_smoothing=0.1),
+            "align.label_smoothing=0.1 is of train.obj",
+        ),
         (words(base, pairs, run, align__label_smoothing=0.5), "align.label_smoothing=0.5"),
         (words(base, pairs, run, align__reference=tmp_path / "none"), f"align.reference={tmp_path / 'none'}"),
         (words(base, pairs, run, align__reference=wide), "has a vocabulary of 408 tokens, but model.vocab_size=400"),
@@ -216,6 +224,15 @@ def test_what_it_refuses(moray: Moray, base: Path, pairs: Path, dataset: Path, t
         assert outcome.code == 2, (arguments, outcome.err)
         assert message in outcome.err
     assert not run.exists()
+
+
+def test_a_recipe_says_the_method(moray: Moray, aligned: Path) -> None:
+    """The command that `moray submit` gives to a job, of any target, is `moray VERB --recipe FILE`."""
+    outcome = moray("align", "--recipe", aligned / "config.toml")
+    assert outcome.code == 0, outcome.err
+    assert "has committed step 60 of train.steps=60: nothing to do" in outcome.err
+    outcome = moray("align", "--recipe", aligned / "config.toml", "--method", "ipo")
+    assert "train.objective=ipo (there: dpo)" in outcome.err
 
 
 def test_it_is_another_run_with_another_method(moray: Moray, aligned: Path, base: Path, pairs: Path) -> None:
