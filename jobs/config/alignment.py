@@ -1,6 +1,5 @@
 """The settings of `moray align`, and what each objective learns from."""
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -78,7 +77,7 @@ class RLSection(Section):
     rewards: tuple[str, ...] = ()
     """What judges an answer, as NAME=WEIGHT, separated by commas: exact, gsm8k, gsm8k:flexible, format:REGEX, a
     function of yours as module:function, or a reward model as model:RUN."""
-    folder: AnyPath = Field(default_factory=os.getcwd)
+    folder: AnyPath = ""
     """Where modules of rl.rewards are looked for first; where it is not set, the folder of the command."""
     reward_timeout_s: float = Field(10.0, gt=0)
     """Most seconds that a reward of one answer may take, before the run stops."""

@@ -1,9 +1,10 @@
 """A run's settings out of the words of a verb that trains, which start elsewhere for some than for others."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 from moray import UserError, nearest
-from moray.jobs.config.alignment import ALIGNMENT
+from moray.jobs.config.alignment import ALIGNMENT, REINFORCEMENT
 from moray.jobs.config.arguments import parse_settings
 from moray.jobs.config.load import load_config, read_recipe
 from moray.jobs.config.run import RunConfig
@@ -35,7 +36,8 @@ def config_of(verb: str, arguments: Sequence[str]) -> RunConfig:
     if method not in ALIGNMENT:
         what = f"--method {method}: {nearest(method, ALIGNMENT)}" if method else f"--method is missing: {_listed()}"
         raise UserError(what)
-    return load_config(recipe, overrides | {"train.objective": method}, STARTS[method])
+    here = {"rl.folder": os.getcwd()} if method in REINFORCEMENT else {}
+    return load_config(recipe, overrides | {"train.objective": method}, {**STARTS[method], **here})
 
 
 def _listed() -> str:

@@ -100,9 +100,10 @@ def test_a_head_that_is_there_is_read_whatever_the_seed(pool: Pool, reward: Path
 def test_settings_may_give_a_language_model_a_scalar_head_and_not_take_it_away(
     language: Path, reward: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    words = tiny_from(language, dataset, tmp_path / "run", model__head="scalar")
+    scores = {"train__objective": "reward"}
+    words = tiny_from(language, dataset, tmp_path / "run", model__head="scalar", **scores)
     assert load_config(*parse_settings(words)).model == config_of(language).but(head="scalar")
-    assert load_config(*parse_settings(tiny_from(reward, dataset, tmp_path / "run"))).model == SCALAR
+    assert load_config(*parse_settings(tiny_from(reward, dataset, tmp_path / "run", **scores))).model == SCALAR
     with pytest.raises(UserError, match=r"model\.head=vocabulary \(there: scalar\)"):
         load_config(*parse_settings(tiny_from(reward, dataset, tmp_path / "run", model__head="vocabulary")))
     with pytest.raises(UserError, match=r"lora\.rank=8 with model\.head=scalar"):
