@@ -198,8 +198,8 @@ class RunConfig(Section):
         for name, value in self.align.model_dump(exclude_defaults=True).items():
             if self.train.objective not in LEARNT_BY[name]:
                 raise UserError(
-                    f"align.{name}={value} is of train.objective={' or '.join(LEARNT_BY[name])}, and means nothing with "
-                    f"{self.train.objective}; leave it out"
+                    f"align.{name}={value} is of train.objective={' or '.join(LEARNT_BY[name])}, and means nothing "
+                    f"with {self.train.objective}; leave it out"
                 )
         if not self.weights_from:
             raise UserError(
