@@ -88,7 +88,7 @@ def test_a_critic_by_hand(has_reference: bool) -> None:
     assert found.told["explained_variance"] == pytest.approx(1 - pvariance(left) / pvariance(flat))
     away = [p - q for ps, qs in zip(LOGP, REFERENCE, strict=True) for p, q in zip(ps, qs, strict=True)]
     assert found.told["kl"] == pytest.approx(mean(away) * has_reference, abs=1e-12)
-    assert found.teaches
+    assert found.teaches_S.all()
 
 
 def test_whitening_leaves_out_what_is_not_learnt_from() -> None:
@@ -109,6 +109,6 @@ def test_a_comparison_by_hand() -> None:
     found = by_comparison(rl, torch.tensor([1.0, 0.0, 0.3, 0.3]).double(), LENGTHS, everyone, [], ControlPlane())
     better = 0.5 / (stdev([1.0, 0.0]) + 1e-4)
     assert rows_of(found.advantages_ST) == pytest.approx([better] * 3 + [-better] + [0.0] * 7)
-    assert (found.teaches, found.told) == (True, {"dead_groups": 1})
+    assert (found.teaches_S.tolist(), found.told) == ([True] * 2 + [False] * 2, {"dead_groups": 1})
     dead = by_comparison(rl, torch.full((4,), 0.3).double(), LENGTHS, everyone, [], ControlPlane())
-    assert (dead.teaches, dead.told) == (False, {"dead_groups": 2})
+    assert (dead.teaches_S.any(), dead.told) == (False, {"dead_groups": 2})
