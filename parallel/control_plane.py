@@ -1,5 +1,6 @@
 """How ranks agree on small things (a list of folders, a list of problems) through host memory."""
 
+import threading
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,6 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
+WAIT_S = 1.0
 
 
 class RanksError(RuntimeError):
@@ -62,6 +64,16 @@ class ControlPlane:
         if failures:
             raise RanksError(failures)
         return [value for value, _ in outcomes]  # type: ignore[misc]
+
+    def meet(self, on_wait: Callable[[], None]) -> None:
+        """Returns on all ranks together; while others are awaited, `on_wait` is called once a second."""
+        if not self.group:
+            return
+        meeting, are_here = dist.barrier(self.group, async_op=True), threading.Event()
+        meeting.get_future().add_done_callback(lambda _: are_here.set())
+        while not are_here.wait(WAIT_S):
+            on_wait()
+        meeting.wait()
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order, on all ranks."""

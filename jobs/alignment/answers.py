@@ -51,16 +51,17 @@ def sample_of(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Sample:
     return Sample(prompt.key, asked, text, prompt.reference, answer.has_ended, tuple(tokens))
 
 
-def of_all_ranks(ranks: ControlPlane, make: Callable[[], list[Written]]) -> list[Written]:
+def of_all_ranks(ranks: ControlPlane, make: Callable[[], list[Written]], on_wait: Callable[[], None]) -> list[Written]:
     """What every rank makes, in the order of numbers, on all of them; what peers have alike is there once. Collective.
 
-    Raises on all ranks what is raised on any.
+    Raises on all ranks what is raised on any. on_wait: called meanwhile, once a second: another's rewards may be slow.
     """
     own: list[Written] | Exception
     try:
         own = make()
     except Exception as error:
         own = error
+    ranks.meet(on_wait)
     found: dict[int, Written] = {}
     for of_rank in ranks.gather(own):
         if isinstance(of_rank, Exception):

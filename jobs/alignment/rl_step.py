@@ -124,7 +124,7 @@ def _answered(
     # Tensor-parallel peers have the same answers.
     is_first = training.context.rank % training.layout.tp == 0
     make = partial(judged, prompts, groups, rl.judge, rl.tokenizer, training.pulse.again)
-    everyone = of_all_ranks(rl.ranks, make if is_first else list)
+    everyone = of_all_ranks(rl.ranks, make if is_first else list, training.pulse.again)
     return everyone, {"rollout_seconds": written - started, "reward_seconds": time.perf_counter() - written}
 
 

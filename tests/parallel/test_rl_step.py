@@ -1,5 +1,6 @@
 """Law 1 for whole steps of reinforcement learning: prompts to updates on every layout are those of one process."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from pool import Pool
 from torch import Tensor
 
 from moray.data.prompts import Prompt, PromptBatch
+from moray.jobs.alignment.answers import of_all_ranks
 from moray.jobs.alignment.frozen import Frozen
 from moray.jobs.alignment.judge import Judge
 from moray.jobs.alignment.objectives import objective_of
@@ -234,3 +236,20 @@ def test_a_minibatch_that_teaches_nothing_is_no_update(tmp_path: Path, epochs: i
     for row in steps("dense", Layout(dp_shard=1), tmp_path, **changes)["rows"]:
         assert row["updates"] == epochs
         assert row["dead_groups"] >= 4
+
+
+def waited(seconds: float) -> tuple[list[Any], int]:
+    """How often a rank told that it lives while it waited for the other one's answers."""
+    told: list[int] = []
+
+    def make() -> list[Any]:
+        time.sleep(seconds * dist.get_rank())
+        return []
+
+    return of_all_ranks(ControlPlane(), make, lambda: told.append(1)), len(told)
+
+
+def test_a_rank_that_waits_for_others_rewards_shows_that_it_lives(pool: Pool) -> None:
+    (_, first), (_, second) = pool.run(waited, 2, 2.6)
+    assert first >= 2
+    assert second <= 1
