@@ -11,6 +11,19 @@ T = TypeVar("T")
 WAIT_S = 1.0
 
 
+def meet(on_wait: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+    """Returns on all ranks of the group (by default all) together; while others are awaited, `on_wait` is called once a
+    second.
+    """
+    if not dist.is_initialized():
+        return
+    meeting, are_here = dist.barrier(group, async_op=True), threading.Event()
+    meeting.get_future().add_done_callback(lambda _: are_here.set())
+    while not are_here.wait(WAIT_S):
+        on_wait()
+    meeting.wait()
+
+
 class RanksError(RuntimeError):
     """What went wrong, by the rank on which it did."""
 
@@ -64,16 +77,6 @@ class ControlPlane:
         if failures:
             raise RanksError(failures)
         return [value for value, _ in outcomes]  # type: ignore[misc]
-
-    def meet(self, on_wait: Callable[[], None]) -> None:
-        """Returns on all ranks together; while others are awaited, `on_wait` is called once a second."""
-        if not self.group:
-            return
-        meeting, are_here = dist.barrier(self.group, async_op=True), threading.Event()
-        meeting.get_future().add_done_callback(lambda _: are_here.set())
-        while not are_here.wait(WAIT_S):
-            on_wait()
-        meeting.wait()
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order, on all ranks."""

@@ -77,20 +77,10 @@ class Answer:
 
 def check_rollable(config: ModelConfig) -> None:
     """Raises UserError where the model that trains is another function than the one that writes answers."""
-    if (moe := config.moe) is None:
-        return
-    if moe.capacity_factor is not None:
-        raise UserError(
-            f"model.moe.capacity_factor={moe.capacity_factor} drops in training what is not dropped in answers: their "
-            "log-probabilities would be another policy's; use none"
+    if config.moe:
+        config.moe.check_same_function(
+            "answers would have the log-probabilities of another policy than the one that learns"
         )
-    drawn = {"noisy": (moe.noisy, False), "jitter": (moe.jitter, 0.0), "second_expert": (moe.second_expert, "always")}
-    for name, (value, right) in drawn.items():
-        if value != right:
-            raise UserError(
-                f"model.moe.{name}={value} draws in training what is not drawn in answers: their log-probabilities "
-                f"would be another policy's; use {right}"
-            )
 
 
 @torch.no_grad()

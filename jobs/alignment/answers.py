@@ -9,7 +9,7 @@ from moray.data.prompts import Prompt
 from moray.data.tokenizer import Tokenizer
 from moray.jobs.alignment.judge import Judge
 from moray.jobs.alignment.rewards import Sample
-from moray.parallel.control_plane import ControlPlane
+from moray.parallel.control_plane import ControlPlane, meet
 from moray.parallel.rollout import Answer
 
 
@@ -61,7 +61,7 @@ def of_all_ranks(ranks: ControlPlane, make: Callable[[], list[Written]], on_wait
         own = make()
     except Exception as error:
         own = error
-    ranks.meet(on_wait)
+    meet(on_wait, ranks.group)
     found: dict[int, Written] = {}
     for of_rank in ranks.gather(own):
         if isinstance(of_rank, Exception):

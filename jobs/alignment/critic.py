@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moray import UserError
 from moray.jobs.config.run import RunConfig
 from moray.jobs.models.weights import config_of, fill_shards
 from moray.jobs.training.optimizer import build_optimizer, training_state
@@ -54,11 +53,8 @@ def critic_model(config: RunConfig) -> ModelConfig | None:
     setting, folder = config.critic
     # A run does without model.from once it has committed.
     model = config.model if setting == "model.from" else config_of(Path(folder))
-    if model.moe and (model.moe.capacity_factor is not None or model.moe.is_random):
-        raise UserError(
-            f"{setting}={folder} has a capacity limit or a router that draws: a critic must value an answer alike each "
-            "time; choose another model"
-        )
+    if model.moe:
+        model.moe.check_same_function(f"a critic, here {setting}={folder}, must value an answer alike each time")
     return without_balancing(model).but(head="scalar")
 
 

@@ -30,12 +30,15 @@ class Frozen:
     decoder: Decoder
 
 
-def build_frozen(setting: str, path: Path, meshes: Meshes, compute_dtype: torch.dtype, stage: Stage) -> Frozen:
-    """Without its weights. Collective."""
-    decoder = build_decoder(
-        config_of(path), meshes, dtype=torch.float32, compute_dtype=compute_dtype, stage=stage, frozen=True
-    )
-    return Frozen(setting, path, decoder.eval())
+def build_frozen(
+    named: Mapping[str, tuple[str, str]], meshes: Meshes, compute_dtype: torch.dtype, stage: Stage
+) -> dict[str, Frozen]:
+    """Those that `RunConfig.frozen` names, without their weights. Collective."""
+    kept: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": compute_dtype, "stage": stage, "frozen": True}
+    return {
+        name: Frozen(setting, Path(path), build_decoder(config_of(Path(path)), meshes, **kept).eval())
+        for name, (setting, path) in named.items()
+    }
 
 
 def load_frozen(models: Mapping[str, Frozen], commits: Path) -> dict[str, Base]:

@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_va
 from moray import UserError
 from moray.cluster.group import Group
 from moray.data.mixture import Mixture
-from moray.jobs.config.alignment import ALIGNMENT, LEARNT_BY, REINFORCEMENT, RL_METHODS, AlignSection, RLSection
+from moray.jobs.config.aligning import check_alignment, check_rollouts
+from moray.jobs.config.alignment import ALIGNMENT, REINFORCEMENT, AlignSection, RLSection
 from moray.jobs.config.sections import (
     AnyPath,
     CheckpointSection,
@@ -78,9 +79,7 @@ class RunConfig(Section):
             )
         self._check_ways()
         self._check_bounds()
-        self._check_alignment()
-        if self.is_reinforcement:
-            self._check_reinforcement()
+        check_alignment(self)
         if self.optimizer.moments == "bfloat16" and self.optimizer.beta2 > MAX_BETA2_IN_BF16:
             raise UserError(
                 f"optimizer.moments=bfloat16 needs optimizer.beta2={self.optimizer.beta2} to be at most "
@@ -119,7 +118,7 @@ class RunConfig(Section):
         if self.model.moe:
             self._check_routing_groups(self.model.moe, layout)
         if self.is_reinforcement:
-            self._check_rollouts(layout)
+            check_rollouts(self, layout)
         if self.train.exact:
             self._check_exact(layout)
 
@@ -181,92 +180,6 @@ class RunConfig(Section):
             raise UserError(
                 f"checkpoint.keep={self.checkpoint.keep} must be at least 2 with train.on_bad_step=rollback, which "
                 "goes to an older commit"
-            )
-
-    def _check_alignment(self) -> None:
-        """A policy must be the same function while it learns as where it is compared."""
-        if (self.model.head == "scalar") != (self.train.objective == "reward"):
-            raise UserError(
-                f"model.head={self.model.head} with train.objective={self.train.objective}: a scalar head scores "
-                "answers, which `moray align --method reward` teaches it; everything else needs a vocabulary's"
-            )
-        if not self.is_alignment:
-            for name in ("align", "rl"):
-                if getattr(self, name).model_dump(exclude_defaults=True):
-                    raise UserError(f"{name}.… settings are of `moray align`; train.objective={self.train.objective}")
-            return
-        for name, value in self.align.model_dump(exclude_defaults=True).items():
-            if self.train.objective not in LEARNT_BY[name]:
-                raise UserError(
-                    f"align.{name}={value} is of train.objective={' or '.join(LEARNT_BY[name])}, and means nothing "
-                    f"with {self.train.objective}; leave it out"
-                )
-        if not self.weights_from:
-            raise UserError(
-                f"model.from is missing: train.objective={self.train.objective} starts with a model that was trained"
-            )
-        if self.train.objective == "distill" and not self.align.teacher:
-            raise UserError("align.teacher is missing: the model that train.objective=distill learns from")
-        if self.eval.tasks and self.train.objective == "reward":
-            raise UserError("eval.tasks are asked of models that predict tokens, and train.objective=reward makes none")
-        moe = self.model.moe if self.train.objective != "distill" else None
-        if moe and moe.capacity_factor is not None:
-            raise UserError(
-                f"model.moe.capacity_factor={moe.capacity_factor:g} must be none with train.objective="
-                f"{self.train.objective}: which tokens find their experts full would depend on their neighbours"
-            )
-        if moe and moe.is_random:
-            raise UserError(
-                f"model.moe has a router that draws (noisy={moe.noisy}, jitter={moe.jitter:g}, second_expert="
-                f"{moe.second_expert}), which train.objective={self.train.objective} cannot have: an answer would have "
-                "another probability each time; set noisy=false, jitter=0, second_expert=always"
-            )
-
-    def _check_reinforcement(self) -> None:
-        train, rl = self.train, self.rl
-        if not rl.rewards:
-            raise UserError("rl.rewards is missing: what judges the answers, as in rl.rewards=gsm8k=1")
-        for method, names in RL_METHODS.items():
-            for name in names if method != train.objective else ():
-                value, default = getattr(rl, name), RLSection.model_fields[name].default
-                if value != default:
-                    raise UserError(
-                        f"rl.{name}={value} is of --method {method}, and says nothing to train.objective="
-                        f"{train.objective}; leave it out"
-                    )
-        if train.objective == "grpo" and rl.group_size < 2:
-            raise UserError(f"rl.group_size={rl.group_size}: answers are compared with others; it must be at least 2")
-        if rl.max_new_tokens >= train.seq_len:
-            raise UserError(
-                f"rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in train.seq_len={train.seq_len}"
-            )
-        if train.global_batch % rl.minibatches:
-            raise UserError(
-                f"rl.minibatches={rl.minibatches} must divide the train.global_batch={train.global_batch} prompts of a "
-                "step"
-            )
-        if rl.kl_estimator == "k1" and not rl.kl_correction:
-            raise UserError("rl.kl_estimator=k1 with rl.kl_correction=false has no gradient; take k2 or k3, or true")
-        for name, needed in (("exact", False), ("audit_every", 0), ("on_bad_step", "stop"), ("spike_sigmas", None)):
-            if (value := getattr(train, name)) != needed:
-                raise UserError(
-                    f"train.{name}={value} must be {str(needed).lower()} with train.objective={train.objective}, whose "
-                    "steps are updates on rows that the model wrote itself"
-                )
-
-    def _check_rollouts(self, layout: Layout) -> None:
-        """Answers are written by whole batches, of which no layout changes the shape."""
-        prompts, batch = self.train.global_batch // layout.dp, self.rl.groups_per_batch
-        if prompts % batch:
-            fits = [size for size in range(1, prompts + 1) if prompts % size == 0]
-            raise UserError(
-                f"rl.groups_per_batch={batch} must divide the {prompts} prompts of each data-parallel rank "
-                f"(train.global_batch={self.train.global_batch}, layout {layout}); try one of {fits}"
-            )
-        if batch * self.rl.group_size % layout.tp:
-            raise UserError(
-                f"rl.groups_per_batch={batch} times rl.group_size={self.rl.group_size} must be a multiple of "
-                f"layout.tp={layout.tp}: the answers are what tensor parallelism cuts, when each gets one token"
             )
 
     def _check_routing_groups(self, moe: MoEConfig, layout: Layout) -> None:

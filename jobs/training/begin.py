@@ -170,10 +170,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     context.enter("opening")
     if context.device.type == "cpu":
         keep_freed_memory()
-    if config.train.audit_every or config.train.exact:
-        _compute_reproducibly()
-    if config.train.exact:
-        torch.set_num_threads(1)  # their number decides the order in which products are summed
+    _compute_reproducibly(config.train)
     layout = config.layout_on(context.world_size)
     sources = _open_storage(context, config)
     commits = None if context.rank else checkpoints_of(config)
@@ -186,10 +183,7 @@ def set_up(context: WorkerContext, config: RunConfig) -> Training:
     context.enter("building")
     meshes = layout.meshes(context.device.type)
     decoder = _built(config, meshes, compute_dtype, stage)
-    frozen = {
-        name: build_frozen(setting, Path(path), meshes, compute_dtype, stage)
-        for name, (setting, path) in config.frozen.items()
-    }
+    frozen = build_frozen(config.frozen, meshes, compute_dtype, stage)
     # Of each rank its own, for what one measures while others are busy is lower: a restart must not change the MFU.
     peak = context.once(
         f"peak of {context.device} in {config.train.dtype}, rank {context.local_rank}",
@@ -238,10 +232,14 @@ def lanes_of(train: TrainSection, layout: Layout, dp_rank: int) -> list[int]:
     return layout.lanes(dp_rank, train.global_batch, train.micro_batch if train.exact else None)
 
 
-def _compute_reproducibly() -> None:
-    """Kernels of a GPU that add in any order do not give the same bits twice."""
+def _compute_reproducibly(train: TrainSection) -> None:
+    """Where it is asked for: kernels of a GPU that add in any order do not give the same bits twice."""
+    if not (train.audit_every or train.exact):
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of which cuBLAS takes note as it begins
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if train.exact:
+        torch.set_num_threads(1)  # their number decides the order in which products are summed
 
 
 def _open_storage(context: WorkerContext, config: RunConfig) -> Sources:

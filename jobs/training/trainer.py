@@ -1,7 +1,6 @@
 """The training loop, as one worker runs it: read it from top to bottom as the story of a step."""
 
 import math
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from moray.cluster.devices import peak_memory_bytes
 from moray.cluster.exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SUPERSEDED
@@ -32,6 +30,7 @@ from moray.jobs.training.tasks import ask_tasks
 from moray.jobs.training.wrong_results import Computed, check_alike, compare, recomputed
 from moray.model.objective import MicroBatch
 from moray.parallel.checkpoint.generations import SupersededError, newest_generation
+from moray.parallel.control_plane import meet
 from moray.parallel.gradients import (
     accumulate_gradients,
     clip_gradients,
@@ -40,8 +39,6 @@ from moray.parallel.gradients import (
     update_routing_bias,
     world_sum,
 )
-
-BEAT_S = 1.0
 
 
 def train(context: WorkerContext, config: RunConfig) -> int:
@@ -102,7 +99,9 @@ def run_steps(training: Training) -> int:
     if training.snapshots:
         training.snapshots.finish()
     finish_commits(training)
-    wait_for_all(training)
+    # Schedulers take the first process that ends for the end of its group, and rank 0 may still have old commits to
+    # remove: the others show meanwhile that they live.
+    meet(training.pulse.again)
     if leaving == EXIT_SUPERSEDED:
         return EXIT_SUPERSEDED
     return EXIT_DONE if training.step >= config.train.steps else EXIT_INTERRUPTED
@@ -165,18 +164,6 @@ def compute(training: Training, batch: Batch) -> Computed:
         compare(training, batch, pieces, losses.own_MX, second_WX)
     max_norm, exact = training.config.optimizer.clip_norm, training.config.train.exact
     return losses, clip_gradients(training.decoder.parameters(), max_norm, exact=exact)
-
-
-def wait_for_all(training: Training) -> None:
-    """Returns on all ranks together: schedulers take the first process that ends for the end of its group.
-
-    Rank 0 may still have old commits to remove, so the others show meanwhile that they live.
-    """
-    meeting, are_here = dist.barrier(async_op=True), threading.Event()
-    meeting.get_future().add_done_callback(lambda _: are_here.set())
-    while not are_here.wait(BEAT_S):
-        training.pulse.again()
-    meeting.wait()
 
 
 def validate(training: Training) -> dict[str, float]:

@@ -1,10 +1,6 @@
 """`moray align`."""
 
-from inspect import cleandoc
-
-from rich.console import Console
-
-from moray import UserError
+from moray.jobs.verbs.train import train
 
 
 def align(arguments: list[str]) -> int:
@@ -21,16 +17,4 @@ def align(arguments: list[str]) -> int:
     All settings are those of `moray pretrain`, but that these hold where nothing else is said: train.epochs 1 (or give
     train.steps), optimizer.weight_decay 0, optimizer.lr 1e-6 (reward 1e-5, distill 2e-5).
     """
-    from moray.jobs.config.run import RunConfig
-    from moray.jobs.config.settings_help import show_settings
-    from moray.jobs.config.starting import config_of
-
-    if {"-h", "--help"} & set(arguments):
-        show_settings(RunConfig, cleandoc(align.__doc__ or ""), Console())
-        return 0
-    config = config_of("align", arguments)
-    if not config.weights_from:
-        raise UserError("model.from is missing: the run or Hugging Face folder that shall be aligned")
-    from moray.jobs.training.drive import drive
-
-    return drive(config)
+    return train(align, arguments)

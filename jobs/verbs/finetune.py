@@ -1,10 +1,6 @@
 """`moray finetune`."""
 
-from inspect import cleandoc
-
-from rich.console import Console
-
-from moray import UserError
+from moray.jobs.verbs.train import train
 
 
 def finetune(arguments: list[str]) -> int:
@@ -15,16 +11,4 @@ def finetune(arguments: list[str]) -> int:
     train.epochs 3 (or give train.steps), optimizer.lr 2e-5, optimizer.weight_decay 0. The loss is the mean over the
     tokens of answers, and of the ends of their turns, in the global batch.
     """
-    from moray.jobs.config.run import RunConfig
-    from moray.jobs.config.settings_help import show_settings
-    from moray.jobs.config.starting import config_of
-
-    if {"-h", "--help"} & set(arguments):
-        show_settings(RunConfig, cleandoc(finetune.__doc__ or ""), Console())
-        return 0
-    config = config_of("finetune", arguments)
-    if not config.weights_from:
-        raise UserError("model.from is missing: the run or Hugging Face folder that shall be tuned")
-    from moray.jobs.training.drive import drive
-
-    return drive(config)
+    return train(finetune, arguments, "tuned")

@@ -1,8 +1,6 @@
 """`moray pretrain`."""
 
-from inspect import cleandoc
-
-from rich.console import Console
+from moray.jobs.verbs.train import train
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -14,14 +12,4 @@ def pretrain(arguments: list[str]) -> int:
 
     The command line wins over the recipe, the recipe over the preset; in brackets is what holds where none speaks.
     """
-    from moray.jobs.config.run import RunConfig
-    from moray.jobs.config.settings_help import show_settings
-    from moray.jobs.config.starting import config_of
-
-    if {"-h", "--help"} & set(arguments):
-        show_settings(RunConfig, cleandoc(pretrain.__doc__ or ""), Console())
-        return 0
-    config = config_of("pretrain", arguments)
-    from moray.jobs.training.drive import drive
-
-    return drive(config)
+    return train(pretrain, arguments)

@@ -87,6 +87,15 @@ class MoEConfig(Part):
         """Whether routing draws random numbers while training."""
         return self.noisy or self.jitter > 0 or self.second_expert == "random"
 
+    def check_same_function(self, why: str) -> None:
+        """Raises UserError, for the reason `why`, naming a setting by which training computes another function of a
+        sequence than evaluation: one that drops tokens, or draws.
+        """
+        same = {"capacity_factor": None, "noisy": False, "jitter": 0.0, "second_expert": "always"}
+        for name, right in same.items():
+            if (value := getattr(self, name)) != right:
+                raise UserError(f"model.moe.{name}={value} must be {str(right).lower()}: {why}")
+
     @property
     def has_moving_bias(self) -> bool:
         """Whether training moves the routing bias."""

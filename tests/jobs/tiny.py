@@ -34,6 +34,21 @@ def tiny_from(source: Path, data: Path, run: Path, **changes: object) -> list[st
     return _words({**without_model, "model.from": source}, data, run, changes)
 
 
+def tiny_rl(source: Path, data: Path, run: Path, **changes: object) -> list[str]:
+    """The arguments of `moray align` for a run that learns from answers of its own, of at most 8 tokens."""
+    settings: dict[str, object] = {
+        "rl__rewards": "exact=1",
+        "rl__max_new_tokens": 8,
+        "rl__group_size": 4,
+        "rl__groups_per_batch": 2,
+        "rl__validation_prompts": 16,
+        "optimizer__lr": 0.003,
+        "train__steps": 6,
+        "train__eval_every": 0,
+    }
+    return ["align", *tiny_from(source, data, run, **(settings | changes))]
+
+
 def _words(base: dict[str, object], data: Path, run: Path, changes: dict[str, object]) -> list[str]:
     changed = {name.replace("__", "."): value for name, value in changes.items()}
     found = {**base, "data.path": data, "run.dir": run, **changed}

@@ -273,8 +273,11 @@ def test_weights_that_are_damaged_are_noticed() -> None:
 @pytest.mark.parametrize(
     ("piece", "message"),
     [
-        ("noisy top-k", r"model.moe.noisy=True draws in training .* use False"),
-        ("capacity by gate, expert biases, every second layer", r"model.moe.capacity_factor=1.0 drops .* use none"),
+        ("noisy top-k", r"model.moe.noisy=True must be false: answers"),
+        (
+            "capacity by gate, expert biases, every second layer",
+            r"model.moe.capacity_factor=1.0 must be none: answers",
+        ),
     ],
 )
 def test_what_trains_another_function_is_refused(piece: str, message: str) -> None:

@@ -215,8 +215,8 @@ def test_what_it_refuses(moray: Moray, base: Path, pairs: Path, dataset: Path, t
         (words(base, pairs, run, align__label_smoothing=0.5), "align.label_smoothing=0.5"),
         (words(base, pairs, run, align__reference=tmp_path / "none"), f"align.reference={tmp_path / 'none'}"),
         (words(base, pairs, run, align__reference=wide), "has a vocabulary of 408 tokens, but model.vocab_size=400"),
-        (words(full, pairs, run), "model.moe.capacity_factor=1.5 must be none with train.objective=dpo"),
-        (words(base, pairs, run, model__moe__jitter=0.1), "model.moe has a router that draws"),
+        (words(full, pairs, run), "model.moe.capacity_factor=1.5 must be none: with train.objective=dpo"),
+        (words(base, pairs, run, model__moe__jitter=0.1), "model.moe.jitter=0.1 must be 0.0: with train.objective=dpo"),
         (words(base, pairs, run, train__seq_len=8), "train.seq_len=8 is under every dialogue of the train split"),
         (["pretrain", *tiny(dataset, run, align__beta=0.2)], "align.… settings are of `moray align`"),
     ):

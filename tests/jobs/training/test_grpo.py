@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from killed import kill_when
-from tiny import tiny, tiny_from
+from tiny import tiny, tiny_from, tiny_rl
 
 from moray.jobs.datasets.config import PrepareConfig
 from moray.jobs.datasets.prepare import prepare
@@ -21,18 +21,7 @@ Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - o
 
 
 def words(base: Path, prompts: Path, run: Path, **changes: object) -> list[str]:
-    settings: dict[str, object] = {
-        "method": "grpo",
-        "rl__rewards": "exact=1",
-        "rl__max_new_tokens": 8,
-        "rl__group_size": 4,
-        "rl__groups_per_batch": 2,
-        "rl__validation_prompts": 16,
-        "optimizer__lr": 0.003,
-        "train__steps": 6,
-        "train__eval_every": 0,
-    }
-    return ["align", *tiny_from(base, prompts, run, **(settings | changes))]
+    return tiny_rl(base, prompts, run, method="grpo", **changes)
 
 
 def test_rewards_rise(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:

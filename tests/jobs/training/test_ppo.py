@@ -13,7 +13,7 @@ import torch.distributed as dist
 from killed import kill_when
 from pool import Pool
 from rich.console import Console
-from tiny import tiny, tiny_from
+from tiny import tiny, tiny_rl
 from torch import Tensor
 
 from moray.cluster.events import read_events
@@ -35,21 +35,8 @@ Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - o
 
 
 def words(base: Path, prompts: Path, run: Path, **changes: object) -> list[str]:
-    settings: dict[str, object] = {
-        "method": "ppo",
-        "rl__rewards": "exact=1",
-        "rl__max_new_tokens": 8,
-        "rl__group_size": 2,
-        "rl__groups_per_batch": 2,
-        "rl__minibatches": 2,
-        "rl__epochs": 2,
-        "rl__validation_prompts": 16,
-        "rl__critic_lr": 0.003,
-        "optimizer__lr": 0.001,
-        "train__steps": 6,
-        "train__eval_every": 0,
-    }
-    return ["align", *tiny_from(base, prompts, run, **(settings | changes))]
+    settings = {"rl__group_size": 2, "rl__minibatches": 2, "rl__epochs": 2, "rl__critic_lr": 0.003}
+    return tiny_rl(base, prompts, run, method="ppo", **(settings | {"optimizer__lr": 0.001} | changes))
 
 
 def stored(run: Path) -> dict[str, Tensor]:
@@ -252,7 +239,10 @@ def test_what_it_refuses(moray: Moray, base: Path, prompts: Path, dataset: Path,
         (words(base, prompts, run, method="grpo", rl__group_size=4), "rl.critic_lr=0.003 is of --method ppo"),
         (words(base, prompts, run, rl__critic=tmp_path / "none"), "none is not a run: there is no such folder"),
         (words(base, prompts, run, rl__critic=tmp_path / "other"), "has a vocabulary of 416 tokens"),
-        (words(base, prompts, run, rl__critic=tmp_path / "limited"), "has a capacity limit or a router that draws"),
+        (
+            words(base, prompts, run, rl__critic=tmp_path / "limited"),
+            "capacity_factor=1.0 must be none: a critic",
+        ),
         (words(base, prompts, run, rl__gae_decay=1.5), "rl.gae_decay=1.5"),
         (words(base, prompts, run, rl__rewards=""), "rl.rewards is missing"),
     ):
