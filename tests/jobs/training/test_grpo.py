@@ -21,7 +21,7 @@ Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - o
 
 
 def words(base: Path, prompts: Path, run: Path, **changes: object) -> list[str]:
-    return tiny_rl(base, prompts, run, method="grpo", **changes)
+    return tiny_rl(base, prompts, run, **{"method": "grpo", **changes})
 
 
 def test_rewards_rise(moray: Moray, base: Path, prompts: Path, tmp_path: Path) -> None:

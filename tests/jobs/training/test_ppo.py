@@ -35,8 +35,9 @@ Moray = Callable[..., "Outcome"]  # type: ignore[name-defined]  # noqa: F821 - o
 
 
 def words(base: Path, prompts: Path, run: Path, **changes: object) -> list[str]:
-    settings = {"rl__group_size": 2, "rl__minibatches": 2, "rl__epochs": 2, "rl__critic_lr": 0.003}
-    return tiny_rl(base, prompts, run, method="ppo", **(settings | {"optimizer__lr": 0.001} | changes))
+    settings: dict[str, object] = {"method": "ppo", "rl__group_size": 2, "rl__minibatches": 2, "rl__epochs": 2}
+    settings |= {"rl__critic_lr": 0.003, "optimizer__lr": 0.001}
+    return tiny_rl(base, prompts, run, **(settings | changes))
 
 
 def stored(run: Path) -> dict[str, Tensor]:
